@@ -1,0 +1,59 @@
+"""The plugin's own config keys. ``add_focal_config`` puts them beside Detectron2's."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_focal_config(cfg: CN) -> None:
+    """Add the plugin's keys with their defaults to ``cfg``, in place.
+
+    Only keys that are missing are added: calling it twice changes nothing, and no key of Detectron2's is touched.
+    """
+    _add_missing(cfg, _defaults())
+
+
+def _add_missing(cfg: CN, defaults: CN) -> None:
+    for key, value in defaults.items():
+        if key not in cfg:
+            cfg[key] = value
+        elif isinstance(value, CN):
+            _add_missing(cfg[key], value)
+
+
+def _defaults() -> CN:
+    cfg = CN()
+    cfg.MODEL = CN()
+    cfg.MODEL.FOCAL = CN()
+
+    # Modules of yours to import before anything is built, as dotted names; components they register are then known.
+    cfg.MODEL.FOCAL.IMPORTS = []
+
+    # The two subnets. A name in DENSE_HEAD_REGISTRY; MODEL.RETINANET.{NUM_CONVS, NORM, NUM_CLASSES} shape it.
+    cfg.MODEL.FOCAL.HEAD = CN()
+    cfg.MODEL.FOCAL.HEAD.NAME = "FocalRetinaNetHead"
+
+    # The classification loss. A name in CLS_LOSS_REGISTRY; α and γ are MODEL.RETINANET.FOCAL_LOSS_{ALPHA, GAMMA}.
+    cfg.MODEL.FOCAL.CLS_LOSS = CN()
+    cfg.MODEL.FOCAL.CLS_LOSS.NAME = "SigmoidFocalLoss"
+    cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT = 1.0
+
+    # The box loss. A name in BOX_LOSS_REGISTRY; empty, MODEL.RETINANET.BBOX_REG_LOSS_TYPE chooses it.
+    cfg.MODEL.FOCAL.BOX_LOSS = CN()
+    cfg.MODEL.FOCAL.BOX_LOSS.NAME = ""
+    cfg.MODEL.FOCAL.BOX_LOSS.WEIGHT = 1.0
+
+    # The rule that assigns boxes to anchors. A name in ANCHOR_MATCHER_REGISTRY; the thresholds and labels are
+    # MODEL.RETINANET.IOU_{THRESHOLDS, LABELS}.
+    cfg.MODEL.FOCAL.MATCHER = CN()
+    cfg.MODEL.FOCAL.MATCHER.NAME = "IgnoreBandMatcher"
+    # What a box gets that no anchor overlaps enough: "none" (the paper: nothing), "detectron1" (its best anchors, if their
+    # IoU reaches the lowest threshold), "detectron2" (its best anchors at any IoU above 0).
+    cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "detectron2"
+
+    # How the classifier's bias starts. A name in BIAS_INIT_REGISTRY; π is MODEL.RETINANET.PRIOR_PROB.
+    cfg.MODEL.FOCAL.BIAS_INIT = CN()
+    cfg.MODEL.FOCAL.BIAS_INIT.NAME = "PriorBiasInit"
+
+    # What the loss sums are divided by: "ema" (Detectron2's running mean of the number of positives), "num_fg" (the
+    # paper's: the positives of this batch on this GPU), "num_fg_sync" (of this batch over all GPUs).
+    cfg.MODEL.FOCAL.NORMALIZER = "ema"
+    return cfg

@@ -1,0 +1,65 @@
+"""What the sums of the losses are divided by, so that they do not grow with the number of objects."""
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+
+class NumPositives(nn.Module):
+    """The number of positives of this batch, at least 1: the paper's normaliser (section 4.1).
+
+    Args:
+        sync: take the mean over all processes, so that many GPUs compute the loss of their joint batch.
+            (The mean, not the sum: DistributedDataParallel averages the gradients.)
+    """
+
+    def __init__(self, *, sync: bool = False):
+        super().__init__()
+        self.sync = sync
+
+    def forward(self, num_positives: int, device: torch.device) -> Tensor:
+        """The scalar float32 normaliser on ``device``. Waits for nothing but, with ``sync``, for the other processes."""
+        count = torch.tensor(float(num_positives), device=device)
+        world_size = comm.get_world_size()
+        if self.sync and world_size > 1:
+            torch.distributed.all_reduce(count)
+            count /= world_size
+            return count.clamp(min=1.0 / world_size)  # at least one positive in the joint batch
+        return count.clamp(min=1.0)
+
+
+class EMANumPositives(nn.Module):
+    """Detectron2's normaliser: a running mean of the number of positives, here kept in the checkpoint.
+
+    A batch with few positives does not blow its loss up. As in Detectron2 each process has its own mean; unlike there, it
+    survives ``--resume``.
+
+    Args:
+        initial: where the mean starts. 100 in Detectron2.
+        momentum: the weight of the past. 0.9 in Detectron2.
+    """
+
+    def __init__(self, *, initial: float = 100.0, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.tensor(float(initial)))
+
+    def forward(self, num_positives: int, device: torch.device) -> Tensor:
+        """Take the batch's number of positives into the mean, and return the mean as a scalar float32 tensor."""
+        self.mean.mul_(self.momentum).add_(max(num_positives, 1) * (1 - self.momentum))
+        return self.mean.to(device, copy=True)  # a copy: the next batch must not change what this one divides by
+
+
+_NORMALIZERS = {
+    "ema": EMANumPositives,
+    "num_fg": NumPositives,
+    "num_fg_sync": lambda: NumPositives(sync=True),
+}
+
+
+def build_normalizer(cfg) -> nn.Module:
+    """Build the normaliser that ``MODEL.FOCAL.NORMALIZER`` names: ``ema``, ``num_fg`` or ``num_fg_sync``."""
+    name = cfg.MODEL.FOCAL.NORMALIZER
+    if name not in _NORMALIZERS:
+        raise KeyError(f"MODEL.FOCAL.NORMALIZER is {name!r}; expected one of {', '.join(_NORMALIZERS)}.")
+    return _NORMALIZERS[name]()

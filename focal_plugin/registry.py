@@ -1,0 +1,124 @@
+"""The registries whose entries a config chooses by name; each registry's doc is the contract of what it holds."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.utils.registry import Registry
+
+DENSE_HEAD_REGISTRY = Registry("DENSE_HEAD")
+DENSE_HEAD_REGISTRY.__doc__ = """
+Heads of a dense detector: the two subnets of the paper's section 4.
+
+Built with ``(cfg, input_shape)``, where ``input_shape`` is a list of ``ShapeSpec``, one a level. Called with the
+features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one (N, A·4, H, W)
+tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
+"""
+
+CLS_LOSS_REGISTRY = Registry("CLS_LOSS")
+CLS_LOSS_REGISTRY.__doc__ = """
+Classification losses: modules built with ``(cfg)`` and called with ``(logits, targets)``.
+
+``logits``: one (N, A, K, H, W) view a level, of any strides and floating dtype. ``targets``: a ``DenseTargets``.
+The result is the scalar float32 sum over every anchor that is not ignored; the meta-architecture normalises it.
+An element-by-element loss derives from ``ElementwiseLoss`` and defines only ``elementwise(logits, targets)``.
+"""
+
+BOX_LOSS_REGISTRY = Registry("BOX_LOSS")
+BOX_LOSS_REGISTRY.__doc__ = """
+Box losses: modules built with ``(cfg)`` and called with ``(deltas, anchors, gt_boxes, box2box_transform)``.
+
+The first three are (P, 4) tensors, positives only (P may be 0): predicted deltas, anchors and matched boxes in
+absolute XYXY pixels. The result is one loss a positive, (P,).
+"""
+
+ANCHOR_MATCHER_REGISTRY = Registry("ANCHOR_MATCHER")
+ANCHOR_MATCHER_REGISTRY.__doc__ = """
+Rules that assign ground truth to anchors, built with ``(cfg)`` and called with ``(anchors, instances)``.
+
+``anchors``: an ``Anchors``; ``instances``: the ``Instances`` of one image, with ``gt_boxes``. The result is
+``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box, and an
+int8 label in {IGNORED, NEGATIVE, POSITIVE}. ``matched`` is meaningful where the label is POSITIVE.
+A matcher is also callable with one (G, R) IoU matrix, as Detectron2's ``Matcher`` is, so it serves stock models.
+"""
+
+BIAS_INIT_REGISTRY = Registry("BIAS_INIT")
+BIAS_INIT_REGISTRY.__doc__ = """
+Initialisations of the classifier's bias (section 3.3), built with ``(cfg)`` and called with
+``(conv, num_anchors, num_classes)``: each fills the (A·K,) ``conv.bias`` in place.
+"""
+
+_CONFIG_KEYS = {
+    "DENSE_HEAD": "MODEL.FOCAL.HEAD.NAME",
+    "CLS_LOSS": "MODEL.FOCAL.CLS_LOSS.NAME",
+    "BOX_LOSS": "MODEL.FOCAL.BOX_LOSS.NAME",
+    "ANCHOR_MATCHER": "MODEL.FOCAL.MATCHER.NAME",
+    "BIAS_INIT": "MODEL.FOCAL.BIAS_INIT.NAME",
+}
+
+
+def _get(registry: Registry, name: str) -> Callable[..., Any]:
+    """Like ``registry.get``, with an error that says which names there are and how to add one."""
+    if name in registry:
+        return registry.get(name)
+    key = _CONFIG_KEYS[registry._name]
+    known = ", ".join(sorted(known for known, _ in registry))
+    raise KeyError(
+        f"{key} is {name!r}, which is not registered. Registered: {known}. "
+        "If it is defined in a module of yours, add that module to MODEL.FOCAL.IMPORTS."
+    )
+
+
+def import_user_modules(cfg) -> None:
+    """Import every module named in ``MODEL.FOCAL.IMPORTS``, so that the components they define are registered.
+
+    Raises:
+        ImportError: a module is not found; the message names the key and the module.
+    """
+    for module in cfg.MODEL.FOCAL.IMPORTS:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+                raise  # the module is there, and something that it imports is not
+            raise ImportError(
+                f"MODEL.FOCAL.IMPORTS names {module!r}, which is not found. Expected a dotted name that "
+                "`python -c 'import NAME'` accepts from this folder; put its folder on PYTHONPATH."
+            ) from error
+
+
+def build_dense_head(cfg, input_shape):
+    """Build the head ``MODEL.FOCAL.HEAD.NAME`` for features of shapes ``input_shape`` (a list of ``ShapeSpec``)."""
+    return _get(DENSE_HEAD_REGISTRY, cfg.MODEL.FOCAL.HEAD.NAME)(cfg, input_shape)
+
+
+def build_cls_loss(cfg):
+    """Build the classification loss ``MODEL.FOCAL.CLS_LOSS.NAME``."""
+    return _get(CLS_LOSS_REGISTRY, cfg.MODEL.FOCAL.CLS_LOSS.NAME)(cfg)
+
+
+_STOCK_BOX_LOSSES = {"smooth_l1": "SmoothL1BoxLoss", "giou": "GIoUBoxLoss", "diou": "DIoUBoxLoss", "ciou": "CIoUBoxLoss"}
+
+
+def build_box_loss(cfg):
+    """Build the box loss ``MODEL.FOCAL.BOX_LOSS.NAME``; empty, the one that ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE`` names."""
+    name = cfg.MODEL.FOCAL.BOX_LOSS.NAME
+    if not name:
+        stock = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
+        if stock not in _STOCK_BOX_LOSSES:
+            raise KeyError(
+                f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE is {stock!r}; expected one of {', '.join(_STOCK_BOX_LOSSES)}, "
+                "or name a registered loss in MODEL.FOCAL.BOX_LOSS.NAME."
+            )
+        name = _STOCK_BOX_LOSSES[stock]
+    return _get(BOX_LOSS_REGISTRY, name)(cfg)
+
+
+def build_matcher(cfg):
+    """Build the anchor matcher ``MODEL.FOCAL.MATCHER.NAME``."""
+    return _get(ANCHOR_MATCHER_REGISTRY, cfg.MODEL.FOCAL.MATCHER.NAME)(cfg)
+
+
+def build_bias_init(cfg):
+    """Build the bias initialisation ``MODEL.FOCAL.BIAS_INIT.NAME``."""
+    return _get(BIAS_INIT_REGISTRY, cfg.MODEL.FOCAL.BIAS_INIT.NAME)(cfg)
