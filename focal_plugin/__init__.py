@@ -1,0 +1,72 @@
+"""RetinaNet and the focal loss for Detectron2, each part of the paper a component chosen by name."""
+
+from importlib.util import find_spec
+
+if find_spec("detectron2") is None:
+    raise ImportError(
+        "focal_plugin needs Detectron2, which is not installed: run `make setup` in focal_plugin's folder, or follow "
+        "https://detectron2.readthedocs.io/tutorials/install.html."
+    )
+
+from .config import add_focal_config
+from .heads import FocalRetinaNetHead, PriorBiasInit
+from .losses import (
+    CIoUBoxLoss,
+    DIoUBoxLoss,
+    ElementwiseLoss,
+    GIoUBoxLoss,
+    SigmoidFocalLoss,
+    SmoothL1BoxLoss,
+)
+from .matchers import IgnoreBandMatcher
+from .normalizer import EMANumPositives, NumPositives, build_normalizer
+from .registry import (
+    ANCHOR_MATCHER_REGISTRY,
+    BIAS_INIT_REGISTRY,
+    BOX_LOSS_REGISTRY,
+    CLS_LOSS_REGISTRY,
+    DENSE_HEAD_REGISTRY,
+    build_bias_init,
+    build_box_loss,
+    build_cls_loss,
+    build_dense_head,
+    build_matcher,
+    import_user_modules,
+)
+from .retinanet import FocalRetinaNet
+from .structures import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANCHOR_MATCHER_REGISTRY",
+    "BIAS_INIT_REGISTRY",
+    "BOX_LOSS_REGISTRY",
+    "CLS_LOSS_REGISTRY",
+    "DENSE_HEAD_REGISTRY",
+    "IGNORED",
+    "NEGATIVE",
+    "POSITIVE",
+    "Anchors",
+    "CIoUBoxLoss",
+    "DIoUBoxLoss",
+    "DenseTargets",
+    "EMANumPositives",
+    "ElementwiseLoss",
+    "FocalRetinaNet",
+    "FocalRetinaNetHead",
+    "GIoUBoxLoss",
+    "IgnoreBandMatcher",
+    "NumPositives",
+    "PriorBiasInit",
+    "SigmoidFocalLoss",
+    "SmoothL1BoxLoss",
+    "add_focal_config",
+    "build_bias_init",
+    "build_box_loss",
+    "build_cls_loss",
+    "build_dense_head",
+    "build_matcher",
+    "build_normalizer",
+    "import_user_modules",
+]

@@ -1,0 +1,102 @@
+"""The two subnets of RetinaNet (section 4)."""
+
+from collections.abc import Callable, Sequence
+
+from detectron2.config import configurable
+from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from torch import Tensor, nn
+
+from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
+
+
+@DENSE_HEAD_REGISTRY.register()
+class FocalRetinaNetHead(nn.Module):
+    """A class subnet and a box subnet of one shape and separate weights, shared by all levels.
+
+    Its parameters have the names, the shapes and, from one seed, the initial values of Detectron2's ``RetinaNetHead``.
+
+    Args:
+        input_shape: the features' ``ShapeSpec``, one a level; all of one number of channels.
+        num_classes: K foreground classes; background has no channel.
+        num_anchors: A anchors a location, the same on every level.
+        conv_dims: the channels of each 3×3 conv of a subnet; four of 256 in the paper.
+        norm: what stands after each of those convs: "" for nothing, as in the paper; "BN" and "SyncBN" keep separate
+            statistics for each level; any other name or callable that ``detectron2.layers.get_norm`` takes is shared
+            by the levels.
+        bias_init: fills the classifier's bias; an entry of ``BIAS_INIT_REGISTRY``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[ShapeSpec],
+        num_classes: int,
+        num_anchors: int,
+        conv_dims: Sequence[int],
+        norm: str | Callable[[int], nn.Module] = "",
+        bias_init: Callable[[nn.Conv2d, int, int], None],
+    ):
+        super().__init__()
+        self.num_levels = len(input_shape)
+        norm = self._norm_of_levels(norm)
+        dims = [input_shape[0].channels, *conv_dims]
+        self.cls_subnet = _subnet(dims, norm)
+        self.bbox_subnet = _subnet(dims, norm)
+        self.cls_score = nn.Conv2d(dims[-1], num_anchors * num_classes, kernel_size=3, padding=1)
+        self.bbox_pred = nn.Conv2d(dims[-1], num_anchors * 4, kernel_size=3, padding=1)
+
+        for module in self.modules():  # section 4.1: N(0, .01²) and no bias, but for the classifier's
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        bias_init(self.cls_score, num_anchors, num_classes)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]):
+        num_anchors = build_anchor_generator(cfg, input_shape).num_anchors
+        if len(set(num_anchors)) != 1:
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR gives {num_anchors} anchors a location on the levels "
+                f"{list(cfg.MODEL.RETINANET.IN_FEATURES)}; the subnets are shared, so all levels need the same number: "
+                "give SIZES and ASPECT_RATIOS as many entries on each level."
+            )
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
+            "num_anchors": num_anchors[0],
+            "conv_dims": [input_shape[0].channels] * cfg.MODEL.RETINANET.NUM_CONVS,
+            "norm": cfg.MODEL.RETINANET.NORM,
+            "bias_init": build_bias_init(cfg),
+        }
+
+    def _norm_of_levels(self, norm):
+        """Per-level statistics for batch norm: features of different levels are not of one distribution."""
+        classes = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+        if norm not in classes:
+            return norm
+        return lambda channels: CycleBatchNormList(self.num_levels, bn_class=classes[norm], num_features=channels)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits (N, A·K, H, W) and deltas (N, A·4, H, W) of each level, from its (N, C, H, W) features.
+
+        Raises:
+            ValueError: not as many levels as the head was built for.
+        """
+        if len(features) != self.num_levels:
+            raise ValueError(f"The head was built for {self.num_levels} levels and was given {len(features)}.")
+        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        deltas = [self.bbox_pred(self.bbox_subnet(x)) for x in features]
+        return logits, deltas
+
+
+def _subnet(dims: Sequence[int], norm) -> nn.Sequential:
+    """3×3 convs from ``dims[0]`` channels through the rest, each followed by ``norm``, if any, and ReLU."""
+    layers: list[nn.Module] = []
+    for c_in, c_out in zip(dims, dims[1:]):
+        layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
+        if norm:
+            layers.append(get_norm(norm, c_out))
+        layers.append(nn.ReLU(inplace=True))  # the conv does not need its output for backward
+    return nn.Sequential(*layers)

@@ -1,0 +1,80 @@
+"""Box losses over the positives, each a module that holds only its hyper-parameters."""
+
+from collections.abc import Callable
+
+from detectron2.config import configurable
+from detectron2.layers import ciou_loss, diou_loss
+from fvcore.nn import giou_loss, smooth_l1_loss
+from torch import Tensor, nn
+
+from ..registry import BOX_LOSS_REGISTRY
+
+
+@BOX_LOSS_REGISTRY.register()
+class SmoothL1BoxLoss(nn.Module):
+    """Smooth L1 between the predicted deltas and those that turn the anchor into its box (section 4.1), summed over the four.
+
+    Args:
+        beta: where the loss turns from quadratic to linear; 0 is L1. .1 by Detectron2's default, 0 in its configs.
+
+    Raises:
+        ValueError: beta is negative.
+    """
+
+    @configurable
+    def __init__(self, *, beta: float = 0.0):
+        super().__init__()
+        if beta < 0:
+            raise ValueError(f"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA is {beta}; expected 0 (L1) or more.")
+        self.beta = beta
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"beta": cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA}
+
+    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform) -> Tensor:
+        """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
+        target = box2box_transform.get_deltas(anchors, gt_boxes)  # (P, 4)
+        return smooth_l1_loss(deltas.float(), target, self.beta, reduction="none").sum(dim=1)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}"
+
+
+class _IoUBoxLoss(nn.Module):
+    """One of the losses 1 − (an overlap measure) between the decoded box and its ground truth."""
+
+    box_loss: Callable[..., Tensor]  # (P, 4) boxes, (P, 4) boxes, reduction= → (P,)
+
+    @configurable
+    def __init__(self):
+        super().__init__()
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {}
+
+    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform) -> Tensor:
+        """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
+        return self.box_loss(box2box_transform.apply_deltas(deltas, anchors), gt_boxes, reduction="none")
+
+
+@BOX_LOSS_REGISTRY.register()
+class GIoUBoxLoss(_IoUBoxLoss):
+    """1 − generalised IoU (Rezatofighi et al., CVPR 2019), fvcore's."""
+
+    box_loss = staticmethod(giou_loss)
+
+
+@BOX_LOSS_REGISTRY.register()
+class DIoUBoxLoss(_IoUBoxLoss):
+    """1 − distance IoU (Zheng et al., AAAI 2020), Detectron2's."""
+
+    box_loss = staticmethod(diou_loss)
+
+
+@BOX_LOSS_REGISTRY.register()
+class CIoUBoxLoss(_IoUBoxLoss):
+    """1 − complete IoU (Zheng et al., AAAI 2020), Detectron2's."""
+
+    box_loss = staticmethod(ciou_loss)
