@@ -1,13 +1,6 @@
 """RetinaNet and the focal loss for Detectron2, each part of the paper a component chosen by name."""
 
-from importlib.util import find_spec
-
-if find_spec("detectron2") is None:
-    raise ImportError(
-        "focal_plugin needs Detectron2, which is not installed: run `make setup` in focal_plugin's folder, or follow "
-        "https://detectron2.readthedocs.io/tutorials/install.html."
-    )
-
+from . import _detectron2  # first: it tells what to do where Detectron2 is missing  # noqa: F401
 from .config import add_focal_config
 from .heads import FocalRetinaNetHead, PriorBiasInit
 from .losses import (
