@@ -1,4 +1,4 @@
-"""Imported before all else: says what to do where Detectron2 is missing, and imports it without its old deprecations."""
+"""Imported before all else: says what to do where Detectron2 is missing, and imports it without its deprecations."""
 
 import warnings
 from importlib.util import find_spec
