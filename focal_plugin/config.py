@@ -56,4 +56,31 @@ def _defaults() -> CN:
     # What the loss sums are divided by: "ema" (Detectron2's running mean of the number of positives), "num_fg" (the
     # paper's: the positives of this batch on this GPU), "num_fg_sync" (of this batch over all GPUs).
     cfg.MODEL.FOCAL.NORMALIZER = "ema"
+
+    # Keep images and features in memory as (N, H, W, C), the order in which most processors convolve fastest.
+    cfg.MODEL.FOCAL.CHANNELS_LAST = False
+
+    cfg.DATASETS = CN()
+    # Data sets to register: {name: ..., format: voc, root: ..., split: ...} or {name: ..., format: coco, json: ...,
+    # images: ...}. data.voc.VocSet and data.coco.CocoSet describe these keys and the rest (classes, on_error, ...).
+    cfg.DATASETS.LOCAL = []
+    cfg.INPUT = CN()
+    # More augmentations for training, after the resizing and the flip: classes of detectron2.data.transforms with their
+    # arguments, such as {name: RandomFlip, horizontal: False, vertical: True}.
+    cfg.INPUT.AUGMENTATIONS = []
+
+    cfg.SOLVER = CN()
+    # Compute the images of a step in this many parts, one after another: the same step in less memory. Still
+    # SOLVER.IMS_PER_BATCH images a step in all, and the losses are divided by what the normaliser makes of all of them.
+    cfg.SOLVER.ACCUMULATE = 1
+    # What SOLVER.AMP.ENABLED computes in: "float16" or "bfloat16"; empty, float16 on a GPU and bfloat16 on a CPU.
+    cfg.SOLVER.AMP = CN()
+    cfg.SOLVER.AMP.DTYPE = ""
+
+    # Pictures of the run in OUTPUT_DIR when it ends: curves.png, and detections.png with this many images of the first
+    # test set beside their ground truth, and all detections of at least this score.
+    cfg.VIS = CN()
+    cfg.VIS.ENABLED = False
+    cfg.VIS.NUM_IMAGES = 8
+    cfg.VIS.SCORE_THRESH = 0.5
     return cfg

@@ -97,7 +97,12 @@ def build_cls_loss(cfg):
     return _get(CLS_LOSS_REGISTRY, cfg.MODEL.FOCAL.CLS_LOSS.NAME)(cfg)
 
 
-_STOCK_BOX_LOSSES = {"smooth_l1": "SmoothL1BoxLoss", "giou": "GIoUBoxLoss", "diou": "DIoUBoxLoss", "ciou": "CIoUBoxLoss"}
+_STOCK_BOX_LOSSES = {
+    "smooth_l1": "SmoothL1BoxLoss",
+    "giou": "GIoUBoxLoss",
+    "diou": "DIoUBoxLoss",
+    "ciou": "CIoUBoxLoss",
+}
 
 
 def build_box_loss(cfg):

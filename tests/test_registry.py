@@ -1,0 +1,95 @@
+import sys
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+
+import focal_plugin
+from focal_plugin import add_focal_config, build_box_loss, build_cls_loss, build_matcher, import_user_modules
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "build, key, known",
+    [
+        (build_cls_loss, "MODEL.FOCAL.CLS_LOSS.NAME", "SigmoidFocalLoss"),
+        (build_box_loss, "MODEL.FOCAL.BOX_LOSS.NAME", "GIoUBoxLoss"),
+        (build_matcher, "MODEL.FOCAL.MATCHER.NAME", "IgnoreBandMatcher"),
+        (focal_plugin.build_bias_init, "MODEL.FOCAL.BIAS_INIT.NAME", "PriorBiasInit"),
+        (lambda cfg: focal_plugin.build_dense_head(cfg, []), "MODEL.FOCAL.HEAD.NAME", "FocalRetinaNetHead"),
+        (focal_plugin.build_normalizer, "MODEL.FOCAL.NORMALIZER", "num_fg_sync"),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(cfg, build, key, known):
+    cfg.merge_from_list([key, "Typo"])
+    with pytest.raises(KeyError) as error:
+        build(cfg)
+    for part in (key, "Typo", known):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "stock, name",
+    [("smooth_l1", "SmoothL1BoxLoss"), ("giou", "GIoUBoxLoss"), ("diou", "DIoUBoxLoss"), ("ciou", "CIoUBoxLoss")],
+)
+def test_the_stock_key_chooses_the_box_loss(cfg, stock, name):
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = stock
+    assert type(build_box_loss(cfg)).__name__ == name
+
+
+def test_an_own_name_goes_before_the_stock_key(cfg):
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "giou"
+    cfg.MODEL.FOCAL.BOX_LOSS.NAME = "DIoUBoxLoss"
+    assert type(build_box_loss(cfg)).__name__ == "DIoUBoxLoss"
+
+
+def test_an_unknown_stock_box_loss_is_refused(cfg):
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "l2"
+    with pytest.raises(KeyError, match=r"BBOX_REG_LOSS_TYPE is 'l2'; expected one of smooth_l1, giou"):
+        build_box_loss(cfg)
+
+
+def test_a_users_module_brings_its_loss(cfg, tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(
+        "from torch import nn\n"
+        "from focal_plugin import CLS_LOSS_REGISTRY, ElementwiseLoss\n"
+        "@CLS_LOSS_REGISTRY.register()\n"
+        "class SquaredLoss(ElementwiseLoss):\n"
+        "    def __init__(self, cfg):\n"
+        "        super().__init__()\n"
+        "    def elementwise(self, logits, targets):\n"
+        "        return (logits.sigmoid() - targets) ** 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg.MODEL.FOCAL.IMPORTS = ["my_losses"]
+    cfg.MODEL.FOCAL.CLS_LOSS.NAME = "SquaredLoss"
+    try:
+        import_user_modules(cfg)
+        import_user_modules(cfg)  # a second time is no second registration
+        loss = build_cls_loss(cfg)
+    finally:
+        focal_plugin.CLS_LOSS_REGISTRY._obj_map.pop("SquaredLoss", None)
+        sys.modules.pop("my_losses", None)
+    targets = focal_plugin.DenseTargets([torch.tensor([[[[0, 2, -1]]]])], 2, [], torch.zeros(1, 4), torch.zeros(1, 4))
+    logits = torch.zeros(1, 1, 2, 1, 3)
+    assert loss([logits], targets).item() == pytest.approx(4 * 0.25)  # two anchors of two classes; one is ignored
+
+
+def test_a_missing_user_module_is_named(cfg):
+    cfg.MODEL.FOCAL.IMPORTS = ["no_such_module_of_mine.losses"]
+    with pytest.raises(ImportError, match=r"MODEL\.FOCAL\.IMPORTS names 'no_such_module_of_mine\.losses'"):
+        import_user_modules(cfg)
+
+
+def test_an_error_inside_a_users_module_is_not_hidden(cfg, tmp_path, monkeypatch):
+    (tmp_path / "my_broken_module.py").write_text("import something_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg.MODEL.FOCAL.IMPORTS = ["my_broken_module"]
+    with pytest.raises(ModuleNotFoundError, match="something_that_is_not_installed"):
+        import_user_modules(cfg)
