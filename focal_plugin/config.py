@@ -45,8 +45,8 @@ def _defaults() -> CN:
     # MODEL.RETINANET.IOU_{THRESHOLDS, LABELS}.
     cfg.MODEL.FOCAL.MATCHER = CN()
     cfg.MODEL.FOCAL.MATCHER.NAME = "IgnoreBandMatcher"
-    # What a box gets that no anchor overlaps enough: "none" (the paper: nothing), "detectron1" (its best anchors, if their
-    # IoU reaches the lowest threshold), "detectron2" (its best anchors at any IoU above 0).
+    # What a box gets that no anchor overlaps enough: "none" (the paper: nothing), "detectron1" (its best anchors, if
+    # their IoU reaches the lowest threshold), "detectron2" (its best anchors at any IoU above 0).
     cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "detectron2"
 
     # How the classifier's bias starts. A name in BIAS_INIT_REGISTRY; π is MODEL.RETINANET.PRIOR_PROB.

@@ -18,7 +18,7 @@ class NumPositives(nn.Module):
         self.sync = sync
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
-        """The scalar float32 normaliser on ``device``. Waits for nothing but, with ``sync``, for the other processes."""
+        """The scalar float32 normaliser on ``device``. Waits for the other processes with ``sync``, else for nothing."""
         count = torch.tensor(float(num_positives), device=device)
         world_size = comm.get_world_size()
         if self.sync and world_size > 1:
@@ -31,8 +31,8 @@ class NumPositives(nn.Module):
 class EMANumPositives(nn.Module):
     """Detectron2's normaliser: a running mean of the number of positives, here kept in the checkpoint.
 
-    A batch with few positives does not blow its loss up. As in Detectron2 each process has its own mean; unlike there, it
-    survives ``--resume``.
+    A batch with few positives does not blow its loss up. As in Detectron2 each process has its own mean; unlike there,
+    it survives ``--resume``.
 
     Args:
         initial: where the mean starts. 100 in Detectron2.

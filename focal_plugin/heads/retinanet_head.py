@@ -1,6 +1,7 @@
 """The two subnets of RetinaNet (section 4)."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from detectron2.config import configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
@@ -94,7 +95,7 @@ class FocalRetinaNetHead(nn.Module):
 def _subnet(dims: Sequence[int], norm) -> nn.Sequential:
     """3×3 convs from ``dims[0]`` channels through the rest, each followed by ``norm``, if any, and ReLU."""
     layers: list[nn.Module] = []
-    for c_in, c_out in zip(dims, dims[1:]):
+    for c_in, c_out in pairwise(dims):
         layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
         if norm:
             layers.append(get_norm(norm, c_out))
