@@ -18,7 +18,7 @@ class NumPositives(nn.Module):
         self.sync = sync
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
-        """The scalar float32 normaliser on ``device``. Waits for the other processes with ``sync``, else for nothing."""
+        """The scalar float32 normaliser on ``device``. Waits for the other processes with ``sync``, else not."""
         count = torch.tensor(float(num_positives), device=device)
         world_size = comm.get_world_size()
         if self.sync and world_size > 1:

@@ -11,8 +11,8 @@ DENSE_HEAD_REGISTRY.__doc__ = """
 Heads of a dense detector: the two subnets of the paper's section 4.
 
 Built with ``(cfg, input_shape)``, where ``input_shape`` is a list of ``ShapeSpec``, one a level. Called with the
-features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one (N, A·4, H, W)
-tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
+features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one
+(N, A·4, H, W) tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
 """
 
 CLS_LOSS_REGISTRY = Registry("CLS_LOSS")
@@ -37,8 +37,8 @@ ANCHOR_MATCHER_REGISTRY.__doc__ = """
 Rules that assign ground truth to anchors, built with ``(cfg)`` and called with ``(anchors, instances)``.
 
 ``anchors``: an ``Anchors``; ``instances``: the ``Instances`` of one image, with ``gt_boxes``. The result is
-``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box, and an
-int8 label in {IGNORED, NEGATIVE, POSITIVE}. ``matched`` is meaningful where the label is POSITIVE.
+``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box,
+and an int8 label in {IGNORED, NEGATIVE, POSITIVE}. ``matched`` is meaningful where the label is POSITIVE.
 A matcher is also callable with one (G, R) IoU matrix, as Detectron2's ``Matcher`` is, so it serves stock models.
 """
 
@@ -106,7 +106,7 @@ _STOCK_BOX_LOSSES = {
 
 
 def build_box_loss(cfg):
-    """Build the box loss ``MODEL.FOCAL.BOX_LOSS.NAME``; empty, the one that ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE`` names."""
+    """Build the box loss ``MODEL.FOCAL.BOX_LOSS.NAME``; if empty, what ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE`` names."""
     name = cfg.MODEL.FOCAL.BOX_LOSS.NAME
     if not name:
         stock = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE

@@ -34,7 +34,7 @@ class FocalRetinaNet(DenseDetector):
         num_classes: K foreground classes. Background is class K in targets and has no channel.
         cls_loss: an entry of ``CLS_LOSS_REGISTRY``.
         box_loss: an entry of ``BOX_LOSS_REGISTRY``.
-        normalizer: called with the batch's number of positives and the device; both loss sums are divided by its result.
+        normalizer: called with the batch's number of positives and the device; both sums are divided by its result.
         cls_loss_weight, box_loss_weight: what the two losses are multiplied by.
         test_score_thresh: detections with a score of at most this are dropped.
         test_topk_candidates: how many of the best (anchor, class) pairs of a level go on to NMS.
@@ -158,7 +158,7 @@ class FocalRetinaNet(DenseDetector):
     def _detect(
         self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_size: tuple[int, int]
     ) -> Instances:
-        """One image's detections: the best of each level, decoded, all levels merged, NMS class by class (section 4.1)."""
+        """One image's detections: the best of each level, decoded and merged, then NMS class by class (section 4.1)."""
         levels = [self._best_of_level(*level) for level in zip(logits, deltas, anchors)]
         boxes, scores, classes = (cat(parts) for parts in zip(*levels))
         keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
@@ -171,7 +171,7 @@ class FocalRetinaNet(DenseDetector):
             logits: (A·K, H, W). deltas: (A·4, H, W). anchors: (H·W·A, 4).
         """
         logits = logits.view(-1, self.num_classes, *logits.shape[-2:])  # (A, K, H, W)
-        # Thresholding the logits spares the sigmoid of all the rest. The margin is for rounding: the scores decide below.
+        # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding: the scores decide below.
         candidates = (logits > _logit(self.test_score_thresh) - 1e-3).nonzero()  # (C, 4)
         anchor, cls, y, x = candidates.unbind(dim=1)
         values, order = logits[anchor, cls, y, x].float().topk(min(len(candidates), self.test_topk_candidates))

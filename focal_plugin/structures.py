@@ -88,7 +88,7 @@ class DenseTargets:
         return len(self.gt_boxes)
 
     def gather(self, dense: Sequence[Tensor]) -> Tensor:
-        """Rows of the positives out of per-level (N, A·C, H, W) predictions, as (P, C), in the order of ``gt_boxes``."""
+        """The positives' rows of per-level (N, A·C, H, W) predictions, as (P, C), in the order of ``gt_boxes``."""
         rows = []
         for level, labels, positives in zip(dense, self.labels, self.positives):
             n, a, h, w = labels.shape

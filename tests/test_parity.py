@@ -1,4 +1,4 @@
-"""FocalRetinaNet is Detectron2's RetinaNet: the same parameters, losses, gradients and detections from the same config."""
+"""FocalRetinaNet is Detectron2's RetinaNet: the same parameters, losses, gradients and detections from one config."""
 
 import copy
 
@@ -117,7 +117,7 @@ def test_losses_and_gradients(models):
         assert losses[1]["num_pos"] == losses[0]["num_pos"] > 0
         for name in ("loss_cls", "loss_box_reg"):
             torch.testing.assert_close(losses[1][name], losses[0][name], rtol=1e-5, atol=0)
-    # A bias before batch norm has no gradient but rounding, which is to be small beside the other parameters' gradients.
+    # A bias before batch norm has no gradient but rounding, which is to be small beside the others' gradients.
     rounding = 1e-7 * max(p.grad.abs().max().item() for p in theirs.parameters() if p.grad is not None)
     for (name, expected), actual in zip(theirs.named_parameters(), ours.parameters()):
         if expected.grad is None:
