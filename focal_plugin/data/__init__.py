@@ -1,0 +1,15 @@
+"""Data sets from lines of a config, checked before they are used."""
+
+from .classes import check_num_classes
+from .local import register_local_dataset, register_local_datasets
+from .mapper import FocalDatasetMapper, build_augmentations
+from .records import DataError
+
+__all__ = [
+    "DataError",
+    "FocalDatasetMapper",
+    "build_augmentations",
+    "check_num_classes",
+    "register_local_dataset",
+    "register_local_datasets",
+]

@@ -1,0 +1,69 @@
+"""The number of classes of a config against the data it names."""
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+
+
+def check_num_classes(cfg: CfgNode) -> None:
+    """Check, before anything is trained, that the model and all of ``DATASETS.{TRAIN, TEST}`` agree on the classes.
+
+    A data set whose class names are not known yet is loaded for them. The key is ``MODEL.RETINANET.NUM_CLASSES`` for a
+    dense detector and ``MODEL.ROI_HEADS.NUM_CLASSES`` for a ``GeneralizedRCNN``; other models are not compared, only
+    the data sets with each other. Data sets without class names are passed over.
+
+    Raises:
+        KeyError: a data set is not registered.
+        ValueError: the number or the names differ; the message says what to set.
+    """
+    names = {
+        dataset: classes
+        for key in ("TRAIN", "TEST")
+        for dataset in cfg.DATASETS[key]
+        if (classes := _class_names(dataset, f"DATASETS.{key}")) is not None
+    }
+    if not names:
+        return
+    first, classes = next(iter(names.items()))
+    for dataset, others in names.items():
+        if others != classes:
+            raise ValueError(
+                f"The data sets of DATASETS.TRAIN and DATASETS.TEST disagree on the classes: {first!r} has "
+                f"{_listed(classes)}, {dataset!r} has {_listed(others)}. For sets of DATASETS.LOCAL, give both entries "
+                "the same classes: [...]."
+            )
+    key = _num_classes_key(cfg.MODEL.META_ARCHITECTURE)
+    if key is None:
+        return
+    found = cfg.MODEL[key].NUM_CLASSES
+    if found != len(classes):
+        raise ValueError(
+            f"MODEL.{key}.NUM_CLASSES is {found}, but {first!r} has {len(classes)} classes: {_listed(classes)}. "
+            f"Set MODEL.{key}.NUM_CLASSES to {len(classes)} (the background is not counted; "
+            f"{cfg.MODEL.META_ARCHITECTURE} reads no other key of that name)."
+        )
+
+
+def _class_names(dataset: str, key: str) -> list[str] | None:
+    if dataset not in DatasetCatalog:
+        raise KeyError(
+            f"{key} names {dataset!r}, which is not registered. Describe it in DATASETS.LOCAL, "
+            "or import the module that registers it with MODEL.FOCAL.IMPORTS."
+        )
+    metadata = MetadataCatalog.get(dataset)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(dataset)  # most sets learn their class names from their files
+    classes = metadata.get("thing_classes")
+    return None if classes is None else list(classes)
+
+
+def _num_classes_key(architecture: str) -> str | None:
+    if architecture == "GeneralizedRCNN":
+        return "ROI_HEADS"
+    model = META_ARCH_REGISTRY.get(architecture)
+    return "RETINANET" if isinstance(model, type) and issubclass(model, DenseDetector) else None
+
+
+def _listed(classes: list[str], most: int = 10) -> str:
+    return ", ".join(classes[:most]) + (f", … ({len(classes)} in all)" if len(classes) > most else "")

@@ -1,0 +1,156 @@
+"""COCO's JSON format: images, annotations and categories in one file. Boxes only; masks and keypoints are not read."""
+
+import json
+from dataclasses import dataclass
+
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
+
+from .records import Checker, DataError, check_box, check_image, class_id, join_inside, need, resolve
+
+
+@dataclass(frozen=True)
+class CocoSet:
+    """A data set in COCO's format.
+
+    Boxes with ``iscrowd`` (or ``ignore``) stay in the records as crowds: Detectron2 does not train on them, and in
+    evaluation detections inside them count neither for nor against.
+
+    Attributes:
+        name: the data set's name, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json: the JSON file.
+        images: the folder that its file names are relative to.
+        classes: class names in the order of their indices; not given, the file's categories in the order of their ids.
+        on_error: "raise" stops at what cannot be right, "skip" leaves it out and counts it.
+    """
+
+    name: str
+    json: str
+    images: str
+    classes: list[str] | None = None
+    on_error: str = "raise"
+
+    def load(self, checker: Checker) -> tuple[list[dict], dict]:
+        """Read the file: its records in Detectron2's format, and the metadata that goes with them.
+
+        The file itself serves the evaluator if every record was kept as it stands there; otherwise the metadata has no
+        ``json_file``, and the evaluator makes one from the records.
+        """
+        path = need(resolve(self.json), f"json of {self.name!r}")
+        folder = need(resolve(self.images), f"images of {self.name!r}")
+        content = _read_json(path)
+        categories = _categories(content, path)
+        classes = self.classes or list(categories.values())
+        class_ids = {name: index for index, name in enumerate(classes)}
+        boxes = _boxes_by_image(content, path, checker)
+        records, seen = [], set()
+        images = tqdm(content["images"], desc=f"Reading {self.name}", unit="image", delay=3, leave=False)
+        for number, image in enumerate(images):
+            with checker.record("image"):
+                where = f"{path}, images[{number}]"
+                record = _read_image(image, folder, where)
+                if record["image_id"] in seen:
+                    raise DataError("image listed twice", f"{where} has id {record['image_id']!r}, as one before it.")
+                seen.add(record["image_id"])
+                for place, annotation in boxes.get(record["image_id"], []):
+                    with checker.record("box"):
+                        record["annotations"].append(_read_box(annotation, record, categories, class_ids, place))
+                records.append(record)
+        records.sort(key=lambda record: (isinstance(record["image_id"], str), record["image_id"]))  # as Detectron2 does
+        metadata = {"thing_classes": list(classes)}
+        if not checker.left_out and classes == list(categories.values()) and _serves_evaluation(content):
+            ids = {category: index for index, category in enumerate(categories)}
+            metadata.update(json_file=path, thing_dataset_id_to_contiguous_id=ids)
+        return records, metadata
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with PathManager.open(path, "r") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise DataError("file that is not JSON", f"{path}: {error}") from error
+    for key in ("images", "categories"):
+        _value(content, key, list, path)
+    content.setdefault("annotations", [])  # absent where the truth is kept secret
+    _value(content, "annotations", list, path)
+    return content
+
+
+def _value(record: object, key: str, kinds: type, where: str):
+    """``record[key]``; a ``DataError`` if it is not there or of another type."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise DataError(
+            "not COCO's format", f"{where}: {key!r} is {value!r}, expected {getattr(kinds, '__name__', kinds)}."
+        )
+    return value
+
+
+def _categories(content: dict, path: str) -> dict[int | str, str]:
+    """Category id -> name, in the order of the ids."""
+    found = {}
+    for number, category in enumerate(content["categories"]):
+        where = f"{path}, categories[{number}]"
+        key, name = _value(category, "id", int | str, where), _value(category, "name", str, where)
+        if key in found or name in found.values():
+            raise DataError(
+                "category listed twice", f"{where} has id {key!r} and name {name!r}, one before it has too."
+            )
+        found[key] = name
+    if not found:
+        raise DataError("no classes", f"{path} has no categories.")
+    return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+
+def _boxes_by_image(content: dict, path: str, checker: Checker) -> dict[int | str, list[tuple[str, dict]]]:
+    """Image id -> its annotations, each with where it stands in the file."""
+    images = [image.get("id") for image in content["images"] if isinstance(image, dict)]
+    images = {image for image in images if isinstance(image, int | str)}
+    boxes: dict[int | str, list[tuple[str, dict]]] = {}
+    for number, annotation in enumerate(content["annotations"]):
+        with checker.record("box"):
+            where = f"{path}, annotations[{number}]"
+            image = _value(annotation, "image_id", int | str, where)
+            if image not in images:
+                raise DataError("box of no image", f"{where} has image_id {image!r}, which no image has.")
+            boxes.setdefault(image, []).append((f"{where} (id {annotation.get('id')!r})", annotation))
+    return boxes
+
+
+def _read_image(image: dict, folder: str, where: str) -> dict:
+    image_id = _value(image, "id", int | str, where)
+    where = f"{where} (id {image_id!r})"
+    file_name = join_inside(folder, _value(image, "file_name", str, where), where)
+    declared = (image.get("width"), image.get("height"))
+    width, height = check_image(file_name, None if declared == (None, None) else declared, where)
+    return {"file_name": file_name, "image_id": image_id, "height": height, "width": width, "annotations": []}
+
+
+def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict, where: str) -> dict:
+    box = _value(annotation, "bbox", list, where)
+    if len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        raise DataError("box that is not four numbers", f"{where} has bbox {box}.")
+    category = _value(annotation, "category_id", int | str, where)
+    if category not in categories:
+        known = ", ".join(map(str, categories))
+        raise DataError("unknown class", f"{where} has category_id {category!r}; the categories' ids are {known}.")
+    x, y, w, h = box
+    return {
+        "bbox": check_box((x, y, x + w, y + h), (record["width"], record["height"]), where),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": class_id(categories[category], class_ids, where),
+        "iscrowd": int(bool(annotation.get("iscrowd") or annotation.get("ignore"))),
+    }
+
+
+def _serves_evaluation(content: dict) -> bool:
+    """Whether COCO's evaluation reads the annotations right.
+
+    It wants an area and iscrowd, knows no ``ignore``, and takes a box whose id is 0 for one that was not found.
+    """
+    annotations = content["annotations"]
+    ids = [annotation.get("id") for annotation in annotations]
+    complete = all("area" in a and "iscrowd" in a and not a.get("ignore") for a in annotations)
+    return complete and all(isinstance(key, int) and key > 0 for key in ids) and len(set(ids)) == len(ids)

@@ -1,0 +1,108 @@
+"""``DATASETS.LOCAL``: data sets registered from lines of a config."""
+
+import functools
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .coco import CocoSet
+from .records import Checker, DataError
+from .voc import VocSet
+
+FORMATS = {"voc": VocSet, "coco": CocoSet}
+
+
+class LocalDataset:
+    """What Detectron2's ``DatasetCatalog`` calls for the records of a local set.
+
+    The first call reads and checks the files and completes the set's metadata; later ones return a copy of the same.
+    """
+
+    def __init__(self, entry: VocSet | CocoSet) -> None:
+        self.entry = entry
+
+    def __call__(self) -> list[dict]:
+        return pickle.loads(self._records)
+
+    @functools.cached_property
+    def _records(self) -> bytes:  # as bytes, since callers change what they get
+        checker = Checker(self.entry.name, self.entry.on_error)
+        try:
+            records, metadata = self.entry.load(checker)
+        except DataError as error:
+            hint = " Correct it, or leave such records out with on_error: skip." if error.unit else ""
+            raise DataError(
+                error.kind, f"in data set {self.entry.name!r}: {error.message}{hint}", error.unit
+            ) from error
+        checker.report(records)
+        if not records:
+            raise DataError("no image", f"in data set {self.entry.name!r}: none is listed, or all were left out.")
+        MetadataCatalog.get(self.entry.name).set(**metadata)
+        return pickle.dumps(records)
+
+
+def register_local_datasets(cfg: CfgNode) -> None:
+    """Register every entry of ``cfg.DATASETS.LOCAL`` with Detectron2's catalogs; no file is read yet.
+
+    Registering the same entry again changes nothing.
+
+    Raises:
+        ValueError: an entry has a missing, unknown or malformed key, or a name that another data set has.
+    """
+    for index, entry in enumerate(cfg.DATASETS.LOCAL):
+        register_local_dataset(entry, f"DATASETS.LOCAL[{index}]")
+
+
+def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
+    """Register one data set, e.g. ``{"name": "mine", "format": "coco", "json": "a.json", "images": "imgs"}``.
+
+    The keys are ``format`` ("voc" or "coco") and the attributes of ``VocSet`` or ``CocoSet``; errors name ``where``.
+    """
+    parsed = _parse(entry, where)
+    if parsed.name not in DatasetCatalog:
+        DatasetCatalog.register(parsed.name, LocalDataset(parsed))
+        MetadataCatalog.get(parsed.name).set(evaluator_type="coco")
+        return
+    taken = DatasetCatalog[parsed.name]
+    if not isinstance(taken, LocalDataset):
+        raise ValueError(f"{where}: the name {parsed.name!r} is taken by a data set that is not local; choose another.")
+    if taken.entry != parsed:
+        raise ValueError(f"{where}: {parsed.name!r} is registered already as {taken.entry}; choose another name.")
+
+
+def _parse(entry: Mapping, where: str) -> VocSet | CocoSet:
+    if not isinstance(entry, Mapping) or entry.get("format") not in FORMATS:
+        found = f"format {entry.get('format')!r}" if isinstance(entry, Mapping) else repr(entry)
+        raise ValueError(f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}.")
+    kind = FORMATS[entry["format"]]
+    values = {key: value for key, value in entry.items() if key != "format"}
+    known = {field.name: field.default for field in fields(kind)}
+    unknown = [str(key) for key in values if key not in known]
+    missing = [key for key, default in known.items() if default is MISSING and key not in values]
+    for problem, keys in (("unknown", unknown), ("missing", missing)):
+        if keys:
+            listed = ", ".join(f"{key} (needed)" if known[key] is MISSING else key for key in known)
+            raise ValueError(f"{where}: {problem} key {', '.join(keys)}. Format {entry['format']} takes {listed}.")
+    choices = {"on_error": ("raise", "skip"), "difficult": ("keep", "ignore")}
+    for key, value in values.items():
+        if key == "classes":
+            values[key] = _check_classes(value, where)
+        elif key in choices and value not in choices[key]:
+            raise ValueError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[key])}.")
+        elif not isinstance(value, str) or not value:
+            raise ValueError(f"{where}: {key} is {value!r}; expected text (in YAML, quote what looks like a number).")
+    return kind(**values)
+
+
+def _check_classes(classes: object, where: str) -> list[str] | None:
+    if classes is None:
+        return None
+    listed = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else []
+    if not listed or not all(isinstance(name, str) and name for name in listed) or len(set(listed)) < len(listed):
+        raise ValueError(
+            f"{where}: classes is {classes!r}; expected a list of different names (in YAML, quote yes, no and numbers)."
+        )
+    return listed

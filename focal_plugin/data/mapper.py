@@ -1,0 +1,54 @@
+"""Detectron2's mapper with more of Detectron2's own augmentations, by config."""
+
+import inspect
+import warnings
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+
+# fvcore's vertical flip makes a tensor of an image that it only reads.
+warnings.filterwarnings(
+    "ignore", "The given NumPy array is not writable", UserWarning, r"fvcore\.transforms\.transform$"
+)
+
+
+class FocalDatasetMapper(DatasetMapper):
+    """Detectron2's ``DatasetMapper``; in training ``INPUT.AUGMENTATIONS`` follow the resizing and the flip."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        """As Detectron2's, with the further augmentations."""
+        args = super().from_config(cfg, is_train)
+        if is_train:
+            args["augmentations"] += build_augmentations(cfg)
+        return args
+
+
+def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """The augmentations of ``INPUT.AUGMENTATIONS``, in order.
+
+    Each entry has a ``name`` of ``detectron2.data.transforms``; its other keys are that class's arguments, as in
+    ``{name: RandomFlip, horizontal: False, vertical: True}``.
+
+    Raises:
+        ValueError: an entry has no such name, or arguments that the class does not take.
+    """
+    known = {
+        name: kind
+        for name, kind in vars(T).items()
+        if inspect.isclass(kind) and issubclass(kind, T.Augmentation) and kind is not T.Augmentation
+    }
+    augmentations = []
+    for index, entry in enumerate(cfg.INPUT.AUGMENTATIONS):
+        where = f"INPUT.AUGMENTATIONS[{index}]"
+        args = dict(entry) if isinstance(entry, dict) else {}
+        name = args.pop("name", None)
+        if name not in known:
+            raise ValueError(f"{where} is {entry!r}; expected a name of {', '.join(sorted(known))}, and its arguments.")
+        try:
+            augmentations.append(known[name](**args))
+        except (TypeError, AssertionError, ValueError) as error:
+            takes = inspect.signature(known[name])
+            raise ValueError(f"{where}: {name} does not take {args} ({error}). It is {name}{takes}.") from error
+    return augmentations

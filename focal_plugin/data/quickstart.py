@@ -1,0 +1,188 @@
+"""A small real data set: trees from the air, cut from two images that ship inside the package ``deepforest``.
+
+``python -m focal_plugin.data.quickstart --output datasets/quickstart_trees`` writes ``train`` and ``val``, each a data
+set in COCO's format (``annotations.json`` and ``images/``) of one class, Tree. The two images show different places.
+
+A tree that the edge of a tile cuts is clipped to the tile. If at least ``min_inside`` of its box's area is inside, it
+is an object there. If less, it is a crowd: not trained on, and in evaluation neither asked for nor punished, that is, a
+detection that matches no object and lies in the crowd (for AP50, by half of its own area) is left out of the count.
+Neighbouring tiles overlap, so a tree in the overlap is an object of each tile that holds enough of it: AP is that of
+the tiles, in which such trees count more than once, found or not.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .records import Checker
+from .voc import parse_xml, read_record
+
+SOURCES = {"train": "2019_YELL_2_528000_4978000_image_crop2", "val": "2019_YELL_2_541000_4977000_image_crop"}
+CLASSES = ["Tree"]
+_MARK = "quickstart.json"  # written last, with what the folder was made from
+
+
+def source_folder() -> Path:
+    """The folder of the images in the installed package ``deepforest``, which is found but never imported.
+
+    Raises:
+        FileNotFoundError: the package or one of its files is not there; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("deepforest")
+    folders = [Path(folder) / "data" for folder in (spec and spec.submodule_search_locations) or []]
+    for folder in folders:
+        if all((folder / f"{stem}{ext}").is_file() for stem in SOURCES.values() for ext in (".png", ".xml")):
+            return folder
+    found = f"which has none in {folders}" if spec else "which is not installed"
+    raise FileNotFoundError(
+        f"The quickstart's images are in the package deepforest 2.1.0, {found}. "
+        "Install it without what it depends on: pip install --no-deps deepforest==2.1.0"
+    )
+
+
+def tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Cut a side of ``length`` pixels into spans (start, stop) of one size near ``tile`` that overlap by ``overlap``.
+
+    The size is the one that leaves no rest; rounding to whole pixels may add to the overlap, never take from it.
+    """
+    count = max(1, round((length - overlap) / (tile - overlap)))
+    size = math.ceil((length + (count - 1) * overlap) / count)
+    starts = [round(i * (length - size) / max(count - 1, 1)) for i in range(count)]
+    return [(start, start + size) for start in starts]
+
+
+def clip_to_tile(
+    boxes: np.ndarray, tile: tuple[int, int, int, int], min_inside: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes that reach into a tile, in its coordinates, and which of them are objects there.
+
+    Args:
+        boxes: (G, 4) XYXY in the pixels of the whole image.
+        tile: (x0, y0, x1, y1) of the tile.
+        min_inside: the share of a box's area that must be inside for an object.
+
+    Returns:
+        The (M, 4) clipped boxes that have an area, and (M,) bool: enough is inside.
+    """
+    x0, y0, x1, y1 = tile
+    clipped = np.clip(boxes, [x0, y0, x0, y0], [x1, y1, x1, y1])
+    sides, whole = clipped[:, 2:] - clipped[:, :2], boxes[:, 2:] - boxes[:, :2]
+    share = sides.prod(axis=1) / whole.prod(axis=1)  # (G,)
+    reaches = (sides > 0).all(axis=1)
+    return clipped[reaches] - [x0, y0, x0, y0], share[reaches] >= min_inside
+
+
+def make_quickstart(output: str, tile: int = 400, overlap: int = 110, min_inside: float = 0.5) -> Path:
+    """Cut the two images into tiles and write them to ``output``/{train, val}; if that was done before, do nothing.
+
+    Args:
+        output: the folder to make.
+        tile: about the side of a tile in pixels; what fits the image without a rest is near it.
+        overlap: pixels that neighbouring tiles share. By default more than the widest tree, so that every tree is whole
+            in some tile.
+        min_inside: the share of a box's area in (0, 1] that makes it an object of a tile rather than a crowd.
+
+    Raises:
+        FileExistsError: ``output`` is there and was not made by this function with the same arguments.
+        FileNotFoundError: the package deepforest is not installed.
+        ValueError: an argument is out of its range.
+    """
+    if not 0 <= overlap < tile or not 0 < min_inside <= 1:
+        found = f"tile {tile}, overlap {overlap}, min_inside {min_inside}"
+        raise ValueError(f"The quickstart's tiles: {found}; expected 0 <= overlap < tile and 0 < min_inside <= 1.")
+    folder = Path(output)
+    made_from = {"sources": SOURCES, "tile": tile, "overlap": overlap, "min_inside": min_inside}
+    if _is_made(folder, made_from):
+        return folder
+    source = source_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:  # same disk: one rename
+        whole = Path(work) / folder.name
+        for split, stem in SOURCES.items():
+            _cut(source, stem, whole / split, tile, overlap, min_inside)
+        (whole / _MARK).write_text(json.dumps(made_from, indent=2))
+        try:
+            os.rename(whole, folder)
+        except OSError:  # someone else was faster
+            if not _is_made(folder, made_from):
+                raise
+    return folder
+
+
+def _is_made(folder: Path, made_from: dict) -> bool:
+    """Whether ``folder`` holds these tiles already; an error if it holds anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    mark = folder / _MARK
+    found = json.loads(mark.read_text()) if mark.is_file() else None
+    if found == made_from:
+        return True
+    what = f"was made with {found}, not {made_from}" if found else "was not made by the quickstart"
+    raise FileExistsError(f"{folder} {what}. It is left as it is: remove it, or choose another --output.")
+
+
+def _cut(source: Path, stem: str, folder: Path, tile: int, overlap: int, min_inside: float) -> None:
+    """Write the tiles of one image to ``folder``."""
+    xml, png = str(source / f"{stem}.xml"), str(source / f"{stem}.png")
+    class_ids = {name: index for index, name in enumerate(CLASSES)}
+    record = read_record(parse_xml(xml), xml, png, stem, class_ids, Checker(stem))
+    boxes = np.array([annotation["bbox"] for annotation in record["annotations"]])  # (G, 4)
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    with Image.open(png) as whole:
+        pixels = whole.convert("RGB")
+    rows, columns = (tile_spans(record[side], tile, overlap) for side in ("height", "width"))
+    for top, bottom in tqdm(rows, desc=f"Cutting {stem}", unit="row", delay=3, leave=False):
+        for left, right in columns:
+            corners = (left, top, right, bottom)
+            name = f"{stem}_{left}_{top}.png"
+            pixels.crop(corners).save(folder / "images" / name)
+            size = {"width": right - left, "height": bottom - top}
+            images.append({"id": len(images) + 1, "file_name": name, **size})
+            for (x0, y0, x1, y1), is_object in zip(*clip_to_tile(boxes, corners, min_inside)):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": len(images),
+                        "category_id": 1,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                        "iscrowd": int(not is_object),
+                    }
+                )
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def main() -> None:
+    """The command line: ``python -m focal_plugin.data.quickstart --help``."""
+    parser = argparse.ArgumentParser(description="Write the quickstart's data: tiles of airborne images with trees.")
+    parser.add_argument(
+        "--output", default="datasets/quickstart_trees", help="the folder to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tile", type=int, default=400, help="about the side of a tile in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--overlap", type=int, default=110, help="pixels that tiles share (default: %(default)s)")
+    parser.add_argument(
+        "--min-inside", type=float, default=0.5, help="share of a box that makes it an object (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    try:
+        folder = make_quickstart(args.output, args.tile, args.overlap, args.min_inside)
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+    print(f"The quickstart's data is in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Pascal VOC layout: one XML file an image, splits listed in text files."""
+
+import functools
+import os
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import parse
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from tqdm import tqdm
+
+from .records import Checker, DataError, check_box, check_image, class_id, join_inside, need, resolve
+
+
+@dataclass(frozen=True)
+class VocSet:
+    """One split of a data set in VOC layout: ``Annotations/*.xml``, ``ImageSets/Main/<split>.txt``, ``JPEGImages/*``.
+
+    As in VOC (and Detectron2), pixels count from 1 and a box includes its last one: xmin and ymin lose 1 on reading.
+
+    Attributes:
+        name: the data set's name, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        root: the folder with the three above.
+        split: a file of ImageSets/Main, without ``.txt``: one image a line, without its extension.
+        classes: class names in the order of their indices. Not given, they are all names in all of
+            ``root/Annotations``, sorted, so that every split of one root has the same.
+        on_error: "raise" stops at what cannot be right, "skip" leaves it out and counts it.
+        difficult: objects that VOC marks as difficult are boxes like any other ("keep", Detectron2's way) or crowds
+            ("ignore"): then they are not trained on, and finding or missing them does not count, as in VOC's metric.
+    """
+
+    name: str
+    root: str
+    split: str
+    classes: list[str] | None = None
+    on_error: str = "raise"
+    difficult: str = "keep"
+
+    def load(self, checker: Checker) -> tuple[list[dict], dict]:
+        """Read the split: its records in Detectron2's format, and the metadata that goes with them."""
+        root = need(resolve(self.root), f"root of {self.name!r}")
+        classes = self.classes or find_classes(root, self.on_error)
+        class_ids = {name: index for index, name in enumerate(classes)}
+        images = _images_by_stem(os.path.join(root, "JPEGImages"))
+        records, seen = [], set()
+        for image_id in tqdm(self._image_ids(root), desc=f"Reading {self.name}", unit="image", delay=3, leave=False):
+            with checker.record("image"):
+                if image_id in seen:
+                    raise DataError("image listed twice", f"{image_id} in split {self.split!r} of {root}.")
+                seen.add(image_id)
+                xml = join_inside(os.path.join(root, "Annotations"), f"{image_id}.xml", f"split {self.split!r}")
+                annotation = parse_xml(xml)
+                image = _find_image(root, images, image_id, annotation, xml)
+                records.append(read_record(annotation, xml, image, image_id, class_ids, checker, self.difficult))
+        return records, {"thing_classes": list(classes)}
+
+    def _image_ids(self, root: str) -> list[str]:
+        path = join_inside(os.path.join(root, "ImageSets", "Main"), f"{self.split}.txt", f"split of {self.name!r}")
+        with PathManager.open(need(path, f"split of {self.name!r}")) as file:
+            return [line.strip() for line in file if line.strip()]
+
+
+def parse_xml(path: str) -> Element:
+    """The root element of an XML file, which may define no entity; a ``DataError`` if it is missing or no such XML."""
+    try:
+        with PathManager.open(path, "rb") as file:
+            return parse(file).getroot()
+    except FileNotFoundError:
+        raise DataError("missing annotation", f"{path} does not exist.") from None
+    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:  # the last two: odd encodings
+        raise DataError("annotation that is not XML", f"{path}: {error}") from error
+
+
+def read_record(
+    annotation: Element, xml: str, image: str, image_id: str, class_ids: dict, checker: Checker, difficult: str = "keep"
+) -> dict:
+    """One image in Detectron2's format, from the root element ``annotation`` of the file ``xml``."""
+    width, height = check_image(image, _declared_size(annotation, xml), xml)
+    annotations = []
+    for number, element in enumerate(annotation.findall("object"), start=1):
+        with checker.record("box"):
+            where = f"{xml}, object {number}"
+            annotations.append(
+                {
+                    "bbox": _read_box(element, (width, height), where),
+                    "bbox_mode": BoxMode.XYXY_ABS,
+                    "category_id": class_id(_class_name(element), class_ids, where),
+                    "iscrowd": int(difficult == "ignore" and element.findtext("difficult", "0").strip() == "1"),
+                }
+            )
+    return {
+        "file_name": image,
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+def _class_name(element: Element) -> str:
+    return element.findtext("name", "").strip()
+
+
+def _declared_size(annotation: Element, xml: str) -> tuple[int, int] | None:
+    if annotation.find("size") is None:
+        return None
+    texts = [annotation.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+    try:
+        return int(texts[0]), int(texts[1])
+    except ValueError:
+        message = f"{xml} gives {texts}, expected two whole numbers (width, height)."
+        raise DataError("size that is not two numbers", message) from None
+
+
+def _read_box(element: Element, size: tuple[int, int], where: str) -> list[float]:
+    texts = [element.findtext(f"bndbox/{side}", "").strip() for side in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        x0, y0, x1, y1 = map(float, texts)
+    except ValueError:
+        raise DataError("box that is not four numbers", f"{where}: {texts}.") from None
+    if x1 <= x0 or y1 <= y0:  # before the shift: a box of no size would else be one pixel wide
+        raise DataError("box of no size", f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}).")
+    return check_box((x0 - 1, y0 - 1, x1, y1), size, where)
+
+
+@functools.lru_cache(maxsize=32)
+def find_classes(root: str, on_error: str) -> tuple[str, ...]:
+    """Every class name in ``root/Annotations``, sorted; ``on_error`` "skip" passes over files that do not parse."""
+    folder = need(os.path.join(root, "Annotations"), "the annotations' folder")
+    files = sorted(name for name in PathManager.ls(folder) if name.endswith(".xml"))
+    names, checker = set(), Checker(root, on_error)
+    for name in tqdm(files, desc=f"Finding the classes of {root}", unit="file", delay=3, leave=False):
+        with checker.record("image"):
+            names.update(map(_class_name, parse_xml(os.path.join(folder, name)).findall("object")))
+    names.discard("")  # an object without a name is refused where its image is read
+    if not names:
+        raise DataError("no classes", f"no object with a name in {folder}/*.xml; give the entry its classes: [...].")
+    return tuple(sorted(names))
+
+
+def _images_by_stem(folder: str) -> dict[str, list[str]]:
+    extensions = Image.registered_extensions()
+    images: dict[str, list[str]] = {}
+    for name in PathManager.ls(need(folder, "the images' folder")):
+        stem, extension = os.path.splitext(name)
+        if extension.lower() in extensions:
+            images.setdefault(stem, []).append(name)
+    return images
+
+
+def _find_image(root: str, images: dict[str, list[str]], image_id: str, annotation: Element, xml: str) -> str:
+    """The image named as the annotation is, with any extension; else, or of several, the one that <filename> names."""
+    folder = os.path.join(root, "JPEGImages")
+    found = images.get(image_id, [])
+    filename = annotation.findtext("filename", "").strip()
+    if len(found) == 1:
+        return os.path.join(folder, found[0])
+    if len(found) > 1 and filename not in found:
+        message = f"{', '.join(sorted(found))} in {folder}; keep one, or name it as <filename> in {xml}."
+        raise DataError("several images", message)
+    if not filename:
+        raise DataError("missing image", f"no {image_id}.* in {folder}, and {xml} has no <filename>.")
+    return join_inside(folder, filename, xml)

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from focal_plugin import add_focal_config
+from focal_plugin.data import FocalDatasetMapper, build_augmentations
+
+
+def make_cfg(*augmentations):
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (40,), 40
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.merge_from_list(["INPUT.AUGMENTATIONS", repr(list(augmentations))])
+    return cfg
+
+
+@pytest.fixture
+def record(tmp_path):
+    """An image of one bright box in the upper left."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[4:16, 3:9] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    box = {"bbox": [3, 4, 9, 16], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+    return {"file_name": str(tmp_path / "a.png"), "height": 40, "width": 60, "annotations": [box]}
+
+
+VFLIP = {"name": "RandomFlip", "prob": 1.0, "horizontal": False, "vertical": True}
+TURN = {"name": "RandomRotation", "angle": [90], "sample_style": "choice"}
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_without_the_key_it_is_detectron2s(record, is_train):
+    ours, theirs = FocalDatasetMapper(make_cfg(), is_train), DatasetMapper(make_cfg(), is_train)
+    assert repr(ours.augmentations) == repr(theirs.augmentations)
+    assert (ours(record)["image"] == theirs(record)["image"]).all()
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "shape", "box"),
+    [
+        ([VFLIP], (40, 60), [3, 24, 9, 36]),
+        ([TURN], (60, 40), [4, 51, 16, 57]),  # counter-clockwise: x, y -> y, 60 - x
+        ([VFLIP, TURN], (60, 40), [24, 51, 36, 57]),
+    ],
+)
+def test_boxes_follow_the_image(record, augmentations, shape, box):
+    sample = FocalDatasetMapper(make_cfg(*augmentations), True)(record)
+    assert sample["image"].shape[1:] == shape
+    np.testing.assert_allclose(sample["instances"].gt_boxes.tensor[0], box, atol=1e-4)
+    ys, xs = np.nonzero(sample["image"][0].numpy() > 127)
+    assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == box
+
+
+def test_not_in_evaluation(record):
+    assert FocalDatasetMapper(make_cfg(TURN), False)(record)["image"].shape[1:] == (40, 60)
+
+
+def test_user_file_with_yaml(tmp_path):
+    cfg = make_cfg()
+    text = "INPUT: {AUGMENTATIONS: [{name: RandomBrightness, intensity_min: 0.8, intensity_max: 1.2}]}"
+    (tmp_path / "a.yaml").write_text(text)
+    cfg.merge_from_file(str(tmp_path / "a.yaml"))
+    (augmentation,) = build_augmentations(cfg)
+    assert isinstance(augmentation, T.RandomBrightness) and augmentation.intensity_min == 0.8
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"name": "RandomMagic"}, "expected a name of"),
+        ({}, "expected a name of"),
+        ("RandomFlip", "expected a name of"),
+        ({"name": "np"}, "expected a name of"),
+        ({"name": "Augmentation"}, "expected a name of"),
+        ({"name": "RandomBrightness", "strength": 2}, "RandomBrightness(intensity_min, intensity_max)"),
+        ({"name": "RandomFlip", "horizontal": False}, "RandomFlip does not take {'horizontal': False}"),
+    ],
+)
+def test_bad_entry(entry, says):
+    with pytest.raises(ValueError, match=r"INPUT\.AUGMENTATIONS\[1\]") as error:
+        build_augmentations(make_cfg(VFLIP, entry))
+    assert says in str(error.value)
