@@ -1,0 +1,123 @@
+"""Which anchors overlap which boxes enough, found on the anchors' grid instead of in a matrix of all pairs."""
+
+from collections.abc import Iterator
+
+import torch
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
+from torch import Tensor
+
+from ..structures import Anchors
+
+_BOXES_AT_ONCE = 256
+_CANDIDATES_AT_ONCE = 2**15
+
+
+class GridPairs:
+    """Searches the pairs of an image's boxes and anchors by IoU.
+
+    An IoU of t needs an intersection of t / (1 + t) times the sum of the two areas. The anchors of one shape stand a
+    stride apart, so those that can intersect a box that much are a window of their grid, a few cells wide, and of most
+    shapes there are none. Only the anchors in the windows are compared with the box, with the arithmetic of
+    ``pairwise_iou``. The windows allow for the rounding of the anchors' coordinates to float32: none is missed.
+
+    Args:
+        anchors: anchors on regular grids, C = ΣA shapes over all levels.
+    """
+
+    def __init__(self, anchors: Anchors):
+        corners, grids, first = [], [], 0
+        levels = zip(anchors.boxes, anchors.grid_sizes, anchors.num_cell_anchors, anchors.strides, strict=True)
+        for boxes, (height, width), num_cell_anchors, stride in levels:
+            corners.append(boxes[:num_cell_anchors])
+            grids += [(first + a, num_cell_anchors, width, height, stride) for a in range(num_cell_anchors)]
+            first += len(boxes)
+        self.boxes = torch.cat(anchors.boxes)  # (R, 4)
+        # One row a shape from here on, in float64: only the anchors themselves are rounded.
+        grids = torch.tensor(grids, dtype=torch.float64, device=anchors.device).view(-1, 5)
+        self.first, self.step, self.width = grids[:, :3].long().unbind(dim=1)  # index of the corner's anchor, next x, W
+        self.size, self.stride = grids[:, 2:4], grids[:, 4:]  # (C, 2) as (W, H), (C, 1)
+        corner = torch.cat(corners).double()  # the anchors of the first location
+        self.low, self.high = corner[:, :2], corner[:, 2:]  # (C, 2)
+        self.sides = self.high - self.low  # (C, 2)
+        self.areas = self.sides.prod(dim=1)  # (C,)
+        # An anchor is off its place by at most `rounding` pixels (a few units in the last place of the largest
+        # coordinate), which changes areas and best intersections by at most the fraction `slack`.
+        reach = corner.abs().amax(dim=1, keepdim=True) + self.stride * self.size.amax(dim=1, keepdim=True)
+        self.rounding = reach * 2.0**-21  # (C, 1)
+        self.slack = 16 * self.rounding[:, 0] / self.sides.amin(dim=1) + 1e-5  # (C,)
+
+    def nearest_iou(self, boxes: Tensor) -> Tensor:
+        """The best IoU of each of the ``boxes`` (G, 4) with the anchors nearest to its centre, one of each shape.
+
+        (G,) float32, 0 for a box that is no box. But for rounding it is the best of all anchors; it is never above.
+        """
+        return torch.cat([self._nearest_iou(part) for part in boxes.split(_BOXES_AT_ONCE)])
+
+    def _nearest_iou(self, boxes: Tensor) -> Tensor:
+        low, high = boxes.double()[:, None].split(2, dim=2)  # (G, 1, 2)
+        cell = ((low + high - self.low - self.high) / (2 * self.stride)).round()  # (G, C, 2) as (x, y)
+        x, y = cell.nan_to_num(0).clamp(min=0).minimum(self.size - 1).long().unbind(dim=2)
+        index = self.first + (y * self.width + x) * self.step  # (G, C)
+        boxes = boxes.repeat_interleave(index.shape[1], dim=0)  # (G·C, 4)
+        iou = matched_pairwise_iou(Boxes(boxes), Boxes(self.boxes.index_select(0, index.flatten()))).view_as(index)
+        return torch.cat([iou.nan_to_num(0), iou.new_zeros(len(iou), 1)], dim=1).amax(dim=1)  # 0 without any shape
+
+    def search(self, boxes: Tensor, min_iou: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All pairs whose IoU is positive and at least ``min_iou`` of the box, in chunks of bounded size.
+
+        Args:
+            boxes: (G, 4) float32.
+            min_iou: (G,) float32.
+
+        Yields:
+            (anchor, box, iou): (M,) int64 indices into the R anchors and the G boxes, and the pairs' float32 IoU, equal
+            bit for bit to ``pairwise_iou``'s. No pair comes twice.
+        """
+        for start in range(0, len(boxes), _BOXES_AT_ONCE):
+            stop = start + _BOXES_AT_ONCE
+            windows = self._windows(boxes[start:stop], min_iou[start:stop])
+            chunk = (windows[:, 0].cumsum(dim=0) - 1) // _CANDIDATES_AT_ONCE
+            for part in windows.split(torch.bincount(chunk).tolist()):
+                anchor, box = _cells(part)
+                box += start
+                # index_select is several times faster than indexing here
+                iou = matched_pairwise_iou(Boxes(boxes.index_select(0, box)), Boxes(self.boxes.index_select(0, anchor)))
+                keep = ((iou >= min_iou.index_select(0, box)) & (iou > 0)).nonzero().squeeze(1)
+                yield anchor.index_select(0, keep), box.index_select(0, keep), iou.index_select(0, keep)
+
+    def _windows(self, boxes: Tensor, min_iou: Tensor) -> Tensor:
+        """The windows that hold every anchor of IoU ≥ ``min_iou``: one row of int64 each, as ``_cells`` takes them."""
+        low, high = boxes.double()[:, None].split(2, dim=2)  # (G, 1, 2)
+        sides = high - low  # (G, 1, 2)
+        # Below float32's normal numbers the IoU itself is rounded coarsely: any overlap is a candidate then.
+        min_iou = torch.where(min_iou < 1e-30, 0, min_iou).double()[:, None]  # (G, 1)
+        most = torch.minimum(sides, self.sides)  # (G, C, 2), the largest overlap on each axis
+        need = (sides.prod(dim=2) + self.areas) * min_iou / (1 + min_iou)  # (G, C), the least intersection
+        need *= (1 - self.slack).clamp(min=0)
+        overlap = need[:, :, None] / most.flip(2) - self.rounding  # (G, C, 2), needed on an axis, the other at its most
+        first = ((low + overlap - self.high) / self.stride).ceil().clamp(min=0)  # (G, C, 2) as (x, y)
+        last = ((high - overlap - self.low) / self.stride).floor().minimum(self.size - 1)
+        extent = (last - first + 1).clamp(min=0)
+        possible = (need <= most.prod(dim=2)) & (most.amin(dim=2) > 0)
+        box, shape = torch.where(possible, extent.prod(dim=2), 0).nonzero(as_tuple=True)  # (number of windows,)
+
+        (x, y), (columns, rows) = first[box, shape].long().unbind(dim=1), extent[box, shape].long().unbind(dim=1)
+        step, width = self.step[shape], self.width[shape]
+        index = self.first[shape] + (y * width + x) * step
+        return torch.stack([columns * rows, columns, box, index, step, step * width], dim=1)
+
+
+def _cells(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The anchor and the box of each cell of some windows, (number of cells,) int64 each.
+
+    Args:
+        windows: rows of (number of cells, columns, box, index of the first anchor, index steps of x and of y).
+    """
+    counts = windows[:, 0]
+    before = counts.cumsum(dim=0) - counts
+    cells = torch.cat([before[:, None], windows[:, 1:]], dim=1).repeat_interleave(counts, dim=0)
+    before, columns, box, index, step_x, step_y = cells.unbind(dim=1)
+    rank = torch.arange(len(cells), device=windows.device) - before
+    y = rank // columns
+    return index + (rank - y * columns) * step_x + y * step_y, box

@@ -1,0 +1,186 @@
+"""The paper's matching rule: bands of IoU, with one between background and foreground that is ignored."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from detectron2.config import configurable
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures.boxes import matched_pairwise_iou
+from torch import Tensor
+
+from ..registry import ANCHOR_MATCHER_REGISTRY
+from ..structures import IGNORED, NEGATIVE, POSITIVE, Anchors
+from .grid_pairs import GridPairs
+
+_LOW_QUALITY = ("none", "detectron1", "detectron2")
+_IOUS_AT_ONCE = 2**20  # of a dense chunk: about 30 MB of temporaries
+
+
+@ANCHOR_MATCHER_REGISTRY.register()
+class IgnoreBandMatcher:
+    """Labels anchors by their best IoU with any box: below .4 background, from .5 positive, else ignored (section 4.1).
+
+    The result is that of Detectron2's ``Matcher``, ties included (the first of equally good boxes wins), but for a box
+    that overlaps no anchor, such as one without area: there it makes every free anchor positive, here none.
+    ``matched`` is Detectron2's too for each anchor that is positive or reaches the lowest threshold; for others it is
+    some valid index.
+
+    Args:
+        thresholds: the bands' lower ends but the first's, ascending, each above 0.
+        labels: each band's label, IGNORED, NEGATIVE or POSITIVE: one more than there are thresholds.
+        low_quality: what a box gets that is not the best of a positive anchor. ``none``: nothing, as in the paper.
+            ``detectron2``: the anchors of its best IoU, equals included, become positive if that IoU is above 0;
+            ``detectron1``: if it reaches the lowest threshold. Such an anchor is matched to its own best box all the
+            same, which may be another one.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    @configurable
+    def __init__(self, *, thresholds: Sequence[float], labels: Sequence[int], low_quality: str = "detectron2"):
+        thresholds, labels = list(thresholds), list(labels)
+        if not thresholds or not thresholds[0] > 0 or not all(low <= high for low, high in pairwise(thresholds)):
+            raise ValueError(
+                f"MODEL.RETINANET.IOU_THRESHOLDS (thresholds) is {thresholds}; "
+                "expected one or more numbers above 0, in ascending order."
+            )
+        if len(labels) != len(thresholds) + 1 or not set(labels) <= {IGNORED, NEGATIVE, POSITIVE}:
+            raise ValueError(
+                f"MODEL.RETINANET.IOU_LABELS (labels) is {labels}; expected one more than IOU_THRESHOLDS, that is "
+                f"{len(thresholds) + 1}, each {IGNORED} (ignored), {NEGATIVE} (background) or {POSITIVE} (positive)."
+            )
+        if low_quality not in _LOW_QUALITY:
+            raise ValueError(
+                f"MODEL.FOCAL.MATCHER.LOW_QUALITY (low_quality) is {low_quality!r}; "
+                f"expected one of {', '.join(_LOW_QUALITY)}."
+            )
+        self.thresholds = [float(threshold) for threshold in thresholds]
+        self.labels = [int(label) for label in labels]
+        self.low_quality = low_quality
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {
+            "thresholds": cfg.MODEL.RETINANET.IOU_THRESHOLDS,
+            "labels": cfg.MODEL.RETINANET.IOU_LABELS,
+            "low_quality": cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY,
+        }
+
+    def __call__(self, anchors: Anchors | Tensor, instances: Instances | None = None) -> tuple[Tensor, Tensor]:
+        """Match the boxes of one image.
+
+        Args:
+            anchors: R anchors; or, without ``instances``, a (G, R) matrix of the IoU of G boxes and R anchors.
+            instances: the image's ``Instances``, with ``gt_boxes``.
+
+        Returns:
+            ``matched`` (R,) int64, the index of each anchor's box, and ``labels`` (R,) int8.
+
+        Raises:
+            ValueError: the matrix has not two dimensions, or a value that is negative or NaN.
+        """
+        if isinstance(anchors, Tensor):
+            if anchors.dim() != 2 or not (anchors >= 0).all():
+                raise ValueError(f"Expected a (G, R) matrix of IoU, each ≥ 0; found shape {tuple(anchors.shape)}.")
+            return self._match_rows([anchors] if anchors.numel() else [], anchors.new_zeros(anchors.shape[1]))
+
+        boxes = instances.gt_boxes
+        if anchors.cell_anchors is None or self.labels[0] == POSITIVE:  # or every anchor's best box is asked for
+            return self._match_rows(_iou_rows(boxes, anchors), boxes.tensor.new_zeros(len(anchors)))
+        return self._match_grid(GridPairs(anchors), boxes.tensor)
+
+    def _match_rows(self, rows: Iterable[Tensor], best: Tensor) -> tuple[Tensor, Tensor]:
+        """Match by the IoU matrix, given as some rows at a time. ``best`` is (R,) zeros."""
+        matched = torch.zeros_like(best, dtype=torch.int64)
+        is_extra = torch.zeros_like(best, dtype=torch.bool)
+        start = 0
+        for iou in rows:  # (some of G, R)
+            value, box = iou.max(dim=0)
+            matched = torch.where(value > best, box + start, matched)  # > : the first box wins a tie
+            best = torch.maximum(best, value)
+            of_box = iou.amax(dim=1, keepdim=True)
+            is_extra |= ((iou == of_box) & self._is_worth(of_box)).any(dim=0)
+            start += len(iou)
+        return matched, self._label(best, is_extra)
+
+    def _match_grid(self, grid: GridPairs, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Match by the pairs of ``grid`` that can matter, never by the matrix."""
+        lowest = self.thresholds[0]
+        best_of_box = boxes.new_zeros(len(boxes))
+        if self.low_quality == "detectron2":
+            best_of_box = grid.nearest_iou(boxes)
+            min_iou = best_of_box.clamp(max=lowest)
+        else:
+            min_iou = torch.full_like(best_of_box, lowest)
+
+        keys = torch.zeros(len(grid.boxes), dtype=torch.int64, device=boxes.device)
+        best_pairs = []  # per chunk, the pairs that are the best of their box so far
+        for anchor, box, iou in grid.search(boxes, min_iou):
+            keys.scatter_reduce_(0, anchor, _pack(iou, box), "amax")
+            best_of_box.scatter_reduce_(0, box, iou, "amax")
+            is_best = iou == best_of_box.index_select(0, box)
+            best_pairs.append((anchor[is_best], box[is_best], iou[is_best]))
+        is_extra = torch.zeros_like(keys, dtype=torch.bool)
+        for anchor, box, iou in best_pairs:
+            is_extra[anchor[(iou == best_of_box[box]) & self._is_worth(iou)]] = True
+
+        found = keys.nonzero().squeeze(1)  # (M,) anchors in any pair, in place of R from here on
+        best, box = _unpack(keys[found])
+        is_extra = is_extra[found]
+        weak = (is_extra & (best < lowest)).nonzero().squeeze(1)  # below the lowest threshold not every pair was found
+        if len(weak):
+            box[weak] = _best_boxes(grid.boxes[found[weak]], boxes)
+        matched, labels = torch.zeros_like(keys), torch.full_like(keys, self.labels[0], dtype=torch.int8)
+        matched[found], labels[found] = box, self._label(best, is_extra)
+        return matched, labels
+
+    def _is_worth(self, best_of_box: Tensor) -> Tensor:
+        """Whether a box of this best IoU makes its best anchors positive."""
+        if self.low_quality == "none":
+            return torch.zeros_like(best_of_box, dtype=torch.bool)
+        return best_of_box >= self.thresholds[0] if self.low_quality == "detectron1" else best_of_box > 0
+
+    def _label(self, best: Tensor, is_extra: Tensor) -> Tensor:
+        """The int8 label of each anchor from its best IoU; positive where ``is_extra``."""
+        labels = torch.full_like(best, self.labels[0], dtype=torch.int8)
+        for threshold, label in zip(self.thresholds, self.labels[1:]):
+            labels.masked_fill_(best >= threshold, label)
+        return labels.masked_fill_(is_extra, POSITIVE)
+
+
+def _iou_rows(boxes: Boxes, anchors: Anchors) -> Iterator[Tensor]:
+    """The (G, R) matrix of IoU, some rows at a time."""
+    flat = Boxes(torch.cat(anchors.boxes))
+    rows = max(_IOUS_AT_ONCE // max(len(flat), 1), 1)
+    for start in range(0, len(boxes) if len(flat) else 0, rows):
+        yield pairwise_iou(boxes[start : start + rows], flat)
+
+
+def _pack(iou: Tensor, box: Tensor) -> Tensor:
+    """One int64 for an IoU > 0 and a box: the largest has the largest IoU and, of equals, the first box.
+
+    (Positive floats are in the order of their bits.) 0 stands for IoU 0 and the first box.
+    """
+    return (iou.view(torch.int32).long() << 32) - box
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The IoU and the box of each of ``_pack``'s keys."""
+    bits = (keys + (2**32 - 1)) >> 32
+    return bits.int().view(torch.float32), (bits << 32) - keys
+
+
+def _best_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """The (n,) index of the best of the ``boxes`` (G, 4) for each of the ``anchors`` (n, 4), the first of equals."""
+    matched = []
+    left, top, right, bottom = boxes.unbind(dim=1)  # (G,)
+    for part in anchors.split(max(_IOUS_AT_ONCE // len(boxes), 1)):
+        x0, y0, x1, y1 = part[:, :, None].unbind(dim=1)  # (n, 1)
+        anchor, box = ((x0 < right) & (left < x1) & (y0 < bottom) & (top < y1)).nonzero(as_tuple=True)
+        iou = matched_pairwise_iou(Boxes(boxes.index_select(0, box)), Boxes(part.index_select(0, anchor)))
+        keys = torch.zeros(len(part), dtype=torch.int64, device=boxes.device)
+        keys.scatter_reduce_(0, anchor, _pack(iou, box), "amax")
+        matched.append(_unpack(keys)[1])
+    return torch.cat(matched)
