@@ -1,0 +1,52 @@
+"""What a user sees while a run goes on: little on the screen, all of it in ``OUTPUT_DIR/log.txt``."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventWriter
+
+
+@contextmanager
+def off_screen(name: str) -> Iterator[None]:
+    """Inside, what the logger ``name`` logs below a warning goes to its files and not to the screen."""
+    target = logging.getLogger(name)
+
+    def to_files(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            return True
+        for handler in target.handlers:  # looked up at each record: Detectron2's default_setup adds them as it goes
+            if getattr(handler, "stream", None) not in (sys.stdout, sys.stderr):
+                handler.handle(record)
+        return False
+
+    # A filter of a logger sees only what that very logger is called with, so its children get it too.
+    children = [logger for child, logger in logging.root.manager.loggerDict.items() if child.startswith(f"{name}.")]
+    loggers = [target, *(child for child in children if isinstance(child, logging.Logger))]
+    for logger in loggers:
+        logger.addFilter(to_files)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(to_files)
+
+
+class EarlyWriter(HookBase):
+    """Writes after the first step of a run, to show that it lives, and after the fifth, when the time left is known.
+
+    Args:
+        writers: those that Detectron2's ``PeriodicWriter`` calls from then on.
+    """
+
+    def __init__(self, writers: list[EventWriter]):
+        self.writers = writers
+
+    def after_step(self) -> None:
+        """Write, if it is one of the two steps and not the last one, which is written anyway."""
+        step = self.trainer.iter + 1
+        if step - self.trainer.start_iter in (1, 5) and step < self.trainer.max_iter:
+            for writer in self.writers:
+                writer.write()

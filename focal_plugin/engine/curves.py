@@ -1,0 +1,65 @@
+"""A run's loss, learning rate and AP as curves."""
+
+import json
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_LOSSES = {"total_loss": "total", "loss_cls": "classification", "loss_box_reg": "box"}
+_METRICS = ("AP", "AP50")
+
+
+def read_metrics(path: str) -> dict[str, tuple[list[int], list[float]]]:
+    """The series in a ``metrics.json`` of Detectron2's: for each name its iterations and values, in order.
+
+    A run that starts again, or resumes from an earlier iteration, appends to the file; what it does again replaces what
+    was there. A line cut off in the middle, as a killed run leaves it, is passed over.
+    """
+    lines: list[dict] = []
+    with open(path) as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            while lines and lines[-1]["iteration"] >= line["iteration"]:
+                lines.pop()
+            lines.append(line)
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            iterations, values = series.setdefault(name, ([], []))
+            iterations.append(line["iteration"])
+            values.append(value)
+    return series
+
+
+def save_curves(path: str, metrics_json: str) -> None:
+    """Draw the losses, the learning rate and, if there was an evaluation, the AP of ``metrics_json`` to a PNG."""
+    series = read_metrics(metrics_json)
+    # "bbox/AP", or "<data set>/bbox/AP" if there are several test sets
+    metrics = [name for name in series if name.rpartition("/")[2] in _METRICS]
+    num_panels = 3 if metrics else 2
+    figure = Figure(figsize=(4.4 * num_panels, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, num_panels)
+
+    losses = {name: label for name, label in _LOSSES.items() if name in series}
+    for name, label in losses.items():
+        panels[0].plot(*series[name], label=label, linewidth=2 if name == "total_loss" else 1.3)
+    panels[0].set(title="Loss", yscale="log")
+    panels[1].plot(*series.get("lr", ([], [])), color="tab:gray", linewidth=2)
+    panels[1].set(title="Learning rate", ylim=(0, None))
+    for name in metrics:
+        iterations, values = series[name]
+        label = name.replace("/bbox/", " ").removeprefix("bbox/")
+        panels[2].plot(iterations, values, marker="o", markersize=4, linewidth=2, label=f"{label}  {values[-1]:.1f}")
+    if metrics:
+        panels[2].set(title="AP on the test set (%)", ylim=(0, None))
+    for panel in panels:
+        panel.set_xlabel("iteration")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(frameon=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,111 @@
+"""From a command line to a config that is ready to run."""
+
+import logging
+import os
+import sys
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import add_focal_config
+from ..data import check_num_classes, register_local_datasets
+from ..registry import import_user_modules
+from .advice import advise
+from .console import off_screen
+
+logger = logging.getLogger(__name__)
+
+
+def find_config(name: str) -> str:
+    """The path of the config file ``name``: a file, or a name of Detectron2's model zoo such as
+    ``COCO-Detection/retinanet_R_50_FPN_1x.yaml``.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if os.path.exists(name) or "://" in name:
+        return name
+    from detectron2 import model_zoo  # only here, since it needs a setuptools that not everyone has
+
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"--config-file {name}: there is no such file in {os.getcwd()}, and no such name in Detectron2's model zoo."
+        ) from None
+
+
+def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -> CfgNode:
+    """Detectron2's defaults and the plugin's, then the file, then ``KEY VALUE`` pairs. The config is not frozen.
+
+    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered. Without a
+    GPU, ``MODEL.DEVICE`` becomes ``cpu``.
+    """
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    if config_file:
+        cfg.merge_from_file(find_config(config_file))
+    cfg.merge_from_list(list(opts))
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    import_user_modules(cfg)
+    register_local_datasets(cfg)
+    return cfg
+
+
+def usable_device(device: str) -> str:
+    """``device``, or ``cpu`` where it is a GPU and there is none."""
+    return "cpu" if torch.device(device).type == "cuda" and not torch.cuda.is_available() else device
+
+
+def start_run(cfg: CfgNode, args) -> None:
+    """What comes before training or evaluation: logs, seed, config.yaml, advice, and the number of classes checked.
+
+    Args:
+        cfg: the whole config.
+        args: the parsed command line.
+    """
+    start_logs(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
+    for message in advise(cfg):
+        logger.warning(message)
+    if args.eval_only:  # the training set need not be there
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TRAIN = ()
+    check_num_classes(cfg)
+
+
+def start_logs(cfg, args, output_dir: str, device: str) -> None:
+    """Detectron2's ``default_setup`` (seed, log files, config.yaml), its hundreds of lines kept off the screen.
+
+    Args:
+        cfg: a ``CfgNode`` or a LazyConfig.
+        args: the parsed command line.
+        output_dir: the run's folder.
+        device: what the model will run on.
+    """
+    with off_screen("detectron2"):
+        default_setup(cfg, args)
+    plugin_logger = setup_logger(output_dir, distributed_rank=comm.get_rank(), name="focal_plugin")
+    for handler in plugin_logger.handlers:
+        if handler.stream is sys.stdout:  # every record that was left out, and the like: for the file alone
+            handler.setLevel(logging.INFO)
+    logger.info(f"Config: {args.config_file or 'defaults'}. In full: {output_dir}/config.yaml. Log: log.txt there.")
+    if torch.device(device).type == "cpu":
+        _prepare_cpu()
+
+
+def _prepare_cpu() -> None:
+    """Say that the CPU it is, and let the processes of a machine share its cores unless the user has divided them."""
+    processes = comm.get_world_size()
+    if processes > 1 and torch.distributed.get_backend() == "nccl":
+        raise ValueError(
+            f"MODEL.DEVICE is cpu, but the {processes} processes would talk through their GPUs. To use the CPU alone, "
+            "set CUDA_VISIBLE_DEVICES to nothing in the environment."
+        )
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
+    reason = "Running on the CPU" if torch.cuda.is_available() else "No GPU found: running on the CPU"
+    logger.info(f"{reason}, {processes} process{'es' * (processes > 1)} of {torch.get_num_threads()} threads.")

@@ -1,0 +1,174 @@
+"""Detectron2's ``DefaultTrainer`` on GPUs and CPUs."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..data import FocalDatasetMapper
+from .console import EarlyWriter, off_screen
+from .report import draw_curves, draw_detections, log_report
+from .step import StepTrainer, amp_precision, data_parallel
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains the model of a config as Detectron2's ``DefaultTrainer`` does; its classmethods and hooks are the same.
+
+    It also runs on CPUs, in one process or many; computes in mixed precision there too (``SOLVER.AMP``), in parts
+    (``SOLVER.ACCUMULATE``) and channels-last (``MODEL.FOCAL.CHANNELS_LAST``); evaluates each test set by its kind; and
+    ends with the results, pictures (``VIS``) and what it wrote. Checkpoints go back and forth between the two.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)  # not DefaultTrainer's: it assumes GPUs for many processes and for mixed precision
+        for name in ("detectron2", "focal_plugin"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(name=name)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        _check_accumulate(cfg)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        model = data_parallel(model)
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            precision=amp_precision(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE),
+            accumulate=cfg.SOLVER.ACCUMULATE,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; says so when a new run is about to replace an earlier one's files."""
+        if not resume and self.checkpointer.has_checkpoint():
+            logger.warning(
+                f"{self.cfg.OUTPUT_DIR} holds an earlier run, whose checkpoints this one replaces as it goes. To go on "
+                "with that run instead, use --resume; to keep it, set another OUTPUT_DIR."
+            )
+        super().resume_or_load(resume)
+
+    def train(self) -> dict | None:
+        """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
+        super().train()
+        if not comm.is_main_process():
+            return None
+        results = getattr(self, "_last_eval_results", {})
+        self.report(self.cfg, self.model, results)
+        return results
+
+    @classmethod
+    def report(cls, cfg: CfgNode, model: nn.Module, results: dict) -> None:
+        """Draw what ``VIS`` asks for, and log the results and the files of the run. For the main process."""
+        names = cfg.DATASETS.TEST
+        if cfg.VIS.ENABLED:
+            draw_curves(cfg.OUTPUT_DIR)
+        if cfg.VIS.ENABLED and names:
+            with off_screen("detectron2"):
+                loader = cls.build_test_loader(cfg, names[0])
+            draw_detections(
+                cfg.OUTPUT_DIR,
+                model,
+                loader,
+                names[0],
+                image_format=cfg.INPUT.FORMAT,
+                num_images=cfg.VIS.NUM_IMAGES,
+                score_thresh=cfg.VIS.SCORE_THRESH,
+            )
+        log_report(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's, and one that shows the first signs of life."""
+        hooks = super().build_hooks()
+        if comm.is_main_process():
+            hooks.append(EarlyWriter(self.writers))
+        return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's: the screen, metrics.json and TensorBoard."""
+        self.writers = super().build_writers()
+        return self.writers
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model of the config on its device, in its memory format."""
+        model = build_model(cfg)
+        if cfg.MODEL.FOCAL.CHANNELS_LAST:
+            use_channels_last(model)
+        log_model(model)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Detectron2's, with the mapper that knows ``INPUT.AUGMENTATIONS``."""
+        return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """The evaluator of a data set's kind, its metadata's ``evaluator_type``; COCO's where it names none.
+
+        Raises:
+            NotImplementedError: there is none here for that kind.
+        """
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        if kind == "coco":
+            # COCO's metric looks at 100 detections an image, and at more where the user has asked the model for more.
+            most = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100)
+            # A set without a JSON file gets one here, a new one each run: it may have changed since the last.
+            return COCOEvaluator(
+                dataset_name, output_dir=output_folder, max_dets_per_image=most, allow_cached_coco=False
+            )
+        if kind == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=output_folder)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise NotImplementedError(
+            f"{dataset_name!r} of DATASETS.TEST is of evaluator type {kind!r}; expected coco, lvis or pascal_voc. "
+            "For others, override build_evaluator of focal_plugin.engine.Trainer."
+        )
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Let ``model`` keep its weights, and the images its backbone gets, in memory as (N, H, W, C); in place."""
+    model.to(memory_format=torch.channels_last)
+    model.backbone.register_forward_pre_hook(
+        lambda module, args: (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+    )
+
+
+def log_model(model: nn.Module) -> None:
+    """Log ``model`` in full to the files, in a line to the screen."""
+    with off_screen("focal_plugin"):
+        logger.info(f"Model:\n{model}")
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info(f"{type(model).__name__} of {sum(sizes) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them trained.")
+
+
+def _check_accumulate(cfg: CfgNode) -> None:
+    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if not 1 <= cfg.SOLVER.ACCUMULATE <= max(images, 1):
+        raise ValueError(
+            f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}; expected 1 to {images}, the images a process has in a step "
+            f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {comm.get_world_size()} processes)."
+        )

@@ -1,0 +1,80 @@
+"""A data set and a detector so small that a training step takes a fraction of a second."""
+
+import focal_plugin  # noqa: F401  # before Detectron2, whose deprecation warnings it keeps away
+
+# isort: split
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+CLASSES = ["square", "disc"]
+
+
+@pytest.fixture
+def one_thread():
+    """As many threads as such small tensors can use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_shapes(folder: Path, name: str, num_images: int, seed: int) -> dict:
+    """A COCO data set of 64 px images, each with one to three shapes, and its entry for ``DATASETS.LOCAL``."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    (folder / name).mkdir(parents=True)
+    for number in range(num_images):
+        image = rng.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+        for _ in range(rng.integers(1, 4)):
+            size, category = int(rng.integers(12, 32)), int(rng.integers(2))
+            x, y = (int(v) for v in rng.integers(0, 64 - size, 2))
+            color = [int(v) for v in rng.integers(120, 255, 3)]
+            if category == 0:
+                cv2.rectangle(image, (x, y), (x + size - 1, y + size - 1), color, -1)
+            else:
+                cv2.ellipse(image, (x + size // 2, y + size // 2), (size // 2, size // 2), 0, 0, 360, color, -1)
+            box = {"bbox": [x, y, size, size], "area": size * size, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category + 1, **box})
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
+        cv2.imwrite(str(folder / name / f"{number}.png"), image)
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return {"name": name, "format": "coco", "json": str(folder / f"{name}.json"), "images": str(folder / name)}
+
+
+@pytest.fixture
+def tiny_config(tmp_path, one_thread):
+    """The path of a YAML config: a small FocalRetinaNet, 6 training and 4 test images, 4 steps of 2 images."""
+    entries = [write_shapes(tmp_path, "shapes_train", 6, seed=0), write_shapes(tmp_path, "shapes_test", 4, seed=1)]
+    config = {
+        "VERSION": 2,
+        "SEED": 1,
+        "OUTPUT_DIR": str(tmp_path / "output"),
+        "MODEL": {
+            "META_ARCHITECTURE": "FocalRetinaNet",
+            "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone", "FREEZE_AT": 0},
+            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "OUT_FEATURES": ["res3", "res4", "res5"], "NORM": "GN"},
+            "FPN": {"IN_FEATURES": ["res3", "res4", "res5"], "OUT_CHANNELS": 16},
+            "ANCHOR_GENERATOR": {"SIZES": [[8, 12], [16, 24], [32, 48], [64, 96], [128, 192]]},
+            "RETINANET": {"NUM_CLASSES": 2, "NUM_CONVS": 1},
+        },
+        "DATASETS": {"LOCAL": entries, "TRAIN": ["shapes_train"], "TEST": ["shapes_test"]},
+        "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},
+        "DATALOADER": {"NUM_WORKERS": 0},
+        "SOLVER": {"IMS_PER_BATCH": 2, "BASE_LR": 0.001, "MAX_ITER": 4, "STEPS": [], "WARMUP_ITERS": 1},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    yield str(path)
+    for entry in entries:
+        if entry["name"] in DatasetCatalog:
+            DatasetCatalog.remove(entry["name"])
+            MetadataCatalog.remove(entry["name"])

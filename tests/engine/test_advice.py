@@ -1,0 +1,66 @@
+"""Advice is given for the mistake, names what to set, and is silent for configs that are right."""
+
+import pytest
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+
+from focal_plugin import add_focal_config
+from focal_plugin.engine import advise
+
+
+def config(*opts):
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "FocalRetinaNet", *opts])
+    return cfg
+
+
+@pytest.mark.parametrize("schedule", ["R_50_FPN_1x", "R_50_FPN_3x", "R_101_FPN_3x"])
+def test_the_zoo_needs_no_advice(schedule):
+    assert advise(model_zoo.get_config(f"COCO-Detection/retinanet_{schedule}.yaml")) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "scaled", "longer"), [(8, "0.005", "2"), (2, "0.00125", "8"), (1, "0.000625", "16")]
+)
+def test_the_learning_rate_of_a_larger_batch(images, scaled, longer):
+    (message,) = advise(config("SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", images))
+    assert f"SOLVER.BASE_LR {scaled}," in message and f"{longer} times" in message
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 16],
+        ["SOLVER.BASE_LR", 0.00125, "SOLVER.IMS_PER_BATCH", 2],
+        ["SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
+    ],
+    ids=["the reference", "scaled", "clipped"],
+)
+def test_a_learning_rate_that_is_meant(opts):
+    assert advise(config(*opts)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("NUM_CLASSES", 3),
+        ("SCORE_THRESH_TEST", 0.3),
+        ("NMS_THRESH_TEST", 0.6),
+        ("IOU_THRESHOLDS", [0.3]),
+        ("IOU_LABELS", [0, 0]),
+    ],
+)
+def test_keys_of_two_stage_models(key, value):
+    (message,) = advise(config(f"MODEL.ROI_HEADS.{key}", value))
+    assert f"MODEL.ROI_HEADS.{key}" in message and f"MODEL.RETINANET.{key}" in message
+    # Harmless where the key that counts says the same, and right where the model does read it.
+    assert advise(config(f"MODEL.ROI_HEADS.{key}", value, f"MODEL.RETINANET.{key}", value)) == []
+    assert advise(config(f"MODEL.ROI_HEADS.{key}", value, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")) == []
+
+
+def test_advice_changes_nothing():
+    cfg = config("SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 2, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    before = cfg.dump()
+    assert len(advise(cfg)) == 2
+    assert cfg.dump() == before

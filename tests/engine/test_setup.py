@@ -1,0 +1,101 @@
+"""A command line becomes a config; what cannot be right is said before anything runs."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+
+from focal_plugin.engine import find_config, load_config, start_run
+from focal_plugin.engine.setup import usable_device
+
+ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+def test_a_config_is_a_file_or_a_name_of_the_zoo(tmp_path, monkeypatch):
+    assert Path(find_config(ZOO)).is_file()
+    (tmp_path / "COCO-Detection").mkdir()
+    (tmp_path / ZOO).write_text("VERSION: 2\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_config(ZOO) == ZOO  # a file of one's own comes first
+    with pytest.raises(FileNotFoundError, match=r"missing\.yaml: there is no such file in .*model zoo"):
+        find_config("missing.yaml")
+
+
+def test_a_stock_config_and_one_line():
+    cfg = load_config(ZOO, ["MODEL.META_ARCHITECTURE", "FocalRetinaNet"])
+    assert cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet"
+    assert cfg.MODEL.FOCAL.CLS_LOSS.NAME == "SigmoidFocalLoss"
+    assert cfg.SOLVER.BASE_LR == 0.01
+    assert not cfg.is_frozen()
+
+
+def test_defaults_without_a_file():
+    assert load_config().MODEL.FOCAL.HEAD.NAME == "FocalRetinaNetHead"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])
+def test_device(monkeypatch, gpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert usable_device(device) == (device if gpu else "cpu")
+
+
+def test_user_modules_and_local_sets(tiny_config, tmp_path, monkeypatch):
+    (tmp_path / "module_of_a_user.py").write_text("imported = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_config(tiny_config, ["MODEL.FOCAL.IMPORTS", ["module_of_a_user"]])
+    import module_of_a_user
+
+    assert module_of_a_user.imported
+    assert "shapes_train" in DatasetCatalog
+
+
+@pytest.fixture
+def start(tiny_config):
+    """Start a run of the tiny config with some keys changed."""
+
+    def start(*opts, eval_only=False):
+        cfg = load_config(tiny_config, opts)
+        cfg.freeze()
+        start_run(cfg, Namespace(config_file=tiny_config, eval_only=eval_only))
+        return cfg
+
+    return start
+
+
+def test_the_screen_is_short_and_the_log_is_not(start, capfd, tmp_path):
+    start("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3)
+    screen = capfd.readouterr().out
+    assert len(screen.splitlines()) <= 5
+    assert "MODEL.RETINANET.SCORE_THRESH_TEST" in screen
+    if not torch.cuda.is_available():
+        assert screen.count("No GPU found") == 1
+    log = (tmp_path / "output" / "log.txt").read_text()
+    assert "Running with full config" in log and "Environment info" in log and "SCORE_THRESH_TEST" in log
+    assert (tmp_path / "output" / "config.yaml").is_file()
+
+
+def test_the_number_of_classes_is_checked(start, tmp_path):
+    with pytest.raises(ValueError, match=r"MODEL\.RETINANET\.NUM_CLASSES is 5.*2 classes"):
+        start("MODEL.RETINANET.NUM_CLASSES", 5)
+    (tmp_path / "shapes_train.json").unlink()
+    start(eval_only=True)  # the training set may be elsewhere
+    with pytest.raises(ValueError, match=r"MODEL\.RETINANET\.NUM_CLASSES is 5"):
+        start("MODEL.RETINANET.NUM_CLASSES", 5, eval_only=True)
+
+
+@pytest.fixture(autouse=True)
+def restore_loggers():
+    """Take the handlers off again that a run adds, which write to its own log and this test's screen."""
+    from detectron2.utils.logger import setup_logger
+
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "focal_plugin")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    setup_logger.cache_clear()
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before):
+        logger.handlers, logger.propagate, logger.level = handlers, propagate, level
+    setup_logger.cache_clear()

@@ -1,0 +1,170 @@
+"""A step is Detectron2's step, on the CPU too, at any precision, at once or in parts."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from focal_plugin.engine import StepTrainer
+from focal_plugin.engine.step import amp_precision, data_parallel
+
+
+class Model(nn.Module):
+    """Two losses of a two-layer network; the mean over the images of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.dtypes = set()
+
+    def forward(self, batch):
+        out = self.layers(torch.stack([image["image"] for image in batch]))  # (N, 2)
+        self.dtypes.add(out.dtype)
+        return {"loss_cls": out[:, 0].float().square().mean(), "loss_box_reg": out[:, 1].float().abs().mean()}
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [[{"image": torch.randn(4, generator=generator), "file_name": f"{i}.png"} for i in range(6)] for _ in "1234"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def make(model, batches, cls=StepTrainer, momentum=0.9, **kwargs):
+    return cls(model, batches, torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum), **kwargs)
+
+
+def run(trainer, steps=4):
+    """Its storage after ``steps`` steps."""
+    trainer.train(0, steps)
+    return trainer.storage
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 6])
+def test_the_steps_of_detectron2(model, batches, accumulate):
+    twin = copy.deepcopy(model)
+    ours = run(make(model, batches, accumulate=accumulate))
+    theirs = run(make(twin, batches, SimpleTrainer))
+    for mine, reference in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine, reference)
+    for name in ("total_loss", "loss_cls", "loss_box_reg"):
+        values, expected = (storage.history(name).values() for storage in (ours, theirs))
+        assert values == [(pytest.approx(value, rel=1e-5), iteration) for value, iteration in expected]
+    assert ours.histories().keys() == theirs.histories().keys()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_mixed_precision_on_a_cpu(model, batches, precision, accumulate):
+    twin = copy.deepcopy(model)
+    trainer = make(model, batches, precision=precision, accumulate=accumulate)
+    if precision == torch.float16:  # at its usual scale it skips the first steps until nothing overflows
+        trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    run(trainer)
+    run(make(twin, batches))
+    assert model.dtypes == {precision} and twin.dtypes == {torch.float32}
+    for mine, reference in zip(model.parameters(), twin.parameters()):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, reference, rtol=0.05, atol=0.02)
+
+
+def test_float16_skips_a_step_whose_gradients_overflow(model, batches):
+    trainer = make(model, batches, precision=torch.float16)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = copy.deepcopy(model.state_dict())
+    run(trainer, 1)
+    torch.testing.assert_close(model.state_dict(), before)
+    assert trainer.grad_scaler.get_scale() == 2.0**119
+
+
+def test_a_model_with_one_loss(model, batches):
+    class Sum(Model):
+        def forward(self, batch):
+            return sum(super().forward(batch).values())
+
+    storage = run(make(Sum(), batches))
+    assert len(storage.history("total_loss").values()) == 4
+    assert "loss_cls" not in storage.histories()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler")
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("theirs", [SimpleTrainer, AMPTrainer])
+def test_states_are_detectron2s(model, batches, precision, theirs):
+    ours = make(model, batches, precision=precision)
+    run(ours)
+    reference = make(copy.deepcopy(model), batches, theirs)
+    saved, known = ours.state_dict(), reference.state_dict()
+    assert ("grad_scaler" in saved) == (precision == torch.float16)
+    assert saved.keys() - {"grad_scaler"} == known.keys() - {"grad_scaler"}
+    if theirs is SimpleTrainer or precision == torch.float16:  # an AMPTrainer insists on a scaler
+        reference.load_state_dict(saved)
+        assert reference.iter == ours.iter
+    ours.load_state_dict(known)  # as fresh as theirs
+    assert ours.iter == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model, batches):
+    batches[2][3]["image"] = torch.full((4,), float("nan"))
+    weights = []
+    trainer = make(model, batches)
+    trainer.after_backward = lambda: weights.append(copy.deepcopy(model.state_dict()))
+    with pytest.raises(FloatingPointError, match=r"iteration 2, learning rate 0\.1") as error:
+        run(trainer)
+    assert "3.png" in str(error.value) and "SOLVER.BASE_LR" in str(error.value)
+    torch.testing.assert_close(model.state_dict(), weights[-1])
+
+
+def test_eval_mode_is_refused(model, batches):
+    trainer = make(model, batches)
+    model.eval()
+    with pytest.raises(AssertionError, match="eval mode"), EventStorage():
+        trainer.run_step()
+
+
+@pytest.mark.parametrize(
+    ("enabled", "name", "device", "expected"),
+    [
+        (False, "float16", "cuda", None),
+        (True, "", "cuda", torch.float16),
+        (True, "", "cuda:1", torch.float16),
+        (True, "", "cpu", torch.bfloat16),
+        (True, "bfloat16", "cuda", torch.bfloat16),
+        (True, "float16", "cpu", torch.float16),
+    ],
+)
+def test_precision(enabled, name, device, expected):
+    assert amp_precision(enabled, name, device) == expected
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match=r"SOLVER\.AMP\.DTYPE is 'fp8'.*float16, bfloat16"):
+        amp_precision(True, "fp8", "cpu")
+
+
+def test_one_process_needs_no_wrapper(model):
+    assert data_parallel(model) is model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_gpu(model, batches, precision, accumulate):
+    twin = copy.deepcopy(model)
+    run(make(twin, batches))
+    for image in (image for batch in batches for image in batch):
+        image["image"] = image["image"].cuda()
+    trainer = make(model.cuda(), batches, precision=precision, accumulate=accumulate)
+    if precision == torch.float16:
+        trainer.grad_scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    run(trainer)
+    for mine, reference in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine.cpu(), reference, rtol=0.05, atol=0.02)

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector from a config.
+
+As Detectron2's tools/train_net.py and lazyconfig_train_net.py, for YAML and .py configs, on GPUs or on the CPU:
+
+    train_net.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml --num-gpus 8
+    train_net.py --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml MODEL.META_ARCHITECTURE FocalRetinaNet
+    train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import logging
+import os
+import sys
+
+from focal_plugin.engine import Trainer, find_config, lazy, load_config, start_run
+
+# isort: split
+# After the plugin, which imports Detectron2 without its deprecation warnings.
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+logger = logging.getLogger("focal_plugin.train_net")
+
+
+def setup(args) -> CfgNode:
+    """The config of the command line, frozen, with the run's log files open."""
+    if args.config_file:
+        args.config_file = find_config(args.config_file)
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    start_run(cfg, args)
+    return cfg
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> dict:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
+    model = Trainer.build_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        logger.warning(
+            "No weights given: what follows is an untrained model. Add MODEL.WEIGHTS and a path, or --resume for the "
+            "last checkpoint in OUTPUT_DIR."
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        Trainer.report(cfg, model, results)
+        verify_results(cfg, results)
+    return results
+
+
+def main(args):
+    """What each process does."""
+    if args.config_file.endswith(".py"):
+        return lazy.main(args)
+    cfg = setup(args)
+    if args.eval_only:
+        return evaluate(cfg, args.resume)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # so that MODEL.FOCAL.IMPORTS finds modules of the folder it is run from
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
