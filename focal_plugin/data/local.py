@@ -40,7 +40,10 @@ class LocalDataset:
         checker.report(records)
         if not records:
             raise DataError("no image", f"in data set {self.entry.name!r}: none is listed, or all were left out.")
-        MetadataCatalog.get(self.entry.name).set(**metadata)
+        known = MetadataCatalog.get(self.entry.name)
+        if known.get("json_file"):  # an evaluator was built before any loader, and has these records written to a file
+            metadata.pop("json_file", None)
+        known.set(**metadata)
         return pickle.dumps(records)
 
 

@@ -221,6 +221,18 @@ def test_evaluation_is_of_what_was_kept(coco_file, tmp_path, spoil):
     assert evaluate("local", tmp_path / "out", half) == pytest.approx(50)  # one class of two
 
 
+@pytest.mark.parametrize("categories", [[(1, "cat"), (2, "dog")], [(9, "cat"), (4, "dog")]])
+def test_evaluator_built_before_the_records_are_read(coco_file, tmp_path, categories):
+    coco_file.content["categories"] = [{"id": number, "name": name} for number, name in categories]
+    coco_file.image(1)
+    coco_file.box(1, category_id=categories[0][0])
+    coco_file.box(1, (30, 8, 12, 20), category_id=categories[1][0])
+    paths = {"json": str(coco_file.write()), "images": str(coco_file.folder / "images")}
+    register_local_dataset({"name": "local", "format": "coco", **paths})
+    assert evaluate("local", tmp_path / "out") == pytest.approx(100)
+    assert evaluate("local", tmp_path / "out") == pytest.approx(100)
+
+
 def test_evaluation_of_a_voc_set(voc_root, tmp_path):
     voc_root.image("a", [("cat", (1, 1, 20, 20)), ("dog", (5, 5, 5, 9)), ("dog", (9, 9, 30, 40))])
     voc_root.image("b", [("cat", (3, 3, 20, 20))])
