@@ -64,7 +64,7 @@ def tiny_config(tmp_path, one_thread):
             "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "OUT_FEATURES": ["res3", "res4", "res5"], "NORM": "GN"},
             "FPN": {"IN_FEATURES": ["res3", "res4", "res5"], "OUT_CHANNELS": 16},
             "ANCHOR_GENERATOR": {"SIZES": [[8, 12], [16, 24], [32, 48], [64, 96], [128, 192]]},
-            "RETINANET": {"NUM_CLASSES": 2, "NUM_CONVS": 1},
+            "RETINANET": {"NUM_CLASSES": 2, "NUM_CONVS": 1, "SCORE_THRESH_TEST": 0.001},
         },
         "DATASETS": {"LOCAL": entries, "TRAIN": ["shapes_train"], "TEST": ["shapes_test"]},
         "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},

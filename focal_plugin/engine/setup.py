@@ -18,6 +18,9 @@ from .console import off_screen
 
 logger = logging.getLogger(__name__)
 
+# Detectron2 looks at its environment when a run starts, and PyTorch then warns of CUDA without a GPU.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
+
 
 def find_config(name: str) -> str:
     """The path of the config file ``name``: a file, or a name of Detectron2's model zoo such as

@@ -1,5 +1,6 @@
 """One optimiser step on any device: full or mixed precision, the batch at once or in parts."""
 
+import inspect
 import time
 from contextlib import nullcontext
 
@@ -31,14 +32,20 @@ def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
     return _PRECISIONS[name]
 
 
-def data_parallel(model: nn.Module, **kwargs) -> nn.Module:
+def data_parallel(model: nn.Module, *, broadcast_buffers: bool = False, **kwargs) -> nn.Module:
     """``model`` in DistributedDataParallel if there are more processes than one, on GPUs or CPUs.
 
-    Keywords are DistributedDataParallel's, and ``fp16_compression`` of Detectron2's ``create_ddp_model``.
+    Args:
+        model: is on its device already.
+        broadcast_buffers: whether every forward pass sends the buffers of the first process to the others.
+        kwargs: more of DistributedDataParallel's, and ``fp16_compression`` of Detectron2's ``create_ddp_model``.
     """
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None  # None is what a CPU model needs
-    return create_ddp_model(model, **{"broadcast_buffers": False, "device_ids": device_ids, **kwargs})
+    # Newer PyTorch has another word for it, and warns of the old one.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers}
+    return create_ddp_model(model, device_ids=device_ids, **buffers, **kwargs)
 
 
 class StepTrainer(SimpleTrainer):

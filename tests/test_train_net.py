@@ -1,0 +1,265 @@
+"""train_net.py from end to end, on a data set and a model of seconds."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.logger import setup_logger
+
+from focal_plugin.engine import Trainer, load_config, trainer
+
+SCRIPT = Path(__file__).parents[1] / "train_net.py"
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Take the handlers off again that a run adds: they write to its log file and to this test's screen."""
+    names = ("detectron2", "fvcore", "focal_plugin")
+    setup_logger.cache_clear()
+    yield
+    for name in names:
+        logging.getLogger(name).handlers.clear()
+    setup_logger.cache_clear()
+
+
+@pytest.fixture
+def train_net(tiny_config):
+    """Run the script's ``main`` on a config in this process; words of a command line after it."""
+    spec = importlib.util.spec_from_file_location("train_net", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*words, config=tiny_config):
+        return module.main(default_argument_parser().parse_args(["--config-file", config, *map(str, words)]))
+
+    return run
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "output"
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def test_train_evaluate_draw(train_net, output, capfd):
+    results = train_net("VIS.ENABLED", True, "VIS.NUM_IMAGES", 2, "VIS.SCORE_THRESH", 0.1)
+    assert {"AP", "AP50", "APm"} <= results["bbox"].keys()
+    for name in ("detections.png", "curves.png"):
+        assert cv2.imread(str(output / name)).std() > 5
+    lines = metrics(output)
+    assert lines[0]["iteration"] == 0 and lines[-1]["iteration"] == 4  # from the first step to the evaluation
+    assert {"total_loss", "loss_cls", "loss_box_reg", "lr", "num_pos_anchors"} <= lines[0].keys()
+    assert "bbox/AP" in lines[-1]
+    assert list(output.glob("events.out.tfevents.*"))
+    state = torch.load(output / "model_final.pth", weights_only=True)
+    assert state.keys() == {"model", "trainer", "iteration"}
+    assert state["model"]["normalizer.mean"] != 100  # what the losses are divided by goes with the weights
+
+    screen = capfd.readouterr().out
+    ending = screen[screen.rindex("Results on shapes_test") :]
+    assert "AP50" in ending
+    for name in ("detections.png", "curves.png", "metrics.json", "model_final.pth", "log.txt", "config.yaml"):
+        assert str(output / name) in ending
+    if not torch.cuda.is_available():
+        assert screen.count("No GPU found") == 1
+
+
+def test_eval_only_gives_the_results_of_training(train_net, output, capfd):
+    trained = train_net()
+    capfd.readouterr()
+    evaluated = train_net("--eval-only", "MODEL.WEIGHTS", output / "model_final.pth")
+    assert evaluated["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+    screen = capfd.readouterr().out
+    assert "Results on shapes_test" in screen and "No weights given" not in screen
+
+
+def test_eval_only_without_weights_says_so(train_net, capfd):
+    train_net("--eval-only")
+    assert "No weights given" in capfd.readouterr().out
+
+
+def test_resume_goes_on_where_it_stopped(train_net, output, capfd):
+    train_net("SOLVER.MAX_ITER", 2)
+    halfway = torch.load(output / "model_final.pth", weights_only=True)
+    train_net("--resume", "DATASETS.TEST", "()")
+    state = torch.load(output / "model_final.pth", weights_only=True)
+    assert (halfway["iteration"], state["iteration"]) == (1, 3)
+    assert [line["iteration"] for line in metrics(output) if "total_loss" in line] == [0, 1, 2, 3]
+    # The normaliser goes on too: a running mean of the positives of 2 images a step. Each run writes its first value,
+    # and the median of its two values.
+    first, median, third, other_median = (2 * line["num_pos_anchors"] for line in metrics(output) if "lr" in line)
+    expected = 100.0
+    for count in (first, 2 * median - first, third, 2 * other_median - third):
+        expected = 0.9 * expected + 0.1 * max(count, 1)
+    assert float(state["model"]["normalizer.mean"]) == pytest.approx(expected)
+
+    capfd.readouterr()
+    train_net("SOLVER.MAX_ITER", 1)
+    assert "holds an earlier run" in capfd.readouterr().out
+
+
+def trained(train_net, output, *words):
+    """The losses that a run writes, of its first step and the median of 4, and how far the head's biases moved."""
+    train_net("DATASETS.TEST", "()", "SOLVER.BASE_LR", 0.02, "OUTPUT_DIR", output, *words)
+    return outcome(output)
+
+
+def outcome(output):
+    losses = [line["total_loss"] for line in metrics(output) if "total_loss" in line]
+    weights = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    prior = torch.tensor(0.01).logit()
+    return torch.tensor(losses), torch.cat([weights["head.cls_score.bias"] - prior, weights["head.bbox_pred.bias"]])
+
+
+@pytest.mark.parametrize(
+    ("words", "common", "tolerance"),
+    [
+        (["MODEL.FOCAL.CHANNELS_LAST", True], [], 1e-4),
+        (["SOLVER.ACCUMULATE", 2], [], 1e-4),
+        (["SOLVER.ACCUMULATE", 2], ["MODEL.FOCAL.NORMALIZER", "num_fg"], 1e-4),
+        (["SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cpu"], [], 0.05),
+        (["SOLVER.AMP.ENABLED", True, "MODEL.FOCAL.CHANNELS_LAST", True, "SOLVER.ACCUMULATE", 2], [], 0.05),
+        (["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e9], [], 1e-6),
+    ],
+    ids=["channels-last", "in parts", "in parts, num_fg", "bf16", "all of them", "clipping"],
+)
+def test_the_same_training_in_other_ways(train_net, tmp_path, words, common, tolerance):
+    losses, moves = trained(train_net, tmp_path / "reference", *common)
+    assert len(losses) == 2 and moves.abs().max() > 1e-4
+    other_losses, other_moves = trained(train_net, tmp_path / "other", *common, *words)
+    torch.testing.assert_close(other_losses, losses, rtol=tolerance, atol=0)
+    torch.testing.assert_close(other_moves, moves, rtol=0, atol=tolerance * float(moves.abs().max()))
+
+
+def test_more_parts_than_images(train_net):
+    with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE is 3; expected 1 to 2"):
+        train_net("SOLVER.ACCUMULATE", 3)
+
+
+def test_a_stock_model_trains_too(train_net):
+    assert train_net("MODEL.META_ARCHITECTURE", "RetinaNet", "SOLVER.ACCUMULATE", 2)["bbox"]
+
+
+def test_evaluators(tiny_config, monkeypatch):
+    made = []
+    for name in ("LVISEvaluator", "PascalVOCDetectionEvaluator"):
+        monkeypatch.setattr(trainer, name, lambda *args, name=name, **kwargs: made.append(name))
+    cfg = load_config(tiny_config)
+    DatasetCatalog.get("shapes_test")
+    assert isinstance(Trainer.build_evaluator(cfg, "shapes_test"), COCOEvaluator)
+    for kind, name in (("lvis", "LVISEvaluator"), ("pascal_voc", "PascalVOCDetectionEvaluator")):
+        MetadataCatalog.get(f"of kind {kind}").evaluator_type = kind
+        Trainer.build_evaluator(cfg, f"of kind {kind}")
+        assert made.pop() == name
+    MetadataCatalog.get("of another kind").evaluator_type = "panoptic"
+    with pytest.raises(NotImplementedError, match="evaluator type 'panoptic'"):
+        Trainer.build_evaluator(cfg, "of another kind")
+
+
+LAZY = """
+from detectron2.config import LazyCall as L, get_cfg
+from detectron2.data import (DatasetMapper, build_detection_test_loader, build_detection_train_loader,
+                             get_detection_dataset_dicts)
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+import torch
+from focal_plugin.engine import load_config
+
+yaml = {config!r}
+model = L(build_model)(cfg=L(load_config)(config_file=yaml))
+load_config(yaml)  # registers the data sets
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="shapes_train"),
+        mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR"),
+        total_batch_size=2, num_workers=0),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="shapes_test", filter_empty=False),
+        mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="BGR"), num_workers=0),
+    evaluator=L(COCOEvaluator)(dataset_name="shapes_test", output_dir={output!r}))
+optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001)
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[3], num_updates=4), warmup_length=0.25,
+    warmup_factor=0.1)
+train = dict(
+    output_dir={output!r}, init_checkpoint="", max_iter=3, amp=dict(enabled=False), ddp=dict(broadcast_buffers=False),
+    checkpointer=dict(period=5000, max_to_keep=100), eval_period=5000, log_period=20, device="cuda", seed=1)
+"""
+
+
+def test_lazy_config(train_net, tiny_config, tmp_path, output, capfd):
+    config = tmp_path / "tiny.py"
+    config.write_text(LAZY.format(config=tiny_config, output=str(output)))
+    results = train_net("train.max_iter=4", "train.amp.enabled=True", "train.accumulate=2", config=str(config))
+    assert "AP" in results["bbox"]
+    assert metrics(output)[-1]["iteration"] == 4
+    assert f"{output}/model_final.pth" in capfd.readouterr().out
+    weights = output / "model_final.pth"
+    evaluated = train_net("--eval-only", f"train.init_checkpoint={weights}", config=str(config))
+    assert evaluated["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+
+
+def run_script(*words, timeout=300):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["SOLVER.ACCUMULATE", 2]], ids=["at once", "in parts"])
+def test_two_processes_are_one(train_net, tiny_config, tmp_path, words):
+    common = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.02, "INPUT.RANDOM_FLIP", "none"]
+    run = run_script(
+        *["--config-file", tiny_config, "--num-gpus", 2, "--dist-url", "auto", *common, *words],
+        *["MODEL.FOCAL.NORMALIZER", "num_fg_sync", "OUTPUT_DIR", tmp_path / "two"],
+    )
+    assert run.returncode == 0, run.stderr
+    assert "2 processes of 1 thread" in run.stdout
+    assert run.stdout.count("Results on shapes_test") == 1
+    assert "Warning" not in run.stderr, run.stderr
+    # A process has every other image of the batch, and the mean of their gradients is that of the whole.
+    losses, moves = trained(train_net, tmp_path / "one", *common, "MODEL.FOCAL.NORMALIZER", "num_fg")
+    torch.testing.assert_close(outcome(tmp_path / "two"), (losses, moves), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_stock_config_and_one_line(tiny_config, output):
+    run = run_script(
+        *["--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml", "MODEL.META_ARCHITECTURE", "FocalRetinaNet"],
+        *["MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", 2, "OUTPUT_DIR", output],
+        *["INPUT.MIN_SIZE_TRAIN", "[64]", "INPUT.MIN_SIZE_TEST", 64, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2],
+        *["DATASETS.LOCAL", str(_entries(tiny_config)), "DATALOADER.NUM_WORKERS", 0],
+        *["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_test',)"],
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Results on shapes_test" in run.stdout
+    assert "SOLVER.BASE_LR 0.00125" in run.stdout  # its learning rate is for 16 images
+    assert "Warning" not in run.stderr, run.stderr
+
+
+def _entries(tiny_config):
+    import yaml
+
+    return yaml.safe_load(Path(tiny_config).read_text())["DATASETS"]["LOCAL"]
