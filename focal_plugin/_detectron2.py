@@ -3,7 +3,8 @@
 import warnings
 from importlib.util import find_spec
 
-if find_spec("detectron2") is None:
+spec = find_spec("detectron2")
+if spec is None or spec.origin is None:  # None: a bare folder of that name, such as that of a clone
     raise ImportError(
         "focal_plugin needs Detectron2, which is not installed: run `make setup` in focal_plugin's folder, or follow "
         "https://detectron2.readthedocs.io/tutorials/install.html.",
@@ -12,7 +13,7 @@ if find_spec("detectron2") is None:
 
 # Old calls in Detectron2, for its maintainers to change and not for its users to read about. Each filter names the
 # message and the module that warns, and nothing else is silenced.
-warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning, r"detectron2\.model_zoo\.")
+warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning, r"detectron2\.")
 warnings.filterwarnings("ignore", r"torch\.meshgrid: in an upcoming release", UserWarning, r"torch\.functional$")
 
 # These are imported here because they call torch.jit.script when they are imported; the filter ends with the block,

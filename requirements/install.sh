@@ -5,7 +5,7 @@ set -eu
 say() { printf '==> %s\n' "$*"; }
 fail() { printf 'focal_plugin: %s\n' "$*" >&2; exit 1; }
 pip() { "$VENV/bin/python" -m pip "$@"; }
-[ -t 1 ] && quiet= || quiet=--quiet # pip's progress bars in a terminal, only its errors in a log
+[ -t 1 ] && quiet= || quiet=-qq # pip's progress bars in a terminal, only its errors in a log
 
 # One at a time, also when two makes run side by side. The lock ends with this process.
 exec 9<"$0"
