@@ -1,12 +1,14 @@
-"""A data set and a detector so small that a training step takes a fraction of a second."""
+"""The same numbers in each run, and a data set and a detector so small that a step takes a fraction of a second."""
 
 import focal_plugin  # noqa: F401  # before Detectron2, whose deprecation warnings it keeps away
 
 # isort: split
 import json
+import random
 from pathlib import Path
 
 import cv2
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,13 +18,23 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 CLASSES = ["square", "disc"]
 
 
-@pytest.fixture
-def one_thread():
-    """As many threads as such small tensors can use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The tests run in several processes, on tensors too small for more threads than one.
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """The same numbers whichever tests run, in whatever order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
 
 
 def write_shapes(folder: Path, name: str, num_images: int, seed: int) -> dict:
@@ -51,7 +63,7 @@ def write_shapes(folder: Path, name: str, num_images: int, seed: int) -> dict:
 
 
 @pytest.fixture
-def tiny_config(tmp_path, one_thread):
+def tiny_config(tmp_path):
     """The path of a YAML config: a small FocalRetinaNet, 6 training and 4 test images, 4 steps of 2 images."""
     entries = [write_shapes(tmp_path, "shapes_train", 6, seed=0), write_shapes(tmp_path, "shapes_test", 4, seed=1)]
     config = {
