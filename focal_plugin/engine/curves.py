@@ -4,6 +4,7 @@ import json
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 _LOSSES = {"total_loss": "total", "loss_cls": "classification", "loss_box_reg": "box"}
 _METRICS = ("AP", "AP50")
@@ -48,6 +49,9 @@ def save_curves(path: str, metrics_json: str) -> None:
     for name, label in losses.items():
         panels[0].plot(*series[name], label=label, linewidth=2 if name == "total_loss" else 1.3)
     panels[0].set(title="Loss", yscale="log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[1].plot(*series.get("lr", ([], [])), color="tab:gray", linewidth=2)
     panels[1].set(title="Learning rate", ylim=(0, None))
     for name in metrics:
@@ -57,7 +61,7 @@ def save_curves(path: str, metrics_json: str) -> None:
     if metrics:
         panels[2].set(title="AP on the test set (%)", ylim=(0, None))
     for panel in panels:
-        panel.set_xlabel("iteration")
+        panel.set(xlabel="iteration", xlim=(0, None))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[1]:

@@ -20,7 +20,7 @@ from torch import nn
 
 Color = str | tuple[float, float, float]  # as matplotlib takes them
 
-_TRUTH, _DETECTED = "#4ade80", "#fb923c"  # one class: a colour for each side; several: a colour for each class
+_TRUTH, _DETECTED = "#22d3ee", "#f97316"  # one class: a colour for each side; several: a colour for each class
 _MOST_LABELS = 15  # boxes in an image above which their labels would hide it
 
 
@@ -133,12 +133,13 @@ def _draw(
     """The image with (B, 4) boxes of B colours, and B labels if given."""
     height, width = sample.size
     axes.imshow(sample.image, extent=(0, width, height, 0))
-    shadow = [withStroke(linewidth=2.6, foreground="black", alpha=0.45)]
+    shadow = [withStroke(linewidth=2.4, foreground="black", alpha=0.35)]
     for i, ((x0, y0, x1, y1), color) in enumerate(zip(boxes, colors)):
-        style = {"edgecolor": color, "linewidth": 1.3, "path_effects": shadow}
+        style = {"edgecolor": color, "linewidth": 1.4, "path_effects": shadow}
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
         if labels is not None:
-            axes.text(x0, y0, labels[i], color=color, fontsize=6, va="bottom", path_effects=shadow, clip_on=True)
+            plate = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
+            axes.text(x0, y0, labels[i], color="white", fontsize=5.5, va="bottom", bbox=plate, clip_on=True)
 
 
 def _class_color(index: int) -> Color:
