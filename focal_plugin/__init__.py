@@ -1,6 +1,7 @@
 """RetinaNet and the focal loss for Detectron2, each part of the paper a component chosen by name."""
 
 from . import _detectron2  # first: it tells what to do where Detectron2 is missing  # noqa: F401
+from .backbones import TimmEncoder, build_timm_fpn_backbone
 from .config import add_focal_config
 from .heads import FocalRetinaNetHead, PriorBiasInit
 from .losses import (
@@ -54,6 +55,7 @@ __all__ = [
     "PriorBiasInit",
     "SigmoidFocalLoss",
     "SmoothL1BoxLoss",
+    "TimmEncoder",
     "add_focal_config",
     "build_bias_init",
     "build_box_loss",
@@ -61,5 +63,6 @@ __all__ = [
     "build_dense_head",
     "build_matcher",
     "build_normalizer",
+    "build_timm_fpn_backbone",
     "import_user_modules",
 ]

@@ -57,6 +57,23 @@ def _defaults() -> CN:
     # paper's: the positives of this batch on this GPU), "num_fg_sync" (of this batch over all GPUs).
     cfg.MODEL.FOCAL.NORMALIZER = "ema"
 
+    # The encoder of BACKBONE.NAME build_timm_fpn_backbone. MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE} shape
+    # the pyramid on it; IN_FEATURES names features by level, such as [c3, c4, c5] for those of stride 8, 16 and 32.
+    cfg.MODEL.FOCAL.TIMM = CN()
+    # A name of timm.list_models(), with or without a tag of its weights: resnet18, convnext_tiny.fb_in22k, ...
+    cfg.MODEL.FOCAL.TIMM.NAME = "resnet18"
+    # "timm": timm's own weights, downloaded; "": random ones; else a file of the weights of a classifier of this
+    # architecture: a path, a URL, or package://<package>/<path in it> for a file of an installed Python package.
+    cfg.MODEL.FOCAL.TIMM.WEIGHTS = "timm"
+    # Batch norm: "FrozenBN" keeps the statistics and scales that come with the weights; "BN" and "SyncBN" train it.
+    cfg.MODEL.FOCAL.TIMM.NORM = "FrozenBN"
+    # What else is not trained, besides the first BACKBONE.FREEZE_AT stages (2: all up to stride 4): patterns of
+    # parameter names, such as ["*.conv_dw.weight"].
+    cfg.MODEL.FOCAL.TIMM.FREEZE = []
+    # What the two levels above the pyramid are made from: "c5" as in Detectron2, the encoder's last feature, or "p5",
+    # the pyramid's last (c4 or p4 where IN_FEATURES ends at c4); "" for no such levels.
+    cfg.MODEL.FOCAL.TIMM.TOP_BLOCK = "c5"
+
     # Keep images and features in memory as (N, H, W, C), the order in which most processors convolve fastest.
     cfg.MODEL.FOCAL.CHANNELS_LAST = False
 

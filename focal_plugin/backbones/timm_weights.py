@@ -1,0 +1,122 @@
+"""Where the weights of a timm encoder come from."""
+
+import difflib
+import importlib
+import importlib.util
+import logging
+import pickle
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# timm warns that a classifier's weights find no place in an encoder, which has none.
+logging.getLogger("timm.models._builder").addFilter(
+    lambda record: not record.getMessage().startswith("Unexpected keys")
+)
+
+
+def import_timm() -> ModuleType:
+    """timm, imported where it is needed, since nothing else here needs it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ImportError(f"MODEL.FOCAL.TIMM needs the package timm ({error}): pip install timm") from error
+
+
+def check_name(name: str) -> None:
+    """Raise a ``ValueError`` with the names nearest to ``name`` if timm has no such encoder."""
+    timm = import_timm()
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(
+            f"MODEL.FOCAL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not have. "
+            + (f"Near it: {', '.join(near)}." if near else "timm.list_models() lists what it has.")
+        )
+
+
+def create_encoder(name: str, weights: str, **arguments) -> nn.Module:
+    """What ``timm.create_model(name, features_only=True, **arguments)`` returns, with these weights.
+
+    Args:
+        name: a name of ``timm.list_models()``.
+        weights: "": none, it stays random. "timm": timm's own for this name, downloaded from their hub. Else a file of
+            tensors by name, as of a classifier of this architecture: a path, a URL, or
+            "package://<package>/<path in it>" for a file of an installed Python package. Where its names are not
+            timm's, its tensors must have the shapes of timm's, in timm's order. Only tensors are unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file or package.
+        OSError: timm's weights could not be downloaded.
+        ValueError: timm has no weights of its own for this name, or the file's are not of this architecture.
+    """
+    timm = import_timm()
+    if weights == "timm" and not timm.is_model_pretrained(name):
+        raise ValueError(
+            f"MODEL.FOCAL.TIMM.WEIGHTS is 'timm', but timm has no weights for {name!r}. Expected a file, or '' to "
+            "start from random ones."
+        )
+    if weights not in ("", "timm"):  # timm, too, takes tensors by its names from here, and adapts them
+        arguments["pretrained_cfg_overlay"] = {"state_dict": _read_weights(name, weights)}
+    try:
+        return timm.create_model(name, features_only=True, pretrained=bool(weights), **arguments)
+    except OSError as error:
+        raise OSError(
+            f"timm's weights for {name!r} could not be downloaded: {error} Without a network, set "
+            "MODEL.FOCAL.TIMM.WEIGHTS to a file; where a checkpoint follows, to '' (they are in it)."
+        ) from error
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """The tensors of a file, by timm's names."""
+    timm = import_timm()
+    path = _local_file(weights)
+    try:
+        tensors = timm.models.load_state_dict(path, weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{weights} is no file of tensors by name (.pth or .safetensors): {error!r}") from error
+    with torch.device("meta"):
+        classifier = timm.create_model(name)
+    wanted, found = _shapes(classifier.state_dict()), _shapes(tensors)
+    head = classifier.pretrained_cfg["classifier"]
+    head = (head,) if isinstance(head, str) else tuple(head or ())
+    absent = [k for k, shape in wanted.items() if found.get(k) != shape and k.rpartition(".")[0] not in head]
+    if not absent:
+        return tensors
+    if list(wanted.values()) == list(found.values()):
+        logger.info(f"{weights}: its names are not timm's, the order and shapes are; matched by these.")
+        return {key: tensors[found_key] for key, found_key in zip(wanted, found)}
+    raise ValueError(
+        f"{weights} does not hold the weights of timm's {name}. Of its {len(wanted)} tensors, {len(absent)} are not "
+        f"there by name and shape, such as {absent[0]} {tuple(wanted[absent[0]])}; nor are the file's {len(found)} "
+        "the same ones by order and shape."
+    )
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of all tensors but batch norm's counters, which old files lack and frozen layers do not use."""
+    return {key: tensor.shape for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+
+
+def _local_file(weights: str) -> str:
+    """The path of a file on this machine: looked up in a package, downloaded from a URL, or as it is."""
+    if not weights.startswith("package://"):
+        path = PathManager.get_local_path(weights)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"MODEL.FOCAL.TIMM.WEIGHTS: there is no file {weights}.")
+        return path
+    package, _, inner = weights.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)  # found, not imported
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if inner and (Path(folder) / inner).is_file():
+            return str(Path(folder) / inner)
+    problem = f"the package {package} has no file {inner!r}" if spec else f"there is no Python package {package}"
+    raise FileNotFoundError(f"MODEL.FOCAL.TIMM.WEIGHTS is {weights}, but {problem}. Install it, or name another file.")
