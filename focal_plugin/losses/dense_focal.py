@@ -27,10 +27,10 @@ def dense_focal_loss(
 ) -> Tensor:
     """The sum of FL(p_t) = −α_t (1 − p_t)^γ log p_t (equation 5) over all anchors and classes that are not ignored.
 
-    It is ``sigmoid_focal_loss`` on one-hot targets, without the targets: one pass reads the logits where they lie and writes
-    their gradient; the few positives and the ignored anchors are dealt with by index. On the CPU and on any other device
-    that is plain PyTorch in blocks that stay in cache, on as many threads as ``torch.get_num_threads()``; on a GPU one
-    Triton kernel a level. Backward only multiplies.
+    It is ``sigmoid_focal_loss`` on one-hot targets, without the targets: one pass reads the logits where they lie and
+    writes their gradient; backward only multiplies. On a GPU that is one Triton kernel a level. On a CPU, and where
+    there is no Triton, it is plain PyTorch: blocks that stay in cache, on as many threads as
+    ``torch.get_num_threads()``, the few positives and the ignored anchors dealt with by index.
 
     Args:
         logits: one (N, A, K, H, W) tensor a level, all of one dtype (float16, bfloat16, float32 or float64) and on one
@@ -41,14 +41,14 @@ def dense_focal_loss(
         gamma: the focusing parameter γ ≥ 0.
 
     Returns:
-        A scalar in float32 (float64 for float64 logits), differentiable once with respect to the logits. The gradient is
-        finite for every γ and has the logits' dtype.
+        A scalar in float32 (float64 for float64 logits), differentiable once with respect to the logits. The gradient
+        has the logits' dtype, and is finite for every γ.
 
     Raises:
         TypeError: a dtype other than those above, or levels of several dtypes.
-        ValueError: no level; shapes or devices of logits and labels that don't fit; alpha or gamma outside their range; on
-            the CPU, a label outside [−1, K]. On a GPU labels and an alpha that lives there are not looked at, since that
-            would wait for it: a label > K then counts as background, one < −1 as ignored.
+        ValueError: no level; shapes or devices of logits and labels that don't fit; alpha or gamma outside their range;
+            on the CPU, a label outside [−1, K]. On a GPU nobody looks at the labels, nor at an alpha that lives there,
+            for that would wait for it: a label > K then counts as background, one < −1 as ignored.
         RuntimeError: from backward with ``create_graph=True``: there is no second derivative.
     """
     logits, labels = list(logits), list(labels)
@@ -106,8 +106,8 @@ def _check_levels(logits: list[Tensor], labels: list[Tensor]) -> None:
     for i, (level, codes) in enumerate(zip(logits, labels)):
         if level.ndim != 5 or codes.shape != (*level.shape[:2], *level.shape[3:]):
             raise ValueError(
-                f"Level {i} has logits of shape {tuple(level.shape)} and labels of shape {tuple(codes.shape)}; expected "
-                "(N, A, K, H, W) and (N, A, H, W)."
+                f"Level {i} has logits of shape {tuple(level.shape)} and labels of shape {tuple(codes.shape)}; "
+                "expected (N, A, K, H, W) and (N, A, H, W)."
             )
         if level.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"Level {i} has logits of {level.dtype}; expected float16, bfloat16, float32 or float64.")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..structures import IGNORED
 
-# Elements of a block. On a CPU a block and its temporaries fit a core's L2 cache; and below 2^15 PyTorch runs an operation
-# on the thread that calls it, so that the threads here never wait for each other.
+# Elements of a block. On a CPU a block and its temporaries fit a core's L2 cache; and below 2^15 PyTorch runs an
+# operation on the thread that calls it, so that the threads here never wait for each other.
 _CPU_BLOCK, _OTHER_BLOCK = 31_000, 2**22
 
 # A logit of this is background for certain: its loss and its gradient are exactly 0, whatever γ is.
@@ -33,8 +33,9 @@ def loss_and_gradients(
     if cpu:
         for i, level in enumerate(levels):
             level.check_labels(i)
-        # SLEEF's log1p for AVX-512 reads its constant −0.0 under a mask that is empty for all other arguments. While the
-        # page that holds it is not in memory, each such read traps, and log1p takes ten times as long. This gets the page.
+        # SLEEF's log1p for AVX-512, which logaddexp calls, reads its constant −0.0 under a mask that is empty for all
+        # other arguments. While the page with the constant is not mapped, each such read takes the processor's slow
+        # path, and log1p ten times as long. The argument −0.0 maps the page.
         torch.log1p(torch.tensor(-0.0, dtype=torch.float32))
 
     tasks = [(level, *block) for level in levels for block in level.blocks(_CPU_BLOCK if cpu else _OTHER_BLOCK)]
@@ -69,9 +70,9 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def _focal(x: Tensor, weight: float | Tensor, gamma: float, p: Tensor, s: Tensor, gradient: bool) -> Tensor:
-    """The sum of the loss of logits x of targets 0, weight · σ(x)^γ · softplus(x); x becomes its gradient, if one is asked for.
+    """The sum over logits x with target 0 of weight · σ(x)^γ · softplus(x); x becomes the gradient if one is asked for.
 
-    All in place; p and s are scratch space of the shape of x. A target 1 is the target 0 of −x.
+    p and s are scratch space of the shape of x. Target 1 is target 0 of −x.
     """
     torch.sigmoid(x, out=p)
     torch.logaddexp(x, x.new_zeros(()), out=s)  # softplus to the last bits; −log σ(−x) has few left where σ(−x) ≈ 1
@@ -91,8 +92,8 @@ def _focal(x: Tensor, weight: float | Tensor, gamma: float, p: Tensor, s: Tensor
 class _Level:
     """One level's logits as they lie in memory: dimensions before that of the classes, classes (K), dimensions after.
 
-    Their sizes multiply to B, K and S: S is 1 for channels last and H·W for channels first. An anchor is a pair (b, s) and
-    has number b·S + s; an element is (b, k, s) and has number (b·K + k)·S + s.
+    Their sizes multiply to B, K and S: S is 1 for channels last and H·W for channels first. An anchor is a pair (b, s)
+    and has number b·S + s; an element is (b, k, s) and has number (b·K + k)·S + s.
     """
 
     def __init__(self, logits: Tensor, labels: Tensor, factor: float | None):

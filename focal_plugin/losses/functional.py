@@ -1,4 +1,4 @@
-"""The focal loss of "Focal Loss for Dense Object Detection" and its variant FL*, element by element. Pure maths on PyTorch."""
+"""The focal loss of "Focal Loss for Dense Object Detection" and its variant FL*, element by element."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """FL(p_t) = −α_t (1 − p_t)^γ log p_t, with p = σ(inputs) (equation 5).
 
-    The signature is that of ``fvcore.nn.sigmoid_focal_loss``, and so are the values wherever fvcore's are finite. The gradient
-    is finite for every γ ≥ 0. For the sum over a whole detector's logits, ``dense_focal_loss`` is faster by far.
+    The signature is that of ``fvcore.nn.sigmoid_focal_loss``, and so are the values wherever fvcore's are finite. The
+    gradient is finite for every γ. For the sum over all of a detector's logits, ``dense_focal_loss`` is faster by far.
 
     Args:
         inputs: logits x of any shape and floating dtype; float16 and bfloat16 are computed in float32.
@@ -33,8 +33,8 @@ def sigmoid_focal_loss(
         raise ValueError(f"gamma is {gamma}; expected a finite number ≥ 0.")
     positive, negative = F.logsigmoid(inputs), F.logsigmoid(-inputs)  # log p, log(1 − p)
     cross_entropy = -(targets * positive + (1 - targets) * negative)
-    # 1 − p_t without a subtraction from 1. Its power has no derivative at 0 for γ < 1, and next to 0 the cross entropy is
-    # as small: what the clamp changes is below the smallest float.
+    # 1 − p_t, with all its bits. Its power has no derivative at 0 for γ < 1, but near 0 the cross entropy is as small:
+    # what the clamp changes is below the smallest float.
     wrongness = (1 - targets) * torch.sigmoid(inputs) + targets * torch.sigmoid(-inputs)
     loss = cross_entropy * wrongness.clamp(min=torch.finfo(inputs.dtype).tiny) ** gamma
     return _reduce(_balance(loss, targets, alpha), reduction)
