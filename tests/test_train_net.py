@@ -144,6 +144,14 @@ def test_the_same_training_in_other_ways(train_net, tmp_path, words, common, tol
     torch.testing.assert_close(other_moves, moves, rtol=0, atol=tolerance * float(moves.abs().max()))
 
 
+def test_a_diverged_run_stops_and_says_where(train_net, output):
+    words = ["SOLVER.BASE_LR", 1e6, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()"]
+    with pytest.raises(FloatingPointError, match=r"at iteration \d, learning rate 1e\+06") as error:
+        train_net(*words, "SOLVER.MAX_ITER", 50)
+    assert ".png" in str(error.value) and "It starts in" in str(error.value)
+    assert not (output / "model_final.pth").exists()
+
+
 def test_more_parts_than_images(train_net):
     with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE is 3; expected 1 to 2"):
         train_net("SOLVER.ACCUMULATE", 3)
@@ -228,9 +236,13 @@ def run_script(*words, timeout=300):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [[], ["SOLVER.ACCUMULATE", 2]], ids=["at once", "in parts"])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["SOLVER.ACCUMULATE", 2, "MODEL.FOCAL.CHANNELS_LAST", True]],
+    ids=["at once", "in parts, channels-last"],
+)
 def test_two_processes_are_one(train_net, tiny_config, tmp_path, words):
-    common = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.02, "INPUT.RANDOM_FLIP", "none"]
+    common = ["VIS.ENABLED", True, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.02, "INPUT.RANDOM_FLIP", "none"]
     run = run_script(
         *["--config-file", tiny_config, "--num-gpus", 2, "--dist-url", "auto", *common, *words],
         *["MODEL.FOCAL.NORMALIZER", "num_fg_sync", "OUTPUT_DIR", tmp_path / "two"],

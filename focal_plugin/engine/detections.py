@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import nn
+from tqdm import tqdm
 
 Color = str | tuple[float, float, float]  # as matplotlib takes them
 
@@ -63,7 +64,8 @@ def sample_detections(
     num_images = min(num_images, len(candidates))
     chosen = [candidates[i * len(candidates) // num_images] for i in range(num_images)]
     with inference_context(model), torch.no_grad():
-        return [_sample(model, loader.dataset[i], records[i], image_format) for i in chosen]
+        progress = tqdm(chosen, desc="Drawing detections", unit="image", delay=3, leave=False)
+        return [_sample(model, loader.dataset[i], records[i], image_format) for i in progress]
 
 
 def _sample(model: nn.Module, inputs: dict, record: dict, image_format: str) -> Sample:

@@ -83,12 +83,10 @@ class Trainer(DefaultTrainer):
         if cfg.VIS.ENABLED:
             draw_curves(cfg.OUTPUT_DIR)
         if cfg.VIS.ENABLED and names:
-            with off_screen("detectron2"):
-                loader = cls.build_test_loader(cfg, names[0])
             draw_detections(
                 cfg.OUTPUT_DIR,
                 model,
-                loader,
+                cls.build_test_loader(cfg, names[0]),
                 names[0],
                 image_format=cfg.INPUT.FORMAT,
                 num_images=cfg.VIS.NUM_IMAGES,
@@ -121,6 +119,12 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         """Detectron2's, with the mapper that knows ``INPUT.AUGMENTATIONS``."""
         return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's, without a page on the screen at each evaluation."""
+        with off_screen("detectron2"):
+            return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
