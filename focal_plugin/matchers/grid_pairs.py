@@ -10,7 +10,12 @@ from torch import Tensor
 from ..structures import Anchors
 
 _BOXES_AT_ONCE = 256
-_CANDIDATES_AT_ONCE = 2**15
+_CANDIDATES_AT_ONCE = 2**15  # few enough to stay in cache and in one thread
+
+
+def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of (n, 4) boxes with as many others, one by one: (n,), bit for bit what ``pairwise_iou`` has for them."""
+    return matched_pairwise_iou(Boxes(boxes), Boxes(others)).nan_to_num(0)  # NaN: 0 over an area of 0 or NaN
 
 
 class GridPairs:
@@ -60,8 +65,8 @@ class GridPairs:
         x, y = cell.nan_to_num(0).clamp(min=0).minimum(self.size - 1).long().unbind(dim=2)
         index = self.first + (y * self.width + x) * self.step  # (G, C)
         boxes = boxes.repeat_interleave(index.shape[1], dim=0)  # (G·C, 4)
-        iou = matched_pairwise_iou(Boxes(boxes), Boxes(self.boxes.index_select(0, index.flatten()))).view_as(index)
-        return torch.cat([iou.nan_to_num(0), iou.new_zeros(len(iou), 1)], dim=1).amax(dim=1)  # 0 without any shape
+        iou = elementwise_iou(boxes, self.boxes.index_select(0, index.flatten())).view_as(index)
+        return torch.cat([iou, iou.new_zeros(len(iou), 1)], dim=1).amax(dim=1)  # 0 without any shape
 
     def search(self, boxes: Tensor, min_iou: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All pairs whose IoU is positive and at least ``min_iou`` of the box, in chunks of bounded size.
@@ -82,7 +87,7 @@ class GridPairs:
                 anchor, box = _cells(part)
                 box += start
                 # index_select is several times faster than indexing here
-                iou = matched_pairwise_iou(Boxes(boxes.index_select(0, box)), Boxes(self.boxes.index_select(0, anchor)))
+                iou = elementwise_iou(boxes.index_select(0, box), self.boxes.index_select(0, anchor))
                 keep = ((iou >= min_iou.index_select(0, box)) & (iou > 0)).nonzero().squeeze(1)
                 yield anchor.index_select(0, keep), box.index_select(0, keep), iou.index_select(0, keep)
 

@@ -6,15 +6,14 @@ from itertools import pairwise
 import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
 from ..registry import ANCHOR_MATCHER_REGISTRY
 from ..structures import IGNORED, NEGATIVE, POSITIVE, Anchors
-from .grid_pairs import GridPairs
+from .grid_pairs import GridPairs, elementwise_iou
 
 _LOW_QUALITY = ("none", "detectron1", "detectron2")
-_IOUS_AT_ONCE = 2**20  # of a dense chunk: about 30 MB of temporaries
+_IOUS_AT_ONCE = 2**19  # of a dense chunk: about 30 MB of temporaries
 
 
 @ANCHOR_MATCHER_REGISTRY.register()
@@ -120,7 +119,7 @@ class IgnoreBandMatcher:
         for anchor, box, iou in grid.search(boxes, min_iou):
             keys.scatter_reduce_(0, anchor, _pack(iou, box), "amax")
             best_of_box.scatter_reduce_(0, box, iou, "amax")
-            is_best = iou == best_of_box.index_select(0, box)
+            is_best = (iou == best_of_box.index_select(0, box)).nonzero().squeeze(1)
             best_pairs.append((anchor[is_best], box[is_best], iou[is_best]))
         is_extra = torch.zeros_like(keys, dtype=torch.bool)
         for anchor, box, iou in best_pairs:
@@ -159,9 +158,9 @@ def _iou_rows(boxes: Boxes, anchors: Anchors) -> Iterator[Tensor]:
 
 
 def _pack(iou: Tensor, box: Tensor) -> Tensor:
-    """One int64 for an IoU > 0 and a box: the largest has the largest IoU and, of equals, the first box.
+    """One int64 for an IoU and a box: the largest has the largest IoU and, of equals, the first box.
 
-    (Positive floats are in the order of their bits.) 0 stands for IoU 0 and the first box.
+    (Floats ≥ 0 are in the order of their bits.) 0 stands for IoU 0 and the first box.
     """
     return (iou.view(torch.int32).long() << 32) - box
 
@@ -179,7 +178,7 @@ def _best_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
     for part in anchors.split(max(_IOUS_AT_ONCE // len(boxes), 1)):
         x0, y0, x1, y1 = part[:, :, None].unbind(dim=1)  # (n, 1)
         anchor, box = ((x0 < right) & (left < x1) & (y0 < bottom) & (top < y1)).nonzero(as_tuple=True)
-        iou = matched_pairwise_iou(Boxes(boxes.index_select(0, box)), Boxes(part.index_select(0, anchor)))
+        iou = elementwise_iou(boxes.index_select(0, box), part.index_select(0, anchor))
         keys = torch.zeros(len(part), dtype=torch.int64, device=boxes.device)
         keys.scatter_reduce_(0, anchor, _pack(iou, box), "amax")
         matched.append(_unpack(keys)[1])

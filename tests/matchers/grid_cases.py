@@ -14,9 +14,11 @@ from focal_plugin import Anchors
 
 NAN, INF = float("nan"), float("inf")
 
-# Points, lines, boxes turned inside out, specks, boxes too large for float32's areas, and what is no number.
+# A line, boxes turned inside out (one of area −256, as a square's is 256), a speck, boxes that are or nearly are too large
+# for float32's areas, and what is no number.
 ODD_BOXES = [[5, 5, 5, 9], [9, 9, 3, 3], [0, 0, 1e-20, 1e-20], [-1e6, -1e6, 1e6, 1e6], [-1e18, -1e18, 1e19, 1e18]]
 ODD_BOXES += [[-1e30, -1e30, 1e30, 1e30], [-1e30, 0, 1e30, 8], [NAN, NAN, NAN, NAN], [0, 0, INF, INF], [0, 0, INF, 0]]
+ODD_BOXES += [[16, -8, 0, 8], [8, 8, -8, -8]]
 
 
 def make_anchors(grid_sizes, strides, sizes, ratios=((0.5, 1.0, 2.0),), offset=0.0, device="cpu") -> Anchors:

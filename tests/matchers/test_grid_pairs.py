@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focal_plugin.matchers import grid_pairs
-from focal_plugin.matchers.grid_pairs import GridPairs
+from focal_plugin.matchers.grid_pairs import GridPairs, elementwise_iou
 from tests.matchers.grid_cases import ODD_BOXES, anchors_and_boxes, iou_matrix, make_anchors, square_anchors
 
 
@@ -17,6 +17,17 @@ def small_chunks():
         patch.setattr(grid_pairs, "_BOXES_AT_ONCE", 5)
         patch.setattr(grid_pairs, "_CANDIDATES_AT_ONCE", 37)
         yield
+
+
+@settings(max_examples=50)
+@given(anchors_and_boxes())
+def test_elementwise_iou(case):
+    """The bits of the matrix, odd boxes or not."""
+    anchors, boxes = case
+    pairs = torch.cartesian_prod(torch.arange(len(boxes)), torch.arange(len(anchors)))
+    flat = torch.cat(anchors.boxes)
+    iou = elementwise_iou(boxes[pairs[:, 0]], flat[pairs[:, 1]])
+    assert torch.equal(iou, iou_matrix(anchors, boxes).flatten())
 
 
 def found_matrix(anchors, boxes, min_iou):
@@ -78,8 +89,8 @@ def test_odd_boxes(width):
 def test_candidates_are_few(monkeypatch):
     """At a threshold of .4 less than twice as many anchors are compared with a box as turn out to match."""
     compared = []
-    compare = grid_pairs.matched_pairwise_iou
-    monkeypatch.setattr(grid_pairs, "matched_pairwise_iou", lambda a, b: compared.append(len(a)) or compare(a, b))
+    compare = grid_pairs.elementwise_iou
+    monkeypatch.setattr(grid_pairs, "elementwise_iou", lambda a, b: compared.append(len(a)) or compare(a, b))
     anchors = make_anchors([(50, 60), (25, 30)], [8, 16], [[32, 40.3, 50.8], [64, 80.6, 101.6]])
     generator = torch.Generator().manual_seed(0)
     corner, size = torch.rand(2, 100, 2, generator=generator)

@@ -167,6 +167,13 @@ class TestByHand:
         assert labels.tolist() == [0, 0, 1, 1, 0]
         assert matched[labels == 1].tolist() == [1, 1]
 
+    @pytest.mark.parametrize("box", NO_OVERLAP)
+    def test_a_low_quality_anchor_is_not_matched_to_a_box_that_is_none(self, box):
+        """Not even if its IoU is 0 over an area of 0."""
+        matched, labels = self.labels_of([box, [8, -8, 24, -4]], "detectron2")
+        assert labels.tolist() == [0, 0, 1, 0, 0]
+        assert matched[2] == 1
+
     @pytest.mark.parametrize("low_quality", MODES)
     @pytest.mark.parametrize("box", NO_OVERLAP)
     @pytest.mark.parametrize("make", [square_anchors, lambda *a: without_grid(square_anchors(*a))])
