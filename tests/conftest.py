@@ -64,7 +64,7 @@ def write_shapes(folder: Path, name: str, num_images: int, seed: int) -> dict:
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """The path of a YAML config: a small FocalRetinaNet, 6 training and 4 test images, 4 steps of 2 images."""
+    """The path of a YAML config: a small FocalRetinaNet on a frozen ResNet, 6 training and 4 test images, 4 steps of 2."""
     entries = [write_shapes(tmp_path, "shapes_train", 6, seed=0), write_shapes(tmp_path, "shapes_test", 4, seed=1)]
     config = {
         "VERSION": 2,
@@ -72,7 +72,7 @@ def tiny_config(tmp_path):
         "OUTPUT_DIR": str(tmp_path / "output"),
         "MODEL": {
             "META_ARCHITECTURE": "FocalRetinaNet",
-            "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone", "FREEZE_AT": 0},
+            "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone", "FREEZE_AT": 5},
             "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "OUT_FEATURES": ["res3", "res4", "res5"], "NORM": "GN"},
             "FPN": {"IN_FEATURES": ["res3", "res4", "res5"], "OUT_CHANNELS": 16},
             "ANCHOR_GENERATOR": {"SIZES": [[8, 12], [16, 24], [32, 48], [64, 96], [128, 192]]},
