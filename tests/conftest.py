@@ -64,7 +64,7 @@ def write_shapes(folder: Path, name: str, num_images: int, seed: int) -> dict:
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """The path of a YAML config: a small FocalRetinaNet on a frozen ResNet, 6 training and 4 test images, 4 steps of 2."""
+    """The path of a YAML config: FocalRetinaNet on a frozen R18, 6 training and 4 test images, 4 steps of 2 images."""
     entries = [write_shapes(tmp_path, "shapes_train", 6, seed=0), write_shapes(tmp_path, "shapes_test", 4, seed=1)]
     config = {
         "VERSION": 2,
