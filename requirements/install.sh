@@ -23,7 +23,7 @@ elif [ -e "$VENV" ] && ! ls "$VENV"/.setup-* >/dev/null 2>&1; then
     fail "$VENV is here already, but 'make setup' did not make it. Move it away, or use another folder: make VENV=.venv-focal ..."
 fi
 
-choose="Name another one: make setup PYTHON=python3.12"
+choose="Or name another Python: make setup PYTHON=python3.12"
 if [ ! -e "$VENV" ]; then
     version=$("$PYTHON" -c 'import platform; print(platform.python_version())') ||
         fail "$PYTHON does not run; Python 3.11 or later is needed. $choose"
