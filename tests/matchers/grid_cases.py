@@ -14,8 +14,8 @@ from focal_plugin import Anchors
 
 NAN, INF = float("nan"), float("inf")
 
-# A line, boxes turned inside out (one of area −256, as a square's is 256), a speck, boxes that are or nearly are too large
-# for float32's areas, and what is no number.
+# A line, boxes turned inside out (one of area −256, as a square is of 256), a speck, boxes that are or nearly are too
+# large for areas in float32, and what is no number.
 ODD_BOXES = [[5, 5, 5, 9], [9, 9, 3, 3], [0, 0, 1e-20, 1e-20], [-1e6, -1e6, 1e6, 1e6], [-1e18, -1e18, 1e19, 1e18]]
 ODD_BOXES += [[-1e30, -1e30, 1e30, 1e30], [-1e30, 0, 1e30, 8], [NAN, NAN, NAN, NAN], [0, 0, INF, INF], [0, 0, INF, 0]]
 ODD_BOXES += [[16, -8, 0, 8], [8, 8, -8, -8]]
