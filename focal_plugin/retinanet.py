@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .frozen_norm import fold_frozen_norms
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
 from .structures import Anchors, DenseTargets
@@ -82,6 +83,8 @@ class FocalRetinaNet(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
+
+        fold_frozen_norms(self)  # the same model in fewer passes over its activations
 
     @classmethod
     def from_config(cls, cfg):

@@ -12,7 +12,7 @@ from ..registry import BOX_LOSS_REGISTRY
 
 @BOX_LOSS_REGISTRY.register()
 class SmoothL1BoxLoss(nn.Module):
-    """Smooth L1 between the predicted deltas and those that turn the anchor into its box (section 4.1), summed over the four.
+    """Smooth L1 between the predicted deltas and those that make the anchor its box (section 4.1), summed over four.
 
     Args:
         beta: where the loss turns from quadratic to linear; 0 is L1. .1 by Detectron2's default, 0 in its configs.

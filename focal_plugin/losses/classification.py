@@ -14,8 +14,8 @@ from .dense_focal import dense_focal_loss
 class ElementwiseLoss(nn.Module, ABC):
     """A loss that is a sum over anchors and classes of a function of one logit and its 0/1 target.
 
-    A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves the ignored anchors out and
-    sums. It costs a one-hot copy of the logits a level: write a loss that must be cheaper as a module of its own.
+    A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves the ignored anchors out
+    and sums. It costs a one-hot copy of the logits a level: write a loss that must be cheaper as a module of its own.
     """
 
     @abstractmethod

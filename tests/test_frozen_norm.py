@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+from focal_plugin.frozen_norm import FrozenNormConv2d, fold_frozen_norms, folded
+
+
+def randomize(norm):
+    generator = torch.Generator().manual_seed(0)
+    for name, value in [*norm.named_buffers(), *norm.named_parameters()]:
+        if value.is_floating_point():
+            random = torch.rand(value.shape, generator=generator)
+            value.data.copy_(random + 0.5 if name in ("running_var", "weight") else random - 0.5)
+    return norm
+
+
+def convolution(bias=False, groups=1, activation=None):
+    torch.manual_seed(0)
+    norm = randomize(FrozenBatchNorm2d(8))
+    return Conv2d(4, 8, 3, stride=2, padding=1, bias=bias, groups=groups, norm=norm, activation=activation)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("activation", [None, torch.relu])
+@pytest.mark.parametrize("shape", [(2, 4, 9, 7), (1, 4, 1, 1), (0, 4, 8, 8)])
+def test_output_and_gradients_are_those_of_the_two_layers(bias, groups, activation, shape):
+    theirs = convolution(bias, groups, activation).double()
+    ours = fold_frozen_norms(copy.deepcopy(theirs))
+    assert type(ours) is FrozenNormConv2d
+    inputs = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    outputs = []
+    for model, x in zip((theirs, ours), inputs):
+        inputs[1].data.copy_(inputs[0])
+        outputs.append(model(x.requires_grad_()))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for expected, actual in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
+def test_modules_parameters_and_names_stay():
+    model = nn.Sequential(convolution(), nn.ReLU())
+    conv, state = model[0], model.state_dict()
+    assert fold_frozen_norms(model) is model
+    assert model[0] is conv
+    assert list(model.state_dict()) == list(state)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.state_dict().values(), state.values()))
+
+
+def test_a_checkpoint_loaded_afterwards_counts():
+    model = fold_frozen_norms(convolution())
+    other = convolution()
+    nn.init.normal_(other.weight)
+    other.norm.running_mean.add_(3)
+    model.load_state_dict(other.state_dict())
+    x = torch.rand(1, 4, 6, 6)
+    torch.testing.assert_close(model(x), other(x))
+
+
+class Special(Conv2d):
+    """A user's own kind of convolution, whose forward may do anything."""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Conv2d(4, 8, 3),
+        Conv2d(4, 8, 3, norm=nn.BatchNorm2d(8)),
+        Conv2d(4, 8, 3, norm=nn.GroupNorm(2, 8)),
+        Special(4, 8, 3, norm=FrozenBatchNorm2d(8)),
+        nn.Conv2d(4, 8, 3),
+    ],
+    ids=["no norm", "batch norm", "group norm", "derived", "PyTorch's"],
+)
+def test_other_convolutions_are_left_alone(module):
+    kind = type(module)
+    assert type(fold_frozen_norms(module)) is kind
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), FrozenBatchNorm2d(8)])
+def test_weight_and_bias_against_the_norm_itself(norm):
+    conv, norm = nn.Conv2d(4, 8, 1).double(), randomize(norm).double().eval()
+    x = torch.rand(2, 4, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(nn.functional.conv2d(x, *folded(conv, norm)), norm(conv(x)))
