@@ -4,19 +4,16 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ..structures import IGNORED
 
-# Elements of a block. On a CPU a block and its temporaries fit a core's L2 cache; and below 2^15 PyTorch runs an
-# operation on the thread that calls it, so that the threads here never wait for each other.
-_CPU_BLOCK, _OTHER_BLOCK = 31_000, 2**22
-
 # A logit of this is background for certain: its loss and its gradient are exactly 0, whatever γ is.
 _CERTAIN = -1e4
+
+_ZERO = torch.zeros((), dtype=torch.float32, device="cpu")  # a 0-dim tensor goes with any dtype and device
 
 
 def loss_and_gradients(
@@ -28,37 +25,23 @@ def loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss of ``dense_focal_loss``, and for each level its gradient times ``factors``; None where that is None."""
     positive, negative = (1.0, 1.0) if isinstance(alpha, float) and alpha == -1 else (alpha, 1 - alpha)
+    device, dtype = logits[0].device, torch.promote_types(logits[0].dtype, torch.float32)
     levels = [_Level(*level) for level in zip(logits, labels, factors)]
-    cpu, dtype = logits[0].device.type == "cpu", torch.promote_types(logits[0].dtype, torch.float32)
-    if cpu:
+    if device.type == "cpu":
         for i, level in enumerate(levels):
             level.check_labels(i)
         # SLEEF's log1p for AVX-512, which logaddexp calls, reads its constant −0.0 under a mask that is empty for all
         # other arguments. While the page with the constant is not mapped, each such read takes the processor's slow
         # path, and log1p ten times as long. The argument −0.0 maps the page.
-        torch.log1p(torch.tensor(-0.0, dtype=torch.float32))
+        torch.log1p(-_ZERO)
 
-    tasks = [(level, *block) for level in levels for block in level.blocks(_CPU_BLOCK if cpu else _OTHER_BLOCK)]
-    losses: list[Tensor] = [torch.zeros((), dtype=dtype, device=logits[0].device)] * len(tasks)
-    queue = iter(enumerate(tasks))  # shared by the threads: each takes the next block when it has done one
-
-    @(torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad)()  # threads don't inherit it
-    def work() -> None:
-        size = max((count for _, _, count, _ in tasks), default=0)
-        scratch = torch.empty(3, size, dtype=dtype, device=logits[0].device)
-        for i, (level, start, count, index) in queue:
-            losses[i] = level.negatives(start, count, index, negative, gamma, scratch)
-
-    workers = min(torch.get_num_threads(), len(tasks)) if cpu else 1
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            for future in [pool.submit(work) for _ in range(workers)]:
-                future.result()
-    else:
-        work()
-    with torch.no_grad():
-        losses += [level.finish(positive, gamma) for level in levels]
-        return torch.stack(losses).sum(), [level.gradient for level in levels]
+    size = min(_block_size(device), max(level.numel() for level in logits))
+    scratch = torch.empty(3, size, dtype=dtype, device=device)
+    losses = []
+    for level in levels:
+        losses += [level.negatives(*block, negative, gamma, scratch) for block in level.blocks(size)]
+        losses += [level.positives(positive, gamma)]
+    return torch.stack(losses).sum(), [level.gradient for level in levels]
 
 
 def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
@@ -69,23 +52,38 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
             gradient.mul_(number)
 
 
-def _focal(x: Tensor, weight: float | Tensor, gamma: float, p: Tensor, s: Tensor, gradient: bool) -> Tensor:
-    """The sum over logits x with target 0 of weight · σ(x)^γ · softplus(x); x becomes the gradient if one is asked for.
+def _block_size(device: torch.device) -> int:
+    """How many elements to work on at a time: on a CPU, what stays in cache with its temporaries."""
+    return min(2**17 * torch.get_num_threads(), 2**21) if device.type == "cpu" else 2**22
 
-    p and s are scratch space of the shape of x. Target 1 is target 0 of −x.
+
+def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float, gradient: Tensor | None) -> Tensor:
+    """The loss of logits with target 0, the sum of weight · σ(x)^γ · softplus(x); writes its gradient times ``factor``.
+
+    Args:
+        scratch: (3, ...), three tensors of one shape; the first holds the logits x. All are overwritten. Target 1 is
+            target 0 of −x, with another weight.
+        weight: a number, or what broadcasts to that shape.
+        gradient: of that shape and any dtype, or None.
     """
+    x, p, s = scratch.unbind()
     torch.sigmoid(x, out=p)
-    torch.logaddexp(x, x.new_zeros(()), out=s)  # softplus to the last bits; −log σ(−x) has few left where σ(−x) ≈ 1
+    torch.logaddexp(x, _ZERO, out=s)  # softplus to the last bits; −log σ(−x) has few left where σ(−x) ≈ 1
+    if gamma == 0:
+        if gradient is not None:
+            torch.mul(p, weight * factor, out=gradient)
+        return s.mul_(weight).sum()
+
+    number, weights = (1.0, weight) if isinstance(weight, Tensor) else (weight, None)
     if gamma == 2:
-        torch.mul(p, p, out=x)
-    else:  # through log p = x − softplus(x), whose derivative is finite where that of p^γ is not
-        x.sub_(s).mul_(gamma).exp_()
-    x.mul_(weight)  # w = weight · p^γ
-    s.mul_(x)
-    loss = s.sum()
-    if gradient:  # w (γ (1 − p) softplus(x) + p)
-        s.addcmul_(p, s, value=-1)
-        x.mul_(p).add_(s, alpha=gamma)
+        torch.addcmul(_ZERO, p, p, value=gamma * factor * number, out=x)
+    else:  # p^γ through log p = x − softplus(x): its derivative is finite where that of a power is not
+        x.sub_(s).mul_(gamma).exp_().mul_(gamma * factor * number)
+    if weights is not None:
+        x.mul_(weights)
+    loss = s.mul_(x).sum() / (gamma * factor)
+    if gradient is not None:  # of w · softplus(x) / γ, with w = γ · weight · p^γ: w (1 − p) softplus(x) + w p / γ
+        torch.addcmul(s.addcmul_(p, s, value=-1), p, x, value=1 / gamma, out=gradient)
     return loss
 
 
@@ -98,30 +96,29 @@ class _Level:
 
     def __init__(self, logits: Tensor, labels: Tensor, factor: float | None):
         order = sorted(range(5), key=lambda d: -logits.stride(d))
-        k_dim = order.index(2)
         self.logits = logits.detach().permute(order)
-        self.num_classes = logits.shape[2]
-        self.leading, self.inner = k_dim + 1, math.prod(self.logits.shape[k_dim + 1 :])  # S
-        self.factor, self.written, self.gradient = factor, None, None
+        self.shape = self.logits.shape
+        self.num_classes, self.inner = logits.shape[2], math.prod(self.shape[order.index(2) + 1 :])  # K, S
+        self.factor, self.gradient, self.written = 1.0, None, None
         if factor is not None:
-            self.written = torch.empty(self.logits.shape, dtype=logits.dtype, device=logits.device)
-            self.gradient = self.written.permute([order.index(d) for d in range(5)])  # (N, A, K, H, W)
+            gradient = torch.empty(self.shape, dtype=logits.dtype, device=logits.device)
+            self.gradient = gradient.permute([order.index(d) for d in range(5)])  # (N, A, K, H, W)
+            self.factor, self.written = factor, gradient.view(-1)  # (B·K·S,)
 
         codes = labels.permute([d - (d > 2) for d in order if d != 2]).reshape(-1)  # (B·S,)
-        special = (codes != self.num_classes).nonzero().squeeze(1)
+        special = (codes != self.num_classes).nonzero().squeeze(1)  # the anchors that are not all background
         self.codes = codes[special]
-        self.ignored = special[self.codes <= IGNORED]  # anchors
-        found = (self.codes >= 0) & (self.codes < self.num_classes)
-        b, s = special[found] // max(self.inner, 1), special[found] % max(self.inner, 1)
-        classes = self.codes[found]
-        self.positives, by_place = ((b * self.num_classes + classes) * self.inner + s).sort()  # (P,) elements
+        self.ignored = special[self.codes <= IGNORED]  # (I,) anchors
+        positive = (self.codes >= 0) & (self.codes < self.num_classes)
+        anchors, classes = special[positive], self.codes[positive]
+        b, s = anchors.div(self.inner, rounding_mode="floor"), anchors.remainder(self.inner)
+        self.positive, by_place = ((b * self.num_classes + classes) * self.inner + s).sort()  # (P,) elements
         self.classes = classes[by_place]  # (P,)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        self.positive_logits = torch.empty(len(classes), dtype=dtype, device=logits.device)  # (P,)
-        # On the host, to look up what a block holds.
-        self.positive_numbers, self.ignored_numbers = self.positives.tolist(), self.ignored.tolist()
+        # On the host, for blocks to look up what they hold.
+        self.ignored_numbers, self.positive_numbers = self.ignored.tolist(), self.positive.tolist()
 
     def check_labels(self, level: int) -> None:
+        """Raise ValueError for labels outside [−1, K]; ``level`` is this level's number."""
         if ((self.codes < IGNORED) | (self.codes > self.num_classes)).any():
             raise ValueError(
                 f"Level {level} has labels from {self.codes.min()} to {self.codes.max()}; expected a class in "
@@ -129,66 +126,58 @@ class _Level:
             )
 
     def blocks(self, size: int) -> Iterator[tuple[int, int, tuple]]:
-        """Cut the elements into runs of at most ``size``: (first element, how many, index into ``logits``) of each."""
-        shape = self.logits.shape
-        inner = [math.prod(shape[d + 1 :]) for d in range(5)]
-        cut = next(d for d in range(5) if inner[d] <= size)  # dimensions before it are walked through, it is sliced
+        """Cut the elements into runs of at most ``size``: (first element, how many, index into ``logits``) of each.
+
+        A run is a box of (B, K, S). Of its three sides one at most is neither 1 nor whole.
+        """
+        inner = [math.prod(self.shape[d + 1 :]) for d in range(5)]
+        cut = next(d for d in range(5) if inner[d] <= size)  # the dimension that is sliced; those before it are indexed
         step, start = size // max(inner[cut], 1), 0
-        for outer in itertools.product(*(range(n) for n in shape[:cut])):
-            for i in range(0, shape[cut], step):
-                count = min(step, shape[cut] - i) * inner[cut]
+        for outer in itertools.product(*(range(n) for n in self.shape[:cut])):
+            for i in range(0, self.shape[cut], step):
+                count = min(step, self.shape[cut] - i) * inner[cut]
                 if count:
                     yield start, count, (*outer, slice(i, i + step))
                 start += count
 
-    def negatives(self, start, count, index, weight, gamma, scratch) -> Tensor:
-        """The loss of a block's elements with target 0; writes their gradient, and 0 in the places of the others."""
-        block = self.logits[index]
-        x, p, s = (row[:count] for row in scratch)
+    def negatives(
+        self, start: int, count: int, index: tuple, weight: float | Tensor, gamma: float, scratch: Tensor
+    ) -> Tensor:
+        """The loss of a block's elements with target 0; writes their gradient, and 0 in the places of all others."""
+        block, scratch = self.logits[index], scratch[:, :count]
+        x = scratch[0]
         x.view(block.shape).copy_(block)
-
-        # The block is a box: bn × kn × sn of (b, k, s). Only one of the three is less than its all and more than 1.
-        sn = min(count, self.inner)
-        kn = min(count // sn, self.num_classes)
+        ks = min(count // min(count, self.inner), self.num_classes), min(count, self.inner)  # two sides of the box
         b, k = divmod(start // self.inner, self.num_classes)
-        self._take_out_positives(x, start, count)
-        self._take_out_ignored(x, b * self.inner + start % self.inner, kn, sn)
 
-        box = (-1, kn, sn)
-        if isinstance(weight, Tensor):
-            weight = weight[k : k + kn, None]
-        loss = _focal(x.view(box), weight, gamma, p.view(box), s.view(box), self.factor is not None)
-        if self.factor is not None:
-            self.written[index].copy_(self._scaled(x).view(block.shape))
-        return loss
-
-    def _take_out_positives(self, x: Tensor, start: int, count: int) -> None:
         low, high = (bisect_left(self.positive_numbers, number) for number in (start, start + count))
         if low < high:
-            places = self.positives[low:high] - start
-            torch.index_select(x, 0, places, out=self.positive_logits[low:high])
-            x.index_fill_(0, places, _CERTAIN)
-
-    def _take_out_ignored(self, x: Tensor, first: int, kn: int, sn: int) -> None:
-        """``first`` is the box's first anchor."""
-        anchors = len(x) // kn
-        low, high = (bisect_left(self.ignored_numbers, number) for number in (first, first + anchors))
+            x.index_fill_(0, self.positive[low:high] - start, _CERTAIN)
+        first = b * self.inner + start % self.inner
+        low, high = (bisect_left(self.ignored_numbers, number) for number in (first, first + count // ks[0]))
         if low < high:
-            anchor = self.ignored[low:high] - first
-            places = anchor // sn * (kn * sn) + anchor % sn
-            if kn > 1:
-                places = (places[:, None] + torch.arange(0, kn * sn, sn, device=x.device)).view(-1)
-            x.index_fill_(0, places, _CERTAIN)
+            x.index_fill_(0, _elements(self.ignored[low:high] - first, *ks), _CERTAIN)
 
-    def finish(self, weight: float | Tensor, gamma: float) -> Tensor:
-        """The loss of the positives, when all blocks are done; writes their gradient."""
-        x = -self.positive_logits
+        gradient = None if self.written is None else self.written[start : start + count]
+        if isinstance(weight, Tensor):
+            weight, scratch = weight[k : k + ks[0], None], scratch.view(3, -1, *ks)
+            gradient = None if gradient is None else gradient.view(-1, *ks)
+        return _focal(scratch, weight, gamma, self.factor, gradient)
+
+    def positives(self, weight: float | Tensor, gamma: float) -> Tensor:
+        """The loss of the elements with target 1; writes their gradient, after that of all blocks."""
+        x = -self.logits[torch.unravel_index(self.positive, self.shape)]  # (P,)
+        scratch = x.to(torch.promote_types(x.dtype, torch.float32)).repeat(3, 1)
+        gradient = None if self.written is None else torch.empty_like(x)
         if isinstance(weight, Tensor):
             weight = weight[self.classes]
-        loss = _focal(x, weight, gamma, torch.empty_like(x), torch.empty_like(x), self.factor is not None)
-        if self.factor is not None:
-            self.written.view(-1)[self.positives] = -self._scaled(x).to(self.written.dtype)
+        loss = _focal(scratch, weight, gamma, self.factor, gradient)
+        if gradient is not None:
+            self.written[self.positive] = -gradient
         return loss
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.factor == 1 else x.mul_(self.factor)
+
+def _elements(anchors: Tensor, k: int, s: int) -> Tensor:
+    """The numbers of the elements of ``anchors``, a class each, in a box of (b, k, s)."""
+    places = anchors // s * (k * s) + anchors % s
+    return (places[:, None] + torch.arange(0, k * s, s, device=anchors.device)).view(-1)
