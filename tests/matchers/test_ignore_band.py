@@ -139,6 +139,14 @@ class TestByHand:
         _, labels = self.labels_of([[8, -8, 24, -4]], low_quality)
         assert labels.tolist() == [0, 0, expected, 0, 0]
 
+    @pytest.mark.parametrize("low_quality, expected", [("none", -1), ("detectron1", 1), ("detectron2", 1)])
+    def test_best_iou_at_the_lowest_threshold(self, low_quality, expected):
+        """16 × 4 px within one square, as above, where the ignored band begins at .25."""
+        matcher = IgnoreBandMatcher(thresholds=[0.25, 0.5], labels=[0, -1, 1], low_quality=low_quality)
+        box = torch.tensor([[8.0, -8, 24, -4]])
+        for result in [matcher(self.anchors, make_instances(box)), matcher(iou_matrix(self.anchors, box))]:
+            assert result[1].tolist() == [0, 0, expected, 0, 0]
+
     def test_all_of_equal_anchors(self):
         """8 × 8 px where two squares overlap: IoU .25 with both."""
         _, labels = self.labels_of([[8, -8, 16, 0]], "detectron2")
