@@ -15,7 +15,16 @@ if command -v flock >/dev/null && ! flock --nonblock 9; then
     [ ! -e "$STAMP" ] || exit 0
 fi
 
-# What is half done is done again: .unfinished is there from the first step to the last.
+# .unfinished is there from the first step to the last. Where one is left behind, nothing is trusted and all is done
+# again; but if only the last steps fail, by Detectron2's source say, the large part is kept.
+trap 'exit 130' HUP INT TERM
+large_part=
+leave() {
+    status=$?
+    [ $status -ne 0 ] || return 0
+    printf 'focal_plugin: the set-up did not finish; the next make goes on with it.\n' >&2
+    [ -z "$large_part" ] || [ $status -gt 128 ] || mv "$VENV/.unfinished" "$VENV/.setup-incomplete"
+}
 if [ -e "$VENV/.unfinished" ]; then
     say "An earlier set-up did not finish: starting over"
     rm -rf "$VENV"
@@ -34,16 +43,18 @@ if [ ! -e "$VENV" ]; then
     say "Making $VENV with Python $version"
     mkdir "$VENV"
     touch "$VENV/.unfinished"
+    trap leave EXIT
     "$PYTHON" -m venv "$VENV"
+    say "Installing PyTorch and the other requirements: about 3.2 GB to download, 6 GB on disk, some minutes"
 else
-    say "The requirements have changed: bringing $VENV up to date"
+    say "Bringing $VENV up to date"
     touch "$VENV/.unfinished"
+    trap leave EXIT
+    rm -f "$VENV"/.setup-*
 fi
-trap 'status=$?; [ $status -eq 0 ] || printf "focal_plugin: the set-up did not finish; the next make starts it over.\n" >&2' EXIT
 pip install $quiet -r requirements/build.txt
-
-say "Installing PyTorch and the other requirements: about 3.2 GB to download the first time, 6 GB on disk, some minutes"
 pip install $quiet --no-build-isolation -r requirements/base.txt -r requirements/dev.txt
+large_part=whole
 
 say "Installing Detectron2: $DETECTRON2"
 former=$("$VENV/bin/python" -c 'from importlib.metadata import packages_distributions as packages
@@ -52,7 +63,7 @@ print(*set(packages().get("detectron2", [])))')
 if [ "$DETECTRON2" = default ]; then
     # The wheel is tagged for another Python, which is why pip has to be told where to put it.
     site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    pip install $quiet --no-deps --require-hashes --only-binary=:all: --python-version 3.10 --target "$site" \
+    pip install $quiet --no-deps --require-hashes --only-binary=:all: --python-version 3.10 --upgrade --target "$site" \
         -r requirements/detectron2.txt
 else
     printf '%s\n' "$DETECTRON2" >"$VENV/.detectron2.txt"
@@ -65,7 +76,7 @@ pip install $quiet --no-deps --require-hashes -r requirements/quickstart.txt
 pip install $quiet --no-deps --no-build-isolation --editable .
 
 "$VENV/bin/python" -W ignore -c 'import cv2, detectron2.engine, timm, torchvision'
-rm -f "$VENV"/.setup-*
+rm -f "$VENV/.setup-incomplete"
 touch "$STAMP"
 rm "$VENV/.unfinished"
 say "Done: everything runs in $VENV"
