@@ -58,7 +58,7 @@ def dense_focal_loss(
     alpha = _check_alpha(alpha, logits[0])
     if torch.is_grad_enabled() and any(level.requires_grad for level in logits):
         return _DenseFocalLoss.apply(labels, alpha, float(gamma), *logits)
-    return _backend(logits[0]).loss_and_gradients(logits, labels, alpha, float(gamma), [None] * len(logits))[0]
+    return _backend(logits[0]).loss_and_gradients(logits, labels, alpha, float(gamma), [False] * len(logits), 1.0)[0]
 
 
 class _DenseFocalLoss(torch.autograd.Function):
@@ -67,9 +67,8 @@ class _DenseFocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
         ctx.headroom = _HEADROOM.get(logits[0].dtype, 1.0)
-        factors = [ctx.headroom if needed else None for needed in ctx.needs_input_grad[3:]]
-        ctx.backend = _backend(logits[0])
-        loss, gradients = ctx.backend.loss_and_gradients(logits, labels, alpha, gamma, factors)
+        ctx.backend, needed = _backend(logits[0]), ctx.needs_input_grad[3:]
+        loss, gradients = ctx.backend.loss_and_gradients(logits, labels, alpha, gamma, needed, ctx.headroom)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -139,4 +138,4 @@ def _check_alpha(alpha: float | Sequence[float] | Tensor, logits: Tensor) -> flo
         raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected a number, or ({num_classes},): one a class.")
     if alpha.device.type == "cpu" and not ((alpha >= 0) & (alpha <= 1)).all():
         raise ValueError(f"alpha is {alpha.tolist()}; expected numbers in [0, 1].")
-    return alpha.to(logits.device)
+    return alpha.to(logits.device, non_blocking=True)

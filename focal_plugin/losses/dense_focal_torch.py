@@ -21,12 +21,13 @@ def loss_and_gradients(
     labels: Sequence[Tensor],
     alpha: float | Tensor,
     gamma: float,
-    factors: Sequence[float | None],
+    needed: Sequence[bool],
+    factor: float,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss of ``dense_focal_loss``, and for each level its gradient times ``factors``; None where that is None."""
+    """The loss of ``dense_focal_loss``, and ``factor`` times the gradient of each level that needs one."""
     positive, negative = (1.0, 1.0) if isinstance(alpha, float) and alpha == -1 else (alpha, 1 - alpha)
     device, dtype = logits[0].device, torch.promote_types(logits[0].dtype, torch.float32)
-    levels = [_Level(*level) for level in zip(logits, labels, factors)]
+    levels = [_Level(*level, factor) for level in zip(logits, labels, needed)]
     if device.type == "cpu":
         for i, level in enumerate(levels):
             level.check_labels(i)
@@ -35,7 +36,7 @@ def loss_and_gradients(
         # path, and log1p ten times as long. The argument −0.0 maps the page.
         torch.log1p(-_ZERO)
 
-    size = min(_block_size(device), max(level.numel() for level in logits))
+    size = min(_block_size(device), max(1, *(level.numel() for level in logits)))
     scratch = torch.empty(3, size, dtype=dtype, device=device)
     losses = []
     for level in levels:
@@ -50,6 +51,18 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     if number != 1:
         for gradient in gradients:
             gradient.mul_(number)
+
+
+def memory_order(logits: Tensor) -> list[int]:
+    """The dimensions from the one with the largest stride to the one with the smallest."""
+    return sorted(range(logits.ndim), key=lambda d: -logits.stride(d))
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """A tensor like ``logits`` whose dimensions lie in the same order in memory, without gaps or overlaps."""
+    order = memory_order(logits)
+    memory = torch.empty([logits.shape[d] for d in order], dtype=logits.dtype, device=logits.device)
+    return memory.permute([order.index(d) for d in range(logits.ndim)])
 
 
 def _block_size(device: torch.device) -> int:
@@ -94,16 +107,14 @@ class _Level:
     and has number b·S + s; an element is (b, k, s) and has number (b·K + k)·S + s.
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor, factor: float | None):
-        order = sorted(range(5), key=lambda d: -logits.stride(d))
+    def __init__(self, logits: Tensor, labels: Tensor, needed: bool, factor: float):
+        order = memory_order(logits)
         self.logits = logits.detach().permute(order)
         self.shape = self.logits.shape
         self.num_classes, self.inner = logits.shape[2], math.prod(self.shape[order.index(2) + 1 :])  # K, S
-        self.factor, self.gradient, self.written = 1.0, None, None
-        if factor is not None:
-            gradient = torch.empty(self.shape, dtype=logits.dtype, device=logits.device)
-            self.gradient = gradient.permute([order.index(d) for d in range(5)])  # (N, A, K, H, W)
-            self.factor, self.written = factor, gradient.view(-1)  # (B·K·S,)
+        self.factor = factor
+        self.gradient = empty_gradient(logits) if needed else None  # (N, A, K, H, W)
+        self.written = self.gradient.permute(order).view(-1) if needed else None  # (B·K·S,)
 
         codes = labels.permute([d - (d > 2) for d in order if d != 2]).reshape(-1)  # (B·S,)
         special = (codes != self.num_classes).nonzero().squeeze(1)  # the anchors that are not all background
