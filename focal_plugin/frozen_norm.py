@@ -1,27 +1,30 @@
-"""Frozen batch norm as part of the convolution before it, without a pass of its own over the activations."""
+"""Frozen batch norm as part of the convolution before it, without passes of its own over the activations."""
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
 
 class FrozenNormConv2d(Conv2d):
-    """Detectron2's ``Conv2d`` with a ``FrozenBatchNorm2d`` that scales the weight instead of the output.
+    """Detectron2's ``Conv2d`` with a ``FrozenBatchNorm2d`` that scales the weight in mixed precision.
 
     A frozen batch norm is y = s·x + b, channel by channel, so s·conv(x, w) + b = conv(x, s·w) + b: the same function of
-    the same parameters under the same names, and the same gradients, but for rounding. Detectron2's module reads and
-    writes the activations twice more, and gradients once more.
+    the same parameters. Detectron2's module reads and writes the activations twice more, their gradients once more, and
+    rounds them each time to the lower precision. In full precision this is its very computation, to the last bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W')."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
         weight, bias = folded(self, self.norm)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
 
 def fold_frozen_norms(model: nn.Module) -> nn.Module:
-    """Let each ``Conv2d`` of Detectron2's in ``model`` that has a ``FrozenBatchNorm2d`` fold it; in place.
+    """Make each ``Conv2d`` in ``model`` that has a ``FrozenBatchNorm2d`` a ``FrozenNormConv2d``; in place.
 
     The modules stay the same objects with the same parameters and buffers: whoever holds one sees the change, and
     checkpoints load as before. Classes derived from the two are left as they are.
@@ -36,7 +39,7 @@ def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that is ``conv`` and then ``norm``, a batch norm in evaluation mode.
 
     Args:
-        conv: a convolution of C' output channels, with a bias or without.
+        conv: a convolution to C' channels, with a bias or without.
         norm: a ``FrozenBatchNorm2d``, ``BatchNorm2d`` or the like: with running statistics, affine or not.
     """
     scale = (norm.running_var + norm.eps).rsqrt()  # (C',)

@@ -43,6 +43,35 @@ def test_output_and_gradients_are_those_of_the_two_layers(bias, groups, activati
         torch.testing.assert_close(actual.grad, expected.grad)
 
 
+def test_in_full_precision_it_is_the_same_to_the_last_bit():
+    theirs = convolution()
+    ours = fold_frozen_norms(copy.deepcopy(theirs))
+    x = torch.randn(2, 4, 9, 7)
+    assert ours(x).equal(theirs(x))
+
+
+def test_in_mixed_precision_the_norm_is_folded_and_closer_to_the_exact_result():
+    theirs = convolution()
+    ours = fold_frozen_norms(copy.deepcopy(theirs))
+    x = torch.randn(2, 4, 33, 31)
+    exact = theirs(x)
+    exact.square().sum().backward()
+    expected, theirs.weight.grad = theirs.weight.grad, None
+    errors = []
+    for model in (theirs, ours):
+        calls = []
+        hook = model.norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        hook.remove()
+        assert len(calls) == (model is theirs)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        torch.testing.assert_close(model.weight.grad, expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
+        errors.append((y - exact).abs().mean().item())
+    assert errors[1] < errors[0]
+
+
 def test_modules_parameters_and_names_stay():
     model = nn.Sequential(convolution(), nn.ReLU())
     conv, state = model[0], model.state_dict()
