@@ -167,8 +167,9 @@ def _kernel(
 
     x = tl.where(positive, -x, x)  # target 1 is target 0 of −x
     e = tl.exp(-tl.abs(x))
-    p = tl.where(x >= 0, 1.0, e) / (1.0 + e)  # σ(x) and 1 − σ(x), neither by subtraction
-    q = tl.where(x >= 0, e, 1.0) / (1.0 + e)
+    larger = 1.0 / (1.0 + e)
+    p = tl.where(x >= 0, larger, e * larger)  # σ(x) and 1 − σ(x), neither by subtraction
+    q = tl.where(x >= 0, e * larger, larger)
     # log(1 + e) = 2 artanh(e / (2 + e)), by its series, whose terms shrink by 9 at least; 1 + e has lost bits of e.
     t = e / (2.0 + e)
     log1p = tl.zeros_like(t)

@@ -49,7 +49,7 @@ def sigmoid_focal_loss_star(
     *,
     beta: float = 0,
 ) -> Tensor:
-    """FL* = −α_t log σ(γ x_t + β) / γ, with x_t = ± inputs (appendix A, equations 11 and 12).
+    """FL* = −α_t log σ(γ x_t + β) / γ, with x_t = ± inputs (appendix A).
 
     The signature is that of ``fvcore.nn.sigmoid_focal_loss_star``, which has no β: there it is 0.
 

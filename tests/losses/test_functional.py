@@ -1,0 +1,155 @@
+import inspect
+import math
+
+import fvcore.nn
+import pytest
+import torch
+from torch.nn import functional as F
+
+from focal_plugin.losses.functional import sigmoid_focal_loss, sigmoid_focal_loss_star
+
+LOSSES = [sigmoid_focal_loss, sigmoid_focal_loss_star]
+EXTREMES = torch.tensor([0.0, 1e-3, 1.0, 5.0, 15.0, 17.0, 20.0, 50.0, 88.0, 104.0, 1e3, 1e4])
+
+
+def draw(shape=(7, 5), seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(shape, generator=generator) * 4
+    return inputs.to(dtype), torch.randint(2, shape, generator=generator).to(dtype)
+
+
+def oracle(inputs, targets, alpha, gamma):
+    """Equation 5 and its derivative (appendix B) in float64, for targets 0 and 1."""
+    x, y = inputs.detach().double(), 2 * targets.double() - 1
+    alpha_t = 1 if alpha == -1 else torch.where(y == 1, alpha, 1 - alpha)
+    p_t, not_p_t, log_p_t = torch.sigmoid(y * x), torch.sigmoid(-y * x), F.logsigmoid(y * x)
+    return -alpha_t * not_p_t**gamma * log_p_t, alpha_t * y * not_p_t**gamma * (gamma * p_t * log_p_t - not_p_t)
+
+
+@pytest.mark.parametrize("ours", LOSSES, ids=lambda f: f.__name__)
+def test_signature_is_fvcores(ours):
+    theirs = inspect.signature(getattr(fvcore.nn, ours.__name__)).parameters
+    parameters = inspect.signature(ours).parameters
+    assert [(p.name, p.default, p.kind) for p in parameters.values()][: len(theirs)] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+    assert [p.kind for p in parameters.values()][len(theirs) :] in ([], [inspect.Parameter.KEYWORD_ONLY])
+
+
+@pytest.mark.parametrize("ours", LOSSES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("alpha", [-1, 0, 0.25, 1])
+@pytest.mark.parametrize("gamma", [0.5, 1, 2, 5])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_agrees_with_fvcore(ours, alpha, gamma, reduction, soft):
+    inputs, targets = draw()
+    if soft:
+        targets = torch.rand(targets.shape, generator=torch.Generator().manual_seed(2))
+    inputs.requires_grad_()
+    theirs = getattr(fvcore.nn, ours.__name__)
+    loss, expected = (f(inputs, targets, alpha, gamma, reduction) for f in (ours, theirs))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    gradient, wanted = (torch.autograd.grad(value.sum(), inputs)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [-1, 0.25])
+@pytest.mark.parametrize("gamma", [0, 0.01, 0.1, 0.5, 0.9, 1, 2, 5])
+def test_value_and_gradient_up_to_extreme_logits(dtype, alpha, gamma):
+    inputs = torch.cat([EXTREMES, -EXTREMES]).to(dtype).repeat(2).requires_grad_()
+    targets = torch.tensor([0, 1], dtype=dtype).repeat_interleave(2 * len(EXTREMES))
+    loss = sigmoid_focal_loss(inputs, targets, alpha, gamma)
+    gradient = torch.autograd.grad(loss.sum(), inputs)[0]
+    expected, wanted = oracle(inputs, targets, alpha, gamma)
+    tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 1e-12, "atol": 1e-30}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    torch.testing.assert_close(gradient.double(), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1, 4])
+@pytest.mark.parametrize("beta", [-1, 0, 1])
+def test_star_and_its_gradient_up_to_extreme_logits(gamma, beta):
+    x = torch.cat([EXTREMES, -EXTREMES]).double().requires_grad_()
+    for target in (0.0, 1.0):
+        loss = sigmoid_focal_loss_star(x, torch.full_like(x, target), 0.25, gamma, beta=beta)
+        x_t = (2 * target - 1) * x
+        alpha_t = 0.25 if target else 0.75
+        expected = alpha_t * torch.logaddexp(torch.zeros_like(x), -(gamma * x_t + beta)) / gamma
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        # dFL*/dx = y (p*_t − 1), appendix B
+        gradient = torch.autograd.grad(loss.sum(), x)[0]
+        y = 2 * target - 1
+        torch.testing.assert_close(gradient, -alpha_t * y * torch.sigmoid(-(gamma * x_t + beta)), rtol=1e-12, atol=0)
+
+
+def test_limits():
+    inputs, targets = draw()
+    cross_entropy = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    torch.testing.assert_close(sigmoid_focal_loss(inputs, targets, gamma=0), cross_entropy)
+    torch.testing.assert_close(sigmoid_focal_loss(inputs, targets, 0.5, 0), cross_entropy / 2)
+    torch.testing.assert_close(sigmoid_focal_loss_star(inputs, targets), cross_entropy)
+    torch.testing.assert_close(sigmoid_focal_loss_star(inputs, targets, 0.5), cross_entropy / 2)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 3.5])
+def test_gradcheck(gamma):
+    inputs, targets = draw(dtype=torch.float64)
+    inputs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sigmoid_focal_loss(x, targets, 0.25, gamma), inputs)
+    assert torch.autograd.gradgradcheck(lambda x: sigmoid_focal_loss(x, targets, 0.25, gamma), inputs)
+    assert torch.autograd.gradcheck(lambda x: sigmoid_focal_loss_star(x, targets, 0.25, gamma + 1, beta=1), inputs)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(loss, dtype):
+    inputs, targets = draw(dtype=dtype)
+    inputs.requires_grad_()
+    result = loss(inputs, targets, 0.25, 0.5)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, loss(inputs.float(), targets.float(), 0.25, 0.5))
+    gradient = torch.autograd.grad(result.sum(), inputs)[0]
+    assert gradient.dtype == dtype and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+def test_shapes_and_dtypes_of_targets(loss):
+    inputs, targets = draw((2, 3, 4))
+    expected = loss(inputs, targets, 0.25)
+    assert expected.shape == (2, 3, 4)
+    assert torch.equal(loss(inputs, targets.bool(), 0.25), expected)
+    assert torch.equal(loss(inputs, targets.long(), 0.25), expected)
+    empty = torch.zeros(0, 5)
+    assert loss(empty, empty).shape == (0, 5) and loss(empty, empty, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+def test_refuses_what_makes_no_sense(loss):
+    inputs, targets = draw()
+    for arguments, keywords, message in [
+        ((inputs, targets), {"reduction": "average"}, "reduction is 'average'"),
+        ((inputs, targets[:1]), {}, r"\(7, 5\) and targets \(1, 5\).*one_hot"),
+        ((inputs, targets[..., 0]), {}, "one_hot"),
+        ((inputs, targets * 3), {}, r"outside \[0, 1\]"),
+        ((inputs, targets * 2 - 1), {}, r"outside \[0, 1\]"),
+        ((inputs, targets * math.nan), {}, r"outside \[0, 1\]"),
+        ((inputs, targets), {"alpha": -0.5}, "alpha is -0.5"),
+        ((inputs, targets), {"alpha": 1.1}, "alpha is 1.1"),
+        ((inputs, targets), {"alpha": math.nan}, "alpha is nan"),
+        ((inputs, targets), {"gamma": -1}, "gamma is -1"),
+        ((inputs, targets), {"gamma": math.inf}, "gamma is inf"),
+        ((inputs, targets), {"gamma": math.nan}, "gamma is nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loss(*arguments, **keywords)
+    with pytest.raises(TypeError, match=r"inputs are torch\.int64"):
+        loss(inputs.long(), targets)
+
+
+def test_star_refuses_what_it_cannot_divide_by_or_shift():
+    inputs, targets = draw()
+    with pytest.raises(ValueError, match="gamma is 0"):
+        sigmoid_focal_loss_star(inputs, targets, gamma=0)
+    with pytest.raises(ValueError, match="beta is inf"):
+        sigmoid_focal_loss_star(inputs, targets, beta=math.inf)
