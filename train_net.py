@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 
+from focal_plugin.deploy import model_for_inference
 from focal_plugin.engine import Trainer, find_config, lazy, load_config, start_run
 
 # isort: split
@@ -45,6 +46,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
             "last checkpoint in OUTPUT_DIR."
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    model = model_for_inference(cfg, model)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         Trainer.report(cfg, model, results)

@@ -77,6 +77,10 @@ def _defaults() -> CN:
     # Keep images and features in memory as (N, H, W, C), the order in which most processors convolve fastest.
     cfg.MODEL.FOCAL.CHANNELS_LAST = False
 
+    # With --eval-only, evaluate deploy.optimize_for_inference of the model: norms folded, bfloat16 where it is fast.
+    cfg.MODEL.FOCAL.INFERENCE = CN()
+    cfg.MODEL.FOCAL.INFERENCE.OPTIMIZE = False
+
     cfg.DATASETS = CN()
     # Data sets to register: {name: ..., format: voc, root: ..., split: ...} or {name: ..., format: coco, json: ...,
     # images: ...}. data.voc.VocSet and data.coco.CocoSet describe these keys and the rest (classes, on_error, ...).

@@ -1,0 +1,98 @@
+"""The same detections at less cost: norms folded, channels last, bfloat16 where the processor multiplies it fast."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import Tensor, nn
+
+from ..frozen_norm import FrozenNormConv2d, folded
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of ``model`` for inference only; ``model`` itself stays as it is.
+
+    Batch norms with fixed statistics become part of the convolutions before them, and weights and images lie in memory
+    as (N, H, W, C). The detections are the model's to rounding: in float32 the same boxes in the same order.
+
+    Args:
+        model: a FocalRetinaNet, or any model of Detectron2's, on its device.
+        dtype: what the backbone, and a dense detector's head, compute in: float32, bfloat16 or float16. Their results
+            are float32 again, so that boxes, scores and NMS are. None: ``fast_dtype`` of the device.
+
+    Raises:
+        ValueError: another dtype, or one below float32 for a model without a ``backbone``.
+    """
+    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
+    if dtype is None:
+        dtype = fast_dtype(next(model.parameters()).device) if has_backbone else torch.float32
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, _DTYPES))}, or None.")
+    if dtype != torch.float32 and not has_backbone:
+        raise ValueError(
+            f"dtype is {dtype}, but {type(model).__name__} has no `backbone` to compute in it: use float32."
+        )
+
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if type(module) in (Conv2d, FrozenNormConv2d) and isinstance(module.norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+            _fold(module)
+    model.to(memory_format=torch.channels_last)
+    if has_backbone:
+        last = model.head if isinstance(model, DenseDetector) else model.backbone
+        model.backbone.register_forward_pre_hook(partial(_prepare_images, dtype))
+        if dtype != torch.float32:
+            model.backbone.to(dtype)
+            last.to(dtype)
+            last.register_forward_hook(_to_float32)
+    return model
+
+
+def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """What ``MODEL.FOCAL.INFERENCE.OPTIMIZE`` asks for: ``optimize_for_inference`` of ``model``, or itself."""
+    return optimize_for_inference(model) if cfg.MODEL.FOCAL.INFERENCE.OPTIMIZE else model
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 if the device has instructions to multiply it, else float32.
+
+    That is a GPU of compute capability 8 or more, or an x86 processor with AMX or AVX512-BF16.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+        fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _fold(conv: Conv2d) -> None:
+    weight, bias = folded(conv, conv.norm)
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
+    conv.norm = None
+    conv.__class__ = Conv2d  # a FrozenNormConv2d has nothing left to fold
+
+
+def _prepare_images(dtype: torch.dtype, module: nn.Module, args: tuple) -> tuple:
+    images, *others = args  # (N, C, H, W)
+    return images.to(dtype, memory_format=torch.channels_last), *others
+
+
+def _to_float32(module: nn.Module, args: tuple, output: Any) -> Any:
+    """The ``output``, tensors in tuples, lists and dicts, in float32."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {key: _to_float32(module, args, value) for key, value in output.items()}
+    return type(output)(_to_float32(module, args, value) for value in output)
