@@ -94,7 +94,8 @@ def _defaults() -> CN:
     # Compute the images of a step in this many parts, one after another: the same step in less memory. Still
     # SOLVER.IMS_PER_BATCH images a step in all, and the losses are divided by what the normaliser makes of all of them.
     cfg.SOLVER.ACCUMULATE = 1
-    # What SOLVER.AMP.ENABLED computes in: "float16" or "bfloat16"; empty, float16 on a GPU and bfloat16 on a CPU.
+    # What SOLVER.AMP.ENABLED computes in: "float16" or "bfloat16"; empty, float16 on a GPU, bfloat16 on a CPU that has
+    # instructions for it, and float32 on another.
     cfg.SOLVER.AMP = CN()
     cfg.SOLVER.AMP.DTYPE = ""
 

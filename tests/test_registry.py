@@ -56,7 +56,7 @@ def test_an_unknown_stock_box_loss_is_refused(cfg):
 
 
 def test_a_users_module_brings_its_loss(cfg, tmp_path, monkeypatch):
-    (tmp_path / "my_losses.py").write_text(
+    (tmp_path / "my_squared_loss.py").write_text(
         "from torch import nn\n"
         "from focal_plugin import CLS_LOSS_REGISTRY, ElementwiseLoss\n"
         "@CLS_LOSS_REGISTRY.register()\n"
@@ -67,7 +67,7 @@ def test_a_users_module_brings_its_loss(cfg, tmp_path, monkeypatch):
         "        return (logits.sigmoid() - targets) ** 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    cfg.MODEL.FOCAL.IMPORTS = ["my_losses"]
+    cfg.MODEL.FOCAL.IMPORTS = ["my_squared_loss"]
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "SquaredLoss"
     try:
         import_user_modules(cfg)

@@ -1,6 +1,7 @@
 """One optimiser step on any device: full or mixed precision, the batch at once or in parts."""
 
 import inspect
+import logging
 import time
 from contextlib import nullcontext
 
@@ -12,8 +13,11 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..deploy import fast_dtype
 from .divergence import DivergenceReport, raise_if_diverged
 from .window import counted_together, divide_gradients, split
+
+logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -21,10 +25,16 @@ _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
     """What to compute in: None for full precision, else the dtype ``name``; empty, the device's usual one.
 
+    That is float16 on a GPU and bfloat16 on a CPU that computes in it; others would be slower for it and stay in full
+    precision, which is logged.
+
     Raises:
         ValueError: ``name`` is none of float16 and bfloat16.
     """
     if not enabled:
+        return None
+    if not name and torch.device(device).type == "cpu" and fast_dtype(device) == torch.float32:
+        logger.info("SOLVER.AMP: this CPU does not compute in bfloat16, so it stays with float32.")
         return None
     name = name or ("bfloat16" if torch.device(device).type == "cpu" else "float16")
     if name not in _PRECISIONS:

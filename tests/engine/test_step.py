@@ -141,8 +141,15 @@ def test_eval_mode_is_refused(model, batches):
         (True, "float16", "cpu", torch.float16),
     ],
 )
-def test_precision(enabled, name, device, expected):
+def test_precision(enabled, name, device, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": True}, raising=False)
     assert amp_precision(enabled, name, device) == expected
+
+
+@pytest.mark.parametrize("name, expected", [("", None), ("bfloat16", torch.bfloat16)])
+def test_a_cpu_without_bfloat16_uses_it_only_when_told_to(name, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
+    assert amp_precision(True, name, "cpu") == expected
 
 
 def test_unknown_precision():
