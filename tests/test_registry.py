@@ -75,7 +75,7 @@ def test_a_users_module_brings_its_loss(cfg, tmp_path, monkeypatch):
         loss = build_cls_loss(cfg)
     finally:
         focal_plugin.CLS_LOSS_REGISTRY._obj_map.pop("SquaredLoss", None)
-        sys.modules.pop("my_losses", None)
+        sys.modules.pop("my_squared_loss", None)
     targets = focal_plugin.DenseTargets([torch.tensor([[[[0, 2, -1]]]])], 2, [], torch.zeros(1, 4), torch.zeros(1, 4))
     logits = torch.zeros(1, 1, 2, 1, 3)
     assert loss([logits], targets).item() == pytest.approx(4 * 0.25)  # two anchors of two classes; one is ignored
