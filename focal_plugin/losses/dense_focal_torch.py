@@ -3,7 +3,8 @@
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -36,12 +37,22 @@ def loss_and_gradients(
         # path, and log1p ten times as long. The argument −0.0 maps the page.
         torch.log1p(-_ZERO)
 
-    size = min(_block_size(device), max(1, *(level.numel() for level in logits)))
-    scratch = torch.empty(3, size, dtype=dtype, device=device)
-    losses = []
-    for level in levels:
-        losses += [level.negatives(*block, negative, gamma, scratch) for block in level.blocks(size)]
-        losses += [level.positives(positive, gamma)]
+    tasks = [(level, *block) for level in levels for block in level.blocks(_block_size(device))]
+    losses: list[Tensor | None] = [None] * len(
+        tasks
+    )  # in this order, whichever thread is first: the same bits each time
+    queue = iter(enumerate(tasks))
+
+    @(torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad)()  # threads don't inherit it
+    def work() -> None:
+        """Take block after block until there are none."""
+        size = max((count for _, _, count, _ in tasks), default=0)
+        scratch = torch.empty(3, size, dtype=dtype, device=device)
+        for i, (level, *block) in queue:
+            losses[i] = level.negatives(*block, negative, gamma, scratch)
+
+    _on_threads(work, min(torch.get_num_threads(), len(tasks)) if device.type == "cpu" else 1)
+    losses += [level.positives(positive, gamma) for level in levels]
     return torch.stack(losses).sum(), [level.gradient for level in levels]
 
 
@@ -51,6 +62,26 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     if number != 1:
         for gradient in gradients:
             gradient.mul_(number)
+
+
+def _on_threads(work: Callable[[], None], count: int) -> None:
+    """Call ``work`` on ``count`` threads at once, whose operations each keep to their thread.
+
+    PyTorch would cut each operation in parts and have its threads wait for each other after each. The operations here
+    are short, and where other processes take turns on the cores the waiting is most of the time.
+    """
+    if count <= 1:
+        work()
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for future in [pool.submit(work) for _ in range(count)]:
+                future.result()
+    finally:
+        torch.set_num_threads(
+            threads
+        )  # it had been set for each thread of the pool, and for threads that start meanwhile
 
 
 def memory_order(logits: Tensor) -> list[int]:
@@ -67,7 +98,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
 def _block_size(device: torch.device) -> int:
     """How many elements to work on at a time: on a CPU, what stays in cache with its temporaries."""
-    return min(2**17 * torch.get_num_threads(), 2**21) if device.type == "cpu" else 2**22
+    return 2**17 if device.type == "cpu" else 2**22
 
 
 def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float, gradient: Tensor | None) -> Tensor:
