@@ -38,9 +38,7 @@ def loss_and_gradients(
         torch.log1p(-_ZERO)
 
     tasks = [(level, *block) for level in levels for block in level.blocks(_block_size(device))]
-    losses: list[Tensor | None] = [None] * len(
-        tasks
-    )  # in this order, whichever thread is first: the same bits each time
+    losses: list[Tensor | None] = [None] * len(tasks)  # in this order whoever is first, for the same sum each time
     queue = iter(enumerate(tasks))
 
     @(torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad)()  # threads don't inherit it
@@ -79,9 +77,7 @@ def _on_threads(work: Callable[[], None], count: int) -> None:
             for future in [pool.submit(work) for _ in range(count)]:
                 future.result()
     finally:
-        torch.set_num_threads(
-            threads
-        )  # it had been set for each thread of the pool, and for threads that start meanwhile
+        torch.set_num_threads(threads)  # the pool's 1 had become the default of threads that are yet to start
 
 
 def memory_order(logits: Tensor) -> list[int]:
