@@ -117,8 +117,9 @@ def save_detections(
             [_DETECTED] * len(found) if single else map(_class_color, found),
             [f"{score:.2f}" for score in sample.scores[shown]] if len(found) <= _MOST_LABELS else None,
         )
-        left.set_title(f"{sample.name}: {len(truth)} in the ground truth", fontsize=8, loc="left")
-        right.set_title(f"{len(found)} found with a score of at least {score_thresh:g}", fontsize=8, loc="left")
+        left.set_title(f"{len(truth)} in the ground truth", fontsize=8, loc="left")
+        right.set_title(f"{len(found)} found (score ≥ {score_thresh:g})", fontsize=8, loc="left")
+        left.text(0, -0.01, sample.name, transform=left.transAxes, va="top", fontsize=6, color="gray")
     if single:
         entries = {f"{class_names[0]}, ground truth": _TRUTH, f"{class_names[0]}, detected": _DETECTED}
     else:
