@@ -174,8 +174,8 @@ class FocalRetinaNet(DenseDetector):
             logits: (A·K, H, W). deltas: (A·4, H, W). anchors: (H·W·A, 4).
         """
         logits = logits.view(-1, self.num_classes, *logits.shape[-2:])  # (A, K, H, W)
-        # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding, bfloat16's too: the scores
-        # decide below.
+        # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding, bfloat16's too: the
+        # scores decide below.
         candidates = (logits > _logit(self.test_score_thresh) - 0.1).nonzero()  # (C, 4)
         anchor, cls, y, x = candidates.unbind(dim=1)
         values, order = logits[anchor, cls, y, x].float().topk(min(len(candidates), self.test_topk_candidates))
