@@ -1,5 +1,6 @@
 """RetinaNet whose loss, matcher, head, bias init and normaliser are chosen by name."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -68,6 +69,7 @@ class FocalRetinaNet(DenseDetector):
         pixel_std: Sequence[float],
     ):
         super().__init__(backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.head_takes_targets = "targets" in inspect.signature(head.forward).parameters
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
@@ -115,13 +117,25 @@ class FocalRetinaNet(DenseDetector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """As ``DenseDetector.forward``: losses by name in training, else a dict with ``instances`` for each image."""
+        if not (self.training and self.head_takes_targets):
+            return super().forward(batched_inputs)
+        assert "instances" in batched_inputs[0], "The images have no `instances`, the ground truth of training."
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        gt_instances = [image["instances"].to(self.device) for image in batched_inputs]
+        targets = self.label_anchors(Anchors.from_generator(self.anchor_generator, features), gt_instances)
+        return self.losses(*self.head(features, targets), targets)
+
     def forward_training(
         self, images: ImageList, features: list[Tensor], predictions, gt_instances: list[Instances]
     ) -> dict[str, Tensor]:
-        """The losses of a batch from its features and the head's ``(logits, deltas)``."""
+        """The losses of a batch from its features and the ``(logits, deltas)`` of a head that takes no targets."""
         logits, deltas = predictions
-        anchors = Anchors.from_generator(self.anchor_generator, features)
-        return self.losses(logits, deltas, self.label_anchors(anchors, gt_instances))
+        targets = self.label_anchors(Anchors.from_generator(self.anchor_generator, features), gt_instances)
+        return self.losses(logits, targets.gather(deltas), targets)
 
     @torch.no_grad()
     def label_anchors(self, anchors: Anchors, gt_instances: list[Instances]) -> DenseTargets:
@@ -129,21 +143,22 @@ class FocalRetinaNet(DenseDetector):
         matches = [self.anchor_matcher(anchors, instances) for instances in gt_instances]
         return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)
 
-    def losses(self, logits: list[Tensor], deltas: list[Tensor], targets: DenseTargets) -> dict[str, Tensor]:
+    def losses(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
         """``loss_cls`` and ``loss_box_reg``, scalars, normalised and weighted.
 
         Args:
             logits: one (N, A·K, H, W) tensor a level.
-            deltas: one (N, A·4, H, W) tensor a level.
+            deltas: (P, 4), the positives'.
             targets: what each anchor should predict.
         """
         get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(targets.labels[0]))
         normalizer = self.normalizer(targets.num_positives, logits[0].device)
         views = [x.view(len(x), -1, self.num_classes, *x.shape[-2:]) for x in logits]  # L × (N, A, K, H, W)
+        if getattr(self.cls_loss, "needs_quality", False):
+            boxes = self.box2box_transform.apply_deltas(deltas.detach(), targets.anchors)  # (P, 4)
+            targets = targets.with_quality(boxes)
         loss_cls = self.cls_loss(views, targets)
-        loss_box_reg = self.box_loss(
-            targets.gather(deltas), targets.anchors, targets.gt_boxes, self.box2box_transform
-        ).sum()
+        loss_box_reg = self.box_loss(deltas, targets.anchors, targets.gt_boxes, self.box2box_transform).sum()
         return {
             "loss_cls": loss_cls * (self.cls_loss_weight / normalizer),
             "loss_box_reg": loss_box_reg * (self.box_loss_weight / normalizer),

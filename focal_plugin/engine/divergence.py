@@ -1,7 +1,10 @@
 """What to say when a loss is infinite or NaN: which images, and where in the model it starts."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,27 +46,63 @@ class DivergenceReport:
         return cls(comm.get_rank(), losses, images, find_cause(model, batch, forward))
 
 
+class Divergence(FloatingPointError):
+    """A step whose loss is infinite or NaN. The weights are still those of before the step.
+
+    Args:
+        iteration: the step, counted from 0 as in the log.
+        learning_rate: of that step.
+        reports: of the processes where it happened, at least one.
+    """
+
+    def __init__(self, iteration: int, learning_rate: float, reports: Sequence[DivergenceReport]):
+        self.iteration, self.learning_rate, self.reports = iteration, learning_rate, list(reports)
+        lines = [f"Loss became infinite or NaN at iteration {iteration}, learning rate {learning_rate:g}."]
+        for report in self.reports:
+            losses = ", ".join(f"{name} {loss:g}" for name, loss in report.losses.items())
+            lines.append(f"Process {report.rank}: {losses}. {report.cause} Images: {', '.join(report.images)}.")
+        lines.append(
+            "What helps, most often first: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True, SOLVER.AMP.ENABLED False."
+        )
+        super().__init__("\n".join(lines))
+
+    def save(self, path: str) -> None:
+        """Write what is known to a JSON file; a loss that is not finite as the text "nan", "inf" or "-inf"."""
+        first = self.reports[0]
+        losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in first.losses.items()}
+        where = {"rank": first.rank, "losses": losses, "cause": first.cause, "images": first.images}
+        with open(path, "w") as file:
+            json.dump({"iteration": self.iteration, "learning_rate": self.learning_rate, **where}, file, indent=2)
+
+
+@contextmanager
+def recorded_divergence(output_dir: str) -> Iterator[None]:
+    """Inside, a run that diverges leaves ``diverged.json`` in ``output_dir``; that of an earlier attempt is removed.
+
+    The error goes on. Only the main process raises it, so that there is one file.
+    """
+    path = os.path.join(output_dir, "diverged.json")
+    if comm.is_main_process() and os.path.exists(path):
+        os.remove(path)
+    try:
+        yield
+    except Divergence as error:
+        error.save(path)
+        raise
+
+
 def raise_if_diverged(
     iteration: int, optimizer: torch.optim.Optimizer, reports: Sequence[DivergenceReport | None]
 ) -> None:
     """Raise if any process reports a loss that is not finite. The weights are still those of before the step.
 
     Raises:
-        FloatingPointError: names the iteration, the losses, the images and where it starts, and says what helps.
+        Divergence: names the iteration, the losses, the images and where it starts, and says what helps.
     """
     reports = [report for report in reports if report is not None]
-    if not reports:
-        return
-    rate = optimizer.param_groups[0]["lr"]
-    lines = [f"Loss became infinite or NaN at iteration {iteration}, learning rate {rate:g}."]
-    for report in reports:
-        losses = ", ".join(f"{name} {loss:g}" for name, loss in report.losses.items())
-        lines.append(f"Process {report.rank}: {losses}. {report.cause} Images: {', '.join(report.images)}.")
-    lines.append(
-        "What helps, most often first: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, "
-        "SOLVER.CLIP_GRADIENTS.ENABLED True, SOLVER.AMP.ENABLED False."
-    )
-    raise FloatingPointError("\n".join(lines))
+    if reports:
+        raise Divergence(iteration, optimizer.param_groups[0]["lr"], reports)
 
 
 @torch.no_grad()
@@ -90,12 +129,12 @@ class _Seen(Exception):
 
 
 def _head_outputs(head: nn.Module, forward: Callable) -> tuple[list[Tensor], list[Tensor]]:
-    """The logits and deltas that ``head`` gives in a ``forward`` pass."""
+    """The logits and deltas of all anchors that ``head`` makes of the features in a ``forward`` pass."""
 
-    def stop(module: nn.Module, args: tuple, output: tuple) -> None:
-        raise _Seen(output)
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise _Seen(module.forward(*args[:1]))  # without targets, which would leave out anchors
 
-    hook = head.register_forward_hook(stop)
+    hook = head.register_forward_pre_hook(stop)
     try:
         forward()
     except _Seen as seen:

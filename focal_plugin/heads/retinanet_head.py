@@ -3,12 +3,18 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
 from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
+from ..structures import DenseTargets
+from .sparse import Cells, convs_at
+
+# Of all cells: where the box subnet is needed at more, whole maps are about as cheap.
+_MAX_SHARE = 0.5
 
 
 @DENSE_HEAD_REGISTRY.register()
@@ -41,6 +47,7 @@ class FocalRetinaNetHead(nn.Module):
     ):
         super().__init__()
         self.num_levels = len(input_shape)
+        self.has_norm = bool(norm)
         norm = self._norm_of_levels(norm)
         dims = [input_shape[0].channels, *conv_dims]
         self.cls_subnet = _subnet(dims, norm)
@@ -79,8 +86,13 @@ class FocalRetinaNetHead(nn.Module):
             return norm
         return lambda channels: CycleBatchNormList(self.num_levels, bn_class=classes[norm], num_features=channels)
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, features: Sequence[Tensor], targets: DenseTargets | None = None
+    ) -> tuple[list[Tensor], list[Tensor] | Tensor]:
         """Logits (N, A·K, H, W) and deltas (N, A·4, H, W) of each level, from its (N, C, H, W) features.
+
+        With ``targets``, the deltas are the positives' alone, (P, 4), all that a box loss looks at. The box subnet then
+        runs around the positives only, unless they are nearly everywhere or its norms have to see whole maps.
 
         Raises:
             ValueError: not as many levels as the head was built for.
@@ -88,8 +100,27 @@ class FocalRetinaNetHead(nn.Module):
         if len(features) != self.num_levels:
             raise ValueError(f"The head was built for {self.num_levels} levels and was given {len(features)}.")
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]
-        deltas = [self.bbox_pred(self.bbox_subnet(x)) for x in features]
-        return logits, deltas
+        if targets is None:
+            return logits, self._deltas(features)
+        deltas = None if self.has_norm else self._deltas_around_positives(features, targets)
+        return logits, targets.gather(self._deltas(features)) if deltas is None else deltas
+
+    def _deltas(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [self.bbox_pred(self.bbox_subnet(x)) for x in features]
+
+    def _deltas_around_positives(self, features: Sequence[Tensor], targets: DenseTargets) -> Tensor | None:
+        """The positives' deltas, (P, 4); None where so many cells matter that whole maps are cheaper."""
+        cells = Cells(features)
+        places = [torch.unravel_index(flat, x.shape) for flat, x in zip(targets.positives, targets.labels)]
+        numbers = torch.cat(
+            [cells.numbers(level, image, y, x) for level, (image, _, y, x) in enumerate(places)]
+        )  # (P,)
+        convs = [*(layer for layer in self.bbox_subnet if isinstance(layer, nn.Conv2d)), self.bbox_pred]
+        outputs = convs_at(convs, features, cells, numbers, max_share=_MAX_SHARE)  # (P, A·4)
+        if outputs is None:
+            return None
+        anchor = torch.cat([anchor for _, anchor, _, _ in places])  # (P,)
+        return outputs.unflatten(1, (-1, 4))[torch.arange(len(anchor), device=anchor.device), anchor]
 
 
 def _subnet(dims: Sequence[int], norm) -> nn.Sequential:

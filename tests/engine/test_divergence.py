@@ -59,7 +59,7 @@ def test_where_it_starts(batch, bad):
 def test_in_the_losses(batch):
     model = Detector()
     assert "starts in the losses" in find_cause(model, batch, model)
-    assert not model.head._forward_hooks
+    assert not model.head._forward_pre_hooks
     assert "starts in the losses" in find_cause(nn.Linear(1, 1), batch, lambda batch: None)  # no head to look at
 
 
