@@ -12,7 +12,7 @@ from .losses import (
     SigmoidFocalLoss,
     SmoothL1BoxLoss,
 )
-from .matchers import IgnoreBandMatcher
+from .matchers import ATSSMatcher, IgnoreBandMatcher
 from .normalizer import EMANumPositives, NumPositives, build_normalizer
 from .registry import (
     ANCHOR_MATCHER_REGISTRY,
@@ -41,6 +41,7 @@ __all__ = [
     "IGNORED",
     "NEGATIVE",
     "POSITIVE",
+    "ATSSMatcher",
     "Anchors",
     "CIoUBoxLoss",
     "DIoUBoxLoss",

@@ -48,6 +48,8 @@ def _defaults() -> CN:
     # What a box gets that no anchor overlaps enough: "none" (the paper: nothing), "detectron1" (its best anchors, if
     # their IoU reaches the lowest threshold), "detectron2" (its best anchors at any IoU above 0).
     cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "detectron2"
+    # ATSSMatcher: how many locations of each level, those nearest to a box's centre, are its candidates.
+    cfg.MODEL.FOCAL.MATCHER.TOPK = 9
 
     # How the classifier's bias starts. A name in BIAS_INIT_REGISTRY; π is MODEL.RETINANET.PRIOR_PROB.
     cfg.MODEL.FOCAL.BIAS_INIT = CN()

@@ -39,7 +39,8 @@ Rules that assign ground truth to anchors, built with ``(cfg)`` and called with 
 ``anchors``: an ``Anchors``; ``instances``: the ``Instances`` of one image, with ``gt_boxes``. The result is
 ``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box,
 and an int8 label in {IGNORED, NEGATIVE, POSITIVE}. ``matched`` is meaningful where the label is POSITIVE.
-A matcher is also callable with one (G, R) IoU matrix, as Detectron2's ``Matcher`` is, so it serves stock models.
+A matcher that needs nothing but IoU is also callable with one (G, R) matrix of it, as Detectron2's ``Matcher`` is, so
+that it serves stock models; another raises a TypeError that says so.
 """
 
 BIAS_INIT_REGISTRY = Registry("BIAS_INIT")

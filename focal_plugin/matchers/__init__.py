@@ -1,5 +1,6 @@
 """Rules that assign ground-truth boxes to anchors."""
 
+from .atss import ATSSMatcher
 from .ignore_band import IgnoreBandMatcher
 
-__all__ = ["IgnoreBandMatcher"]
+__all__ = ["ATSSMatcher", "IgnoreBandMatcher"]

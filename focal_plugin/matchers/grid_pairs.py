@@ -18,6 +18,21 @@ def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return matched_pairwise_iou(Boxes(boxes), Boxes(others)).nan_to_num(0)  # NaN: 0 over an area of 0 or NaN
 
 
+def pack_pairs(iou: Tensor, box: Tensor) -> Tensor:
+    """One int64 for an IoU and a box: the largest has the largest IoU and, of equals, the first box.
+
+    (Floats ≥ 0 are in the order of their bits.) 0 stands for IoU 0 and the first box. So the best box of each anchor is
+    a ``scatter_reduce`` of "amax" into zeros.
+    """
+    return (iou.view(torch.int32).long() << 32) - box
+
+
+def unpack_pairs(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The IoU and the box of each of ``pack_pairs``'s keys."""
+    bits = (keys + (2**32 - 1)) >> 32
+    return bits.int().view(torch.float32), (bits << 32) - keys
+
+
 class GridPairs:
     """Searches the pairs of an image's boxes and anchors by IoU.
 

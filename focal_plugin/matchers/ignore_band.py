@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import ANCHOR_MATCHER_REGISTRY
 from ..structures import IGNORED, NEGATIVE, POSITIVE, Anchors
-from .grid_pairs import GridPairs, elementwise_iou
+from .grid_pairs import GridPairs, elementwise_iou, pack_pairs, unpack_pairs
 
 _LOW_QUALITY = ("none", "detectron1", "detectron2")
 _IOUS_AT_ONCE = 2**19  # of a dense chunk: about 30 MB of temporaries
@@ -117,7 +117,7 @@ class IgnoreBandMatcher:
         keys = torch.zeros(len(grid.boxes), dtype=torch.int64, device=boxes.device)
         best_pairs = []  # per chunk, the pairs that are the best of their box so far
         for anchor, box, iou in grid.search(boxes, min_iou):
-            keys.scatter_reduce_(0, anchor, _pack(iou, box), "amax")
+            keys.scatter_reduce_(0, anchor, pack_pairs(iou, box), "amax")
             best_of_box.scatter_reduce_(0, box, iou, "amax")
             is_best = (iou == best_of_box.index_select(0, box)).nonzero().squeeze(1)
             best_pairs.append((anchor[is_best], box[is_best], iou[is_best]))
@@ -126,7 +126,7 @@ class IgnoreBandMatcher:
             is_extra[anchor[(iou == best_of_box[box]) & self._is_worth(iou)]] = True
 
         found = keys.nonzero().squeeze(1)  # (M,) anchors in any pair, in place of R from here on
-        best, box = _unpack(keys[found])
+        best, box = unpack_pairs(keys[found])
         is_extra = is_extra[found]
         weak = (is_extra & (best < lowest)).nonzero().squeeze(1)  # below the lowest threshold not every pair was found
         if len(weak):
@@ -157,20 +157,6 @@ def _iou_rows(boxes: Boxes, anchors: Anchors) -> Iterator[Tensor]:
         yield pairwise_iou(boxes[start : start + rows], flat)
 
 
-def _pack(iou: Tensor, box: Tensor) -> Tensor:
-    """One int64 for an IoU and a box: the largest has the largest IoU and, of equals, the first box.
-
-    (Floats ≥ 0 are in the order of their bits.) 0 stands for IoU 0 and the first box.
-    """
-    return (iou.view(torch.int32).long() << 32) - box
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The IoU and the box of each of ``_pack``'s keys."""
-    bits = (keys + (2**32 - 1)) >> 32
-    return bits.int().view(torch.float32), (bits << 32) - keys
-
-
 def _best_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
     """The (n,) index of the best of the ``boxes`` (G, 4) for each of the ``anchors`` (n, 4), the first of equals."""
     matched = []
@@ -180,6 +166,6 @@ def _best_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
         anchor, box = ((x0 < right) & (left < x1) & (y0 < bottom) & (top < y1)).nonzero(as_tuple=True)
         iou = elementwise_iou(boxes.index_select(0, box), part.index_select(0, anchor))
         keys = torch.zeros(len(part), dtype=torch.int64, device=boxes.device)
-        keys.scatter_reduce_(0, anchor, _pack(iou, box), "amax")
-        matched.append(_unpack(keys)[1])
+        keys.scatter_reduce_(0, anchor, pack_pairs(iou, box), "amax")
+        matched.append(unpack_pairs(keys)[1])
     return torch.cat(matched)

@@ -1,0 +1,139 @@
+"""A matching rule without IoU thresholds to tune: each box sets its own (Zhang et al., CVPR 2020)."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..registry import ANCHOR_MATCHER_REGISTRY
+from ..structures import NEGATIVE, POSITIVE, Anchors
+from .grid_pairs import elementwise_iou, pack_pairs, unpack_pairs
+
+_BOXES_AT_ONCE = 256
+_DISTANCES_AT_ONCE = 2**19  # of anchors without a grid
+
+
+@ANCHOR_MATCHER_REGISTRY.register()
+class ATSSMatcher:
+    """Adaptive training sample selection, in section 4 of its paper.
+
+    A box's candidates are all anchors of the ``topk`` locations of each level that are nearest to its centre. Its
+    threshold is the mean of their IoU with the box plus the standard deviation (that of a sample, divided by n − 1).
+    Candidates that reach it and whose centre is inside the box are positive; all other anchors are background, none is
+    ignored. An anchor that is positive for several boxes goes to the one of the best IoU, the first of equals.
+
+    With one anchor a location, as in its paper, a level gives ``topk`` candidates; with A it gives A times as many, as
+    in the authors' code. Of locations equally near, those further up and then further left come first.
+
+    Args:
+        topk: locations a level; 9 in the paper.
+
+    Raises:
+        ValueError: ``topk`` is not above 0.
+    """
+
+    @configurable
+    def __init__(self, *, topk: int = 9):
+        if topk < 1:
+            raise ValueError(f"MODEL.FOCAL.MATCHER.TOPK (topk) is {topk}; expected 1 or more locations a level.")
+        self.topk = topk
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"topk": cfg.MODEL.FOCAL.MATCHER.TOPK}
+
+    def __call__(self, anchors: Anchors, instances: Instances | None = None) -> tuple[Tensor, Tensor]:
+        """Match the boxes of one image.
+
+        Args:
+            anchors: R anchors.
+            instances: the image's ``Instances``, with ``gt_boxes``.
+
+        Returns:
+            ``matched`` (R,) int64, the index of each positive anchor's box, 0 for others, and ``labels`` (R,) int8.
+
+        Raises:
+            TypeError: called with a matrix of IoU.
+        """
+        if instances is None or not isinstance(anchors, Anchors):
+            raise TypeError(
+                "ATSSMatcher chooses anchors by where they are, which a matrix of IoU does not tell: call it with "
+                "(Anchors, Instances). For Detectron2's own RPN and RetinaNet, use IgnoreBandMatcher."
+            )
+        boxes, flat = instances.gt_boxes.tensor, torch.cat(anchors.boxes)
+        keys = torch.zeros(len(flat), dtype=torch.int64, device=boxes.device)
+        for start in range(0, len(boxes), _BOXES_AT_ONCE):
+            part = boxes[start : start + _BOXES_AT_ONCE]
+            candidates = self._candidates(part, anchors)  # (G, C)
+            num_candidates = candidates.shape[1]
+            candidates = candidates.flatten()  # (G·C,), as all that follows
+            box = torch.arange(len(part), device=boxes.device).repeat_interleave(num_candidates)
+            iou = elementwise_iou(part.index_select(0, box), flat.index_select(0, candidates))
+            reaches = _reaches_threshold(iou.view(len(part), num_candidates)).flatten()
+            is_positive = reaches & _center_is_inside(flat.index_select(0, candidates), part.index_select(0, box))
+            found = torch.where(is_positive, pack_pairs(iou, box + start), 0)
+            keys.scatter_reduce_(0, candidates, found, "amax")
+        return unpack_pairs(keys)[1], torch.where(keys > 0, POSITIVE, NEGATIVE).to(torch.int8)
+
+    def _candidates(self, boxes: Tensor, anchors: Anchors) -> Tensor:
+        """The (G, C) indices of the anchors at the ``topk`` locations of each level nearest to each box's centre."""
+        centers = boxes.double().view(-1, 2, 2).mean(dim=1)  # (G, 2) as (x, y)
+        candidates, first = [], 0
+        for level, (level_boxes, num_cell_anchors) in enumerate(zip(anchors.boxes, anchors.num_cell_anchors)):
+            if len(level_boxes):
+                if anchors.cell_anchors is None:
+                    nearest = self._nearest_anywhere(centers, level_boxes.view(-1, num_cell_anchors, 4))
+                else:
+                    nearest = self._nearest_on_grid(centers, anchors, level)
+                index = nearest[:, :, None] * num_cell_anchors + torch.arange(num_cell_anchors, device=boxes.device)
+                candidates.append(index.flatten(1) + first)  # (G, k·A)
+            first += len(level_boxes)
+        return torch.cat([*candidates, centers.new_zeros(len(boxes), 0).long()], dim=1)
+
+    def _nearest_on_grid(self, centers: Tensor, anchors: Anchors, level: int) -> Tensor:
+        """The (G, k) indices of the nearest locations of a regular grid.
+
+        A location's column is among the k nearest columns, or there were k nearer locations in its row, and its row is
+        among the k nearest rows: k² locations are compared.
+        """
+        (height, width), stride = anchors.grid_sizes[level], anchors.strides[level]
+        cells = anchors.cell_anchors[level].double().view(-1, 2)  # (2A, 2), the corners
+        place = (centers - cells.mean(dim=0)) / stride - anchors.offset  # (G, 2) in cells
+        column, dx = self._nearest_of_axis(place[:, 0], width)  # (G, kx)
+        row, dy = self._nearest_of_axis(place[:, 1], height)  # (G, ky)
+        distances = (dy[:, :, None] ** 2 + dx[:, None] ** 2).flatten(1)  # (G, ky·kx), in the order of the locations
+        locations = (row[:, :, None] * width + column[:, None]).flatten(1)
+        return locations.gather(1, self._smallest(distances))
+
+    def _nearest_of_axis(self, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The k of the integers in [0, size) that are nearest to each ``place``, in order, and their distances."""
+        k = min(self.topk, size)
+        start = (place - k / 2).ceil().nan_to_num(0).clamp(0, size - k).long()  # of two equally near, the lower
+        index = start[:, None] + torch.arange(k, device=place.device)
+        return index, index - place[:, None]
+
+    def _nearest_anywhere(self, centers: Tensor, boxes: Tensor) -> Tensor:
+        """The (G, k) indices of the nearest locations, by the mean centre of their anchors, (H·W, A, 4) ``boxes``."""
+        places = boxes.double().view(len(boxes), -1, 2).mean(dim=1)  # (H·W, 2)
+        rows = max(_DISTANCES_AT_ONCE // len(places), 1)
+        return torch.cat([self._smallest((part[:, None] - places).square().sum(dim=2)) for part in centers.split(rows)])
+
+    def _smallest(self, distances: Tensor) -> Tensor:
+        """The positions of each row's k smallest values, the first of equals first."""
+        return distances.sort(dim=1, stable=True).indices[:, : self.topk]
+
+
+def _reaches_threshold(iou: Tensor) -> Tensor:
+    """Which of each box's (G, C) candidates have at least the mean plus the standard deviation of their IoU."""
+    count = iou.shape[1]
+    exact = iou.double()  # so that C equal values have just this mean
+    mean = exact.sum(dim=1, keepdim=True) / max(count, 1)
+    variance = (exact - mean).square().sum(dim=1, keepdim=True) / max(count - 1, 1)
+    return (exact >= mean + variance.sqrt()) & (iou > 0)
+
+
+def _center_is_inside(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Whether each anchor's centre is inside its box by more than .01 px, the margin in the authors' code."""
+    center = anchors.double().view(-1, 2, 2).mean(dim=1)  # (n, 2)
+    low, high = boxes.double().split(2, dim=1)
+    return ((center - low > 0.01) & (high - center > 0.01)).all(dim=1)
