@@ -3,14 +3,23 @@
 from . import _detectron2  # first: it tells what to do where Detectron2 is missing  # noqa: F401
 from .backbones import TimmEncoder, build_timm_fpn_backbone
 from .config import add_focal_config
-from .heads import FocalRetinaNetHead, PriorBiasInit
+from .heads import ClassFrequencyBiasInit, FocalRetinaNetHead, PriorBiasInit, ZeroBiasInit
 from .losses import (
+    AlphaBalancedBCELoss,
+    BCELoss,
     CIoUBoxLoss,
     DIoUBoxLoss,
     ElementwiseLoss,
+    FocalLossStar,
     GIoUBoxLoss,
+    HingeLoss,
+    MiniBatchLoss,
+    OHEMLoss,
+    QualityFocalLoss,
+    SampledBCELoss,
     SigmoidFocalLoss,
     SmoothL1BoxLoss,
+    VarifocalLoss,
 )
 from .matchers import ATSSMatcher, IgnoreBandMatcher
 from .normalizer import EMANumPositives, NumPositives, build_normalizer
@@ -42,21 +51,32 @@ __all__ = [
     "NEGATIVE",
     "POSITIVE",
     "ATSSMatcher",
+    "AlphaBalancedBCELoss",
     "Anchors",
+    "BCELoss",
     "CIoUBoxLoss",
+    "ClassFrequencyBiasInit",
     "DIoUBoxLoss",
     "DenseTargets",
     "EMANumPositives",
     "ElementwiseLoss",
+    "FocalLossStar",
     "FocalRetinaNet",
     "FocalRetinaNetHead",
     "GIoUBoxLoss",
+    "HingeLoss",
     "IgnoreBandMatcher",
+    "MiniBatchLoss",
     "NumPositives",
+    "OHEMLoss",
     "PriorBiasInit",
+    "QualityFocalLoss",
+    "SampledBCELoss",
     "SigmoidFocalLoss",
     "SmoothL1BoxLoss",
     "TimmEncoder",
+    "VarifocalLoss",
+    "ZeroBiasInit",
     "add_focal_config",
     "build_bias_init",
     "build_box_loss",

@@ -30,11 +30,35 @@ def _defaults() -> CN:
     # The two subnets. A name in DENSE_HEAD_REGISTRY; MODEL.RETINANET.{NUM_CONVS, NORM, NUM_CLASSES} shape it.
     cfg.MODEL.FOCAL.HEAD = CN()
     cfg.MODEL.FOCAL.HEAD.NAME = "FocalRetinaNetHead"
+    # What of MODEL.RETINANET.NORM the levels share: "auto" (as in Detectron2: all, but for the statistics of BN and
+    # SyncBN), "shared" (all), "per_level" (nothing: each has its own norm).
+    cfg.MODEL.FOCAL.HEAD.NORM_SHARING = "auto"
 
     # The classification loss. A name in CLS_LOSS_REGISTRY; α and γ are MODEL.RETINANET.FOCAL_LOSS_{ALPHA, GAMMA}.
     cfg.MODEL.FOCAL.CLS_LOSS = CN()
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "SigmoidFocalLoss"
     cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT = 1.0
+    # An α for each class, in place of FOCAL_LOSS_ALPHA, for the losses that have one: SigmoidFocalLoss,
+    # AlphaBalancedBCELoss and FocalLossStar.
+    cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA = []
+    # Or derived from CLASS_FREQUENCIES: α_k / (1 − α_k) is that of FOCAL_LOSS_ALPHA, times (mean frequency / frequency
+    # of class k) to this power. 0: the same for all classes; 1: inverse frequency.
+    cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER = 0.0
+    # β of FocalLossStar, −log σ(γ x_t + β) / γ.
+    cfg.MODEL.FOCAL.CLS_LOSS.BETA = 0.0
+    # HingeLoss is max(0, this − p_t).
+    cfg.MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN = 0.9
+    # OHEMLoss: so many of an image's hardest anchors, after NMS by their loss; a POSITIVE_FRACTION of 0 lets them be
+    # what they are, .25 enforces three negatives for each positive. (SampledBCELoss reads MODEL.RPN's
+    # BATCH_SIZE_PER_IMAGE and POSITIVE_FRACTION.)
+    cfg.MODEL.FOCAL.CLS_LOSS.OHEM = CN()
+    cfg.MODEL.FOCAL.CLS_LOSS.OHEM.BATCH_SIZE_PER_IMAGE = 512
+    cfg.MODEL.FOCAL.CLS_LOSS.OHEM.NMS_THRESH = 0.7
+    cfg.MODEL.FOCAL.CLS_LOSS.OHEM.POSITIVE_FRACTION = 0.0
+
+    # How many boxes each class has, as counts or shares, for the components that want to know (ClassFrequencyBiasInit,
+    # CLASS_ALPHA_POWER). Empty, load_config counts them in DATASETS.TRAIN if one of these is chosen.
+    cfg.MODEL.FOCAL.CLASS_FREQUENCIES = []
 
     # The box loss. A name in BOX_LOSS_REGISTRY; empty, MODEL.RETINANET.BBOX_REG_LOSS_TYPE chooses it.
     cfg.MODEL.FOCAL.BOX_LOSS = CN()

@@ -13,6 +13,8 @@ Heads of a dense detector: the two subnets of the paper's section 4.
 Built with ``(cfg, input_shape)``, where ``input_shape`` is a list of ``ShapeSpec``, one a level. Called with the
 features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one
 (N, A·4, H, W) tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
+A head whose ``forward`` has a second parameter named ``targets`` gets the batch's ``DenseTargets`` there in training, and
+its deltas are then those of the positives alone, (P, 4), in the order of ``targets.gt_boxes``.
 """
 
 CLS_LOSS_REGISTRY = Registry("CLS_LOSS")
@@ -21,7 +23,10 @@ Classification losses: modules built with ``(cfg)`` and called with ``(logits, t
 
 ``logits``: one (N, A, K, H, W) view a level, of any strides and floating dtype. ``targets``: a ``DenseTargets``.
 The result is the scalar float32 sum over every anchor that is not ignored; the meta-architecture normalises it.
-An element-by-element loss derives from ``ElementwiseLoss`` and defines only ``elementwise(logits, targets)``.
+An element-by-element loss derives from ``ElementwiseLoss`` and defines only ``elementwise(logits, targets)``; one over
+a sample of the anchors derives from ``MiniBatchLoss`` and defines only ``choose``.
+A loss with the class attribute ``needs_quality = True`` finds in ``targets.quality`` the IoU of each positive's
+predicted box with its ground truth.
 """
 
 BOX_LOSS_REGISTRY = Registry("BOX_LOSS")
@@ -49,6 +54,9 @@ Initialisations of the classifier's bias (section 3.3), built with ``(cfg)`` and
 ``(conv, num_anchors, num_classes)``: each fills the (A·K,) ``conv.bias`` in place.
 """
 
+# Any component that wants to know how many boxes each class has (class_frequencies.class_shares) says so with a class
+# method needs_class_frequencies(cfg) → bool; where the config does not tell, they are then counted before training.
+
 _CONFIG_KEYS = {
     "DENSE_HEAD": "MODEL.FOCAL.HEAD.NAME",
     "CLS_LOSS": "MODEL.FOCAL.CLS_LOSS.NAME",
@@ -68,6 +76,19 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
         f"{key} is {name!r}, which is not registered. Registered: {known}. "
         "If it is defined in a module of yours, add that module to MODEL.FOCAL.IMPORTS."
     )
+
+
+def chosen_components(cfg) -> list[Callable[..., Any]]:
+    """The registered components that ``cfg`` names, without those that are empty or not known."""
+    focal = cfg.MODEL.FOCAL
+    names = {
+        DENSE_HEAD_REGISTRY: focal.HEAD.NAME,
+        CLS_LOSS_REGISTRY: focal.CLS_LOSS.NAME,
+        BOX_LOSS_REGISTRY: focal.BOX_LOSS.NAME,
+        ANCHOR_MATCHER_REGISTRY: focal.MATCHER.NAME,
+        BIAS_INIT_REGISTRY: focal.BIAS_INIT.NAME,
+    }
+    return [registry.get(name) for registry, name in names.items() if name in registry]
 
 
 def import_user_modules(cfg) -> None:

@@ -1,9 +1,10 @@
 """The two things that flow between components: the anchors of an image size, and what a batch asks of each of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import Tensor
 
 # A matcher's verdict on an anchor. In DenseTargets.labels a class index k ≥ 0 stands for POSITIVE and K (the number
@@ -74,6 +75,8 @@ class DenseTargets:
         positives: one (P_l,) int64 tensor a level: flat indices of the positives into that level's ``labels``.
         anchors: (P, 4) float32, the positives' anchors, levels one after another in the order of ``positives``.
         gt_boxes: (P, 4) float32, the boxes matched to them.
+        grid: all the anchors that the labels are of, for a loss that compares them with each other; None if unknown.
+        quality: (P,) float32 in [0, 1], how well each positive's box is predicted; None unless the loss asks for it.
     """
 
     labels: list[Tensor]
@@ -81,21 +84,38 @@ class DenseTargets:
     positives: list[Tensor]
     anchors: Tensor
     gt_boxes: Tensor
+    grid: Anchors | None = None
+    quality: Tensor | None = None
 
     @property
     def num_positives(self) -> int:
         """P, over all images and levels. Known on the host: reading it does not wait for the GPU."""
         return len(self.gt_boxes)
 
-    def gather(self, dense: Sequence[Tensor]) -> Tensor:
-        """The positives' rows of per-level (N, A·C, H, W) predictions, as (P, C), in the order of ``gt_boxes``."""
+    def gather(self, dense: Sequence[Tensor], places: Sequence[Tensor] | None = None) -> Tensor:
+        """The rows of some anchors of per-level (N, A·C, H, W) or (N, A, C, H, W) predictions, as (P, C).
+
+        Args:
+            dense: the predictions, one tensor a level.
+            places: for each level, flat indices into its ``labels``; those of the positives by default, whose rows come
+                in the order of ``gt_boxes``.
+        """
         rows = []
-        for level, labels, positives in zip(dense, self.labels, self.positives):
+        for level, labels, indices in zip(dense, self.labels, self.positives if places is None else places):
             n, a, h, w = labels.shape
             level = level.view(n, a, -1, h, w)  # (N, A, C, H, W), whatever the memory format
-            image, anchor, y, x = torch.unravel_index(positives, (n, a, h, w))
+            image, anchor, y, x = torch.unravel_index(indices, (n, a, h, w))
             rows.append(level[image, anchor, :, y, x])  # (P_l, C)
         return torch.cat(rows)
+
+    def with_quality(self, boxes: Tensor) -> "DenseTargets":
+        """The same targets, and as each positive's quality the IoU of its predicted box with ``gt_boxes``.
+
+        Args:
+            boxes: (P, 4), the predicted boxes; no gradient goes through them. Two boxes of no size have IoU 0.
+        """
+        iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(self.gt_boxes))  # (P,), NaN for 0 / 0
+        return replace(self, quality=iou.nan_to_num(nan=0.0).clamp(0, 1))
 
     @classmethod
     def from_matches(
@@ -137,4 +157,5 @@ class DenseTargets:
             positives=list((positions - starts[level]).split(counts)),
             anchors=torch.cat(anchors.boxes)[anchor_ids],
             gt_boxes=torch.cat([gt.gt_boxes.tensor for gt in instances])[matched],
+            grid=anchors,
         )

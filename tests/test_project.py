@@ -74,12 +74,13 @@ LEAVES = {"_detectron2", "config", "frozen_norm", "registry", "structures", "nor
 COMPONENTS = {"backbones", "heads", "losses", "matchers"}
 BELOW = {
     **{name: set() for name in LEAVES},
-    **{name: {"registry", "structures"} for name in COMPONENTS},
+    "class_frequencies": {"registry"},
+    **{name: {"class_frequencies", "registry", "structures"} for name in COMPONENTS},
     "data": {"structures"},
     "retinanet": {"frozen_norm", "normalizer", "registry", "structures"},
     "pipelines": {"normalizer", "registry", "structures"},
     "deploy": LEAVES | {"data", "retinanet"},
-    "engine": LEAVES | {"data", "deploy", "retinanet"},
+    "engine": LEAVES | {"class_frequencies", "data", "deploy", "retinanet"},
     "analysis": LEAVES | COMPONENTS | {"data", "deploy", "engine", "pipelines", "retinanet"},
     "ablation": LEAVES | COMPONENTS | {"analysis", "data", "deploy", "engine", "pipelines", "retinanet"},
 }

@@ -10,6 +10,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..class_frequencies import fill_class_frequencies, needs_class_frequencies
 from ..config import add_focal_config
 from ..data import check_num_classes, register_local_datasets
 from ..registry import import_user_modules
@@ -44,8 +45,9 @@ def find_config(name: str) -> str:
 def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -> CfgNode:
     """Detectron2's defaults and the plugin's, then the file, then ``KEY VALUE`` pairs. The config is not frozen.
 
-    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered. Without a
-    GPU, ``MODEL.DEVICE`` becomes ``cpu``.
+    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered; an empty
+    ``MODEL.FOCAL.CLASS_FREQUENCIES`` is counted if a component needs it. Without a GPU, ``MODEL.DEVICE`` becomes
+    ``cpu``.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
@@ -55,6 +57,7 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     import_user_modules(cfg)
     register_local_datasets(cfg)
+    fill_class_frequencies(cfg)
     return cfg
 
 
@@ -73,6 +76,8 @@ def start_run(cfg: CfgNode, args) -> None:
     start_logs(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     for message in advise(cfg):
         logger.warning(message)
+    if needs_class_frequencies(cfg):
+        logger.info(f"Frequencies of the classes (MODEL.FOCAL.CLASS_FREQUENCIES): {cfg.MODEL.FOCAL.CLASS_FREQUENCIES}.")
     if args.eval_only:  # the training set need not be there
         cfg = cfg.clone()
         cfg.defrost()

@@ -1,6 +1,6 @@
 """Heads of dense detectors and how their classifier's bias starts."""
 
-from .bias_init import PriorBiasInit
+from .bias_init import ClassFrequencyBiasInit, PriorBiasInit, ZeroBiasInit
 from .retinanet_head import FocalRetinaNetHead
 
-__all__ = ["FocalRetinaNetHead", "PriorBiasInit"]
+__all__ = ["ClassFrequencyBiasInit", "FocalRetinaNetHead", "PriorBiasInit", "ZeroBiasInit"]

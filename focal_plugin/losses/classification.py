@@ -1,6 +1,7 @@
 """Classification losses over a batch's dense logits, each a module that holds only its hyper-parameters."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
@@ -8,55 +9,269 @@ from torch import Tensor, nn
 
 from ..registry import CLS_LOSS_REGISTRY
 from ..structures import IGNORED, DenseTargets
+from .class_alpha import alpha_from_config, checked_alpha
 from .dense_focal import dense_focal_loss
+from .functional import (
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
+    sigmoid_hinge_loss,
+    varifocal_loss,
+)
 
 
 class ElementwiseLoss(nn.Module, ABC):
-    """A loss that is a sum over anchors and classes of a function of one logit and its 0/1 target.
+    """A loss that is a sum over anchors and classes of a function of one logit and its target.
 
     A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves the ignored anchors out
-    and sums. It costs a one-hot copy of the logits a level: write a loss that must be cheaper as a module of its own.
+    and sums. It costs a one-hot copy of the logits a level: write a loss that must be cheaper as a module of its own,
+    or with a ``forward`` of its own.
+
+    Targets are 0 and 1. With the class attribute ``needs_quality = True`` they are soft: a positive's target for its
+    class is its quality, the IoU of the box that is predicted for it with its ground truth.
     """
+
+    needs_quality = False
 
     @abstractmethod
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element. ``logits``, ``targets`` and the result are float tensors of one shape."""
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
-        """The sum over all that is not ignored, a float32 scalar. ``logits``: one (N, A, K, H, W) view a level."""
+        """The sum over all that is not ignored, a float32 scalar. ``logits``: one (N, A, K, H, W) view a level.
+
+        Raises:
+            ValueError: the loss needs the positives' quality, and ``targets`` have none.
+        """
         total = torch.zeros((), device=logits[0].device)
-        for level, labels in zip(logits, targets.labels):
-            classes = torch.arange(level.shape[2], device=level.device).view(-1, 1, 1)  # (K, 1, 1)
+        for i, (level, labels) in enumerate(zip(logits, targets.labels)):
             level = level.float() if level.dtype in (torch.float16, torch.bfloat16) else level
-            onehot = (labels.unsqueeze(2) == classes).to(level.dtype)  # (N, A, K, H, W)
-            loss = self.elementwise(level, onehot)  # (N, A, K, H, W)
+            classes = torch.arange(level.shape[2], device=level.device).view(-1, 1, 1)  # (K, 1, 1)
+            wanted = (labels.unsqueeze(2) == classes).to(level.dtype)  # (N, A, K, H, W)
+            if self.needs_quality:
+                image, anchor, y, x = torch.unravel_index(targets.positives[i], labels.shape)
+                wanted[image, anchor, labels[image, anchor, y, x], y, x] = self._quality(targets, i).to(level.dtype)
+            loss = self.elementwise(level, wanted)  # (N, A, K, H, W)
             # where, not a product with the mask: an ignored anchor's loss may be infinite
             total = total + torch.where(labels.unsqueeze(2) == IGNORED, 0.0, loss).sum()
         return total
 
+    def _quality(self, targets: DenseTargets, level: int) -> Tensor:
+        """The quality of the positives of a level, (P_l,)."""
+        if targets.quality is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the quality of each positive, and these DenseTargets have none: give it "
+                "targets.with_quality(boxes), with the predicted boxes of the positives."
+            )
+        return targets.quality.split([len(positives) for positives in targets.positives])[level]
+
+
+class _AlphaLoss(ElementwiseLoss):
+    """A loss with the weight of the positives, α: a number, or one a class, (K,)."""
+
+    def __init__(self, alpha: float | Sequence[float]):
+        super().__init__()
+        alpha = checked_alpha(alpha)
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha, persistent=False)  # a checkpoint holds what is learnt
+        else:
+            self.alpha = alpha
+
+    @classmethod
+    def needs_class_frequencies(cls, cfg) -> bool:
+        """Whether α comes from the classes' frequencies."""
+        return cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER != 0
+
+    @property
+    def broadcast_alpha(self) -> float | Tensor:
+        """α as it multiplies (N, A, K, H, W) tensors."""
+        return self.alpha.view(-1, 1, 1) if isinstance(self.alpha, Tensor) else self.alpha
+
+    def extra_repr(self) -> str:
+        alpha = self.alpha.tolist() if isinstance(self.alpha, Tensor) else self.alpha
+        return f"alpha={alpha}"
+
 
 @CLS_LOSS_REGISTRY.register()
-class SigmoidFocalLoss(nn.Module):
+class SigmoidFocalLoss(_AlphaLoss):
     """The paper's focal loss, FL(p_t) = −α_t (1 − p_t)^γ log p_t (equation 5), in one pass over the logits.
 
     Args:
-        alpha: the weight of the positive class; 1 − alpha is the negative's. −1 leaves both at 1.
+        alpha: the weight of the positives; 1 − alpha is the negatives'. −1 leaves both at 1. Or one weight a class.
         gamma: the focusing parameter, ≥ 0; 0 is the α-balanced cross entropy of equation 3.
+
+    Raises:
+        ValueError: alpha is not such a weight.
     """
 
     @configurable
-    def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0):
+    def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0):
+        super().__init__(alpha)
+        self.gamma = gamma
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"alpha": alpha_from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Equation 5 of each element."""
+        return sigmoid_focal_loss(logits, targets, self.broadcast_alpha, self.gamma)
+
+    def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
+        """The sum over all that is not ignored, a float32 scalar. ``logits``: one (N, A, K, H, W) view a level."""
+        return dense_focal_loss(logits, targets.labels, alpha=self.alpha, gamma=self.gamma)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma={self.gamma}"
+
+
+@CLS_LOSS_REGISTRY.register()
+class AlphaBalancedBCELoss(SigmoidFocalLoss):
+    """The α-balanced cross entropy CE(p_t) = −α_t log p_t (equation 3, table 1a): the focal loss at γ = 0.
+
+    Args:
+        alpha: as of ``SigmoidFocalLoss``; .75 is the paper's best here.
+    """
+
+    @configurable
+    def __init__(self, *, alpha: float | Sequence[float] = 0.75):
+        super().__init__(alpha=alpha, gamma=0.0)
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"alpha": alpha_from_config(cfg)}
+
+
+@CLS_LOSS_REGISTRY.register()
+class BCELoss(SigmoidFocalLoss):
+    """The cross entropy CE(p_t) = −log p_t (equation 1), over all anchors: the focal loss at γ = 0, without α."""
+
+    @configurable
+    def __init__(self):
+        super().__init__(alpha=-1, gamma=0.0)
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {}
+
+    @classmethod
+    def needs_class_frequencies(cls, cfg) -> bool:
+        """There is no α."""
+        return False
+
+
+@CLS_LOSS_REGISTRY.register()
+class FocalLossStar(_AlphaLoss):
+    """FL* = −α_t log σ(γ x_t + β) / γ (appendix A, table 3).
+
+    Args:
+        alpha: as of ``SigmoidFocalLoss``.
+        gamma: the steepness γ > 0.
+        beta: the shift β; the paper's (γ, β) are (2, 1) and (4, 0).
+    """
+
+    @configurable
+    def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0, beta: float = 0.0):
+        super().__init__(alpha)
+        self.gamma = gamma
+        self.beta = beta
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {
+            "alpha": alpha_from_config(cfg),
+            "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
+            "beta": cfg.MODEL.FOCAL.CLS_LOSS.BETA,
+        }
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """FL* of each element."""
+        return sigmoid_focal_loss_star(logits, targets, self.broadcast_alpha, self.gamma, beta=self.beta)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma={self.gamma}, beta={self.beta}"
+
+
+@CLS_LOSS_REGISTRY.register()
+class HingeLoss(ElementwiseLoss):
+    """max(0, m − p_t): no loss for what is right with probability m (section 5.1, which found it unstable).
+
+    The paper says of its hinge that it acts on p_t and is 0 above a value of it, no more; this is the simplest such.
+
+    Args:
+        margin: m in (0, 1].
+    """
+
+    @configurable
+    def __init__(self, *, margin: float = 0.9):
+        super().__init__()
+        self.margin = margin
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"margin": cfg.MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN}
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The hinge of each element."""
+        return sigmoid_hinge_loss(logits, targets, self.margin)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
+@CLS_LOSS_REGISTRY.register()
+class QualityFocalLoss(ElementwiseLoss):
+    """|y − σ|^β times the cross entropy, y a positive's IoU (Li et al., NeurIPS 2020): see ``quality_focal_loss``.
+
+    Args:
+        beta: β, 0 or at least 1; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a config. There is no α.
+    """
+
+    needs_quality = True
+
+    @configurable
+    def __init__(self, *, beta: float = 2.0):
+        super().__init__()
+        self.beta = beta
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"beta": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each element; ``targets`` are soft."""
+        return quality_focal_loss(logits, targets, self.beta)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}"
+
+
+@CLS_LOSS_REGISTRY.register()
+class VarifocalLoss(ElementwiseLoss):
+    """Focused negatives, positives that weigh as much as their IoU (Zhang et al., CVPR 2021): see ``varifocal_loss``.
+
+    Args:
+        alpha: the weight of the negatives: in a config 1 − ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, as in the focal loss,
+            and 1 where that is −1. .75 in the paper.
+        gamma: the focusing parameter γ ≥ 0; 2 in the paper.
+    """
+
+    needs_quality = True
+
+    @configurable
+    def __init__(self, *, alpha: float = 0.75, gamma: float = 2.0):
         super().__init__()
         self.alpha = alpha
         self.gamma = gamma
 
     @classmethod
     def from_config(cls, cfg):
-        return {"alpha": cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
+        alpha = checked_alpha(cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA)
+        return {"alpha": 1 - alpha if alpha != -1 else 1.0, "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
-    def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
-        """The sum over all that is not ignored, a float32 scalar. ``logits``: one (N, A, K, H, W) view a level."""
-        return dense_focal_loss(logits, targets.labels, alpha=self.alpha, gamma=self.gamma)
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each element; ``targets`` are soft."""
+        return varifocal_loss(logits, targets, self.alpha, self.gamma)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, gamma={self.gamma}"
