@@ -1,6 +1,6 @@
 """The two subnets of RetinaNet (section 4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -28,10 +28,15 @@ class FocalRetinaNetHead(nn.Module):
         num_classes: K foreground classes; background has no channel.
         num_anchors: A anchors a location, the same on every level.
         conv_dims: the channels of each 3×3 conv of a subnet; four of 256 in the paper.
-        norm: what stands after each of those convs: "" for nothing, as in the paper; "BN" and "SyncBN" keep separate
-            statistics for each level; any other name or callable that ``detectron2.layers.get_norm`` takes is shared
-            by the levels.
+        norm: what stands after each of those convs: "" for nothing, as in the paper, or a name or callable that
+            ``detectron2.layers.get_norm`` takes.
+        norm_sharing: what of a norm the levels share. "auto", as in Detectron2: all of it, but that "BN" and "SyncBN"
+            keep the statistics of each level apart; "shared": all of it, statistics too; "per_level": nothing, each
+            level has its own norm with its own scale and shift.
         bias_init: fills the classifier's bias; an entry of ``BIAS_INIT_REGISTRY``.
+
+    Raises:
+        ValueError: ``norm_sharing`` is none of these.
     """
 
     @configurable
@@ -43,12 +48,13 @@ class FocalRetinaNetHead(nn.Module):
         num_anchors: int,
         conv_dims: Sequence[int],
         norm: str | Callable[[int], nn.Module] = "",
+        norm_sharing: str = "auto",
         bias_init: Callable[[nn.Conv2d, int, int], None],
     ):
         super().__init__()
         self.num_levels = len(input_shape)
         self.has_norm = bool(norm)
-        norm = self._norm_of_levels(norm)
+        norm = _norm_of_levels(norm, norm_sharing, self.num_levels)
         dims = [input_shape[0].channels, *conv_dims]
         self.cls_subnet = _subnet(dims, norm)
         self.bbox_subnet = _subnet(dims, norm)
@@ -76,15 +82,9 @@ class FocalRetinaNetHead(nn.Module):
             "num_anchors": num_anchors[0],
             "conv_dims": [input_shape[0].channels] * cfg.MODEL.RETINANET.NUM_CONVS,
             "norm": cfg.MODEL.RETINANET.NORM,
+            "norm_sharing": cfg.MODEL.FOCAL.HEAD.NORM_SHARING,
             "bias_init": build_bias_init(cfg),
         }
-
-    def _norm_of_levels(self, norm):
-        """Per-level statistics for batch norm: features of different levels are not of one distribution."""
-        classes = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
-        if norm not in classes:
-            return norm
-        return lambda channels: CycleBatchNormList(self.num_levels, bn_class=classes[norm], num_features=channels)
 
     def forward(
         self, features: Sequence[Tensor], targets: DenseTargets | None = None
@@ -132,3 +132,33 @@ def _subnet(dims: Sequence[int], norm) -> nn.Sequential:
             layers.append(get_norm(norm, c_out))
         layers.append(nn.ReLU(inplace=True))  # the conv does not need its output for backward
     return nn.Sequential(*layers)
+
+
+class LevelNorms(nn.ModuleList):
+    """A norm for each level, used in turn: a subnet sees the levels one after another, always all of them.
+
+    As Detectron2's ``CycleBatchNormList``, but for any norm, and with a scale and a shift for each level.
+    """
+
+    def __init__(self, norms: Iterable[nn.Module]):
+        super().__init__(norms)
+        self._next = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self[self._next]
+        self._next = (self._next + 1) % len(self)
+        return norm(x)
+
+
+def _norm_of_levels(norm, sharing: str, num_levels: int):
+    """The norm as ``get_norm`` takes it, for levels that share this much of it."""
+    if sharing not in ("auto", "shared", "per_level"):
+        raise ValueError(
+            f"MODEL.FOCAL.HEAD.NORM_SHARING (norm_sharing) is {sharing!r}; expected 'auto', 'shared' or 'per_level'."
+        )
+    if norm and sharing == "per_level":
+        return lambda channels: LevelNorms(get_norm(norm, channels) for _ in range(num_levels))
+    batch_norms = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+    if norm in batch_norms and sharing == "auto":  # features of different levels are not of one distribution
+        return lambda channels: CycleBatchNormList(num_levels, bn_class=batch_norms[norm], num_features=channels)
+    return norm
