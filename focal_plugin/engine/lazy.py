@@ -8,6 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .console import EarlyWriter
+from .divergence import recorded_divergence
 from .report import log_report
 from .setup import find_config, start_logs, usable_device
 from .step import StepTrainer, amp_precision, data_parallel
@@ -85,7 +86,8 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.train(start, cfg.train.max_iter)
+    with recorded_divergence(cfg.train.output_dir):
+        trainer.train(start, cfg.train.max_iter)
     return results
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..data import FocalDatasetMapper
 from .console import EarlyWriter, off_screen
+from .divergence import recorded_divergence
 from .report import draw_curves, draw_detections, log_report
 from .step import StepTrainer, amp_precision, data_parallel
 
@@ -69,7 +70,8 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
-        super().train()
+        with recorded_divergence(self.cfg.OUTPUT_DIR):
+            super().train()
         if not comm.is_main_process():
             return None
         results = getattr(self, "_last_eval_results", {})

@@ -1,0 +1,134 @@
+"""Runs a table of configs and reports it.
+
+    python -m focal_plugin.ablation configs/paper/table1b --data bccd --seeds 3 [--jobs 2] [KEY VALUE ...]
+
+Each row is run with each seed as `train_net.py --config-file ... --resume` in a folder of its own. The same command
+again goes on with what is unfinished and runs nothing twice.
+"""
+
+import argparse
+import fcntl
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from detectron2.config import get_cfg
+
+from .launch import LocalLauncher, SlurmLauncher, execute
+from .rows import DATA, ROOT, find_base, find_table
+from .runs import count_images, plan, versions
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ``words`` are split into ``rows`` and ``opts``, the KEY VALUE pairs.
+
+    Raises:
+        SystemExit: something is missing, or is not as it should be.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m focal_plugin.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="ROWS [KEY VALUE ...]",
+        help="a folder, YAML files, or the beginning of their names; then changes to all configs",
+    )
+    parser.add_argument(
+        "--data",
+        help=f"{', '.join(DATA)}, or a base config: each row's own keys go onto it. Default: the rows as they are",
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each row with SEED 1 to N")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: output/ablation/<rows>-<data>")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
+    parser.add_argument("--jobs", type=int, metavar="N", help="at a time; default: one for each GPU, SLURM: all")
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="partition=..., time=MINUTES, gpus_per_node=..., and the like, of submitit's SlurmExecutor",
+    )
+    parser.add_argument("--train-net", type=Path, default=ROOT / "train_net.py", metavar="PATH", help="what runs a run")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
+    args = parser.parse_intermixed_args(argv)
+
+    keys = get_cfg()
+    first = next((i for i, word in enumerate(args.words) if word.split(".")[0] in keys), len(args.words))
+    args.rows, args.opts = args.words[:first], args.words[first:]
+    if not args.rows:
+        parser.error("name the rows: a folder, YAML files, or the beginning of their names")
+    if len(args.opts) % 2:
+        parser.error(f"KEY VALUE pairs: {' '.join(args.opts)} is an odd number of words")
+    if own := sorted({"SEED", "OUTPUT_DIR"} & set(args.opts[::2])):
+        parser.error(f"{' and '.join(own)}: each run has its own; see --seeds and --output")
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--seeds and --jobs: expected 1 or more")
+    if wrong := [option for option in args.slurm if "=" not in option]:
+        parser.error(f"--slurm {wrong[0]}: expected KEY=VALUE")
+    if args.output is None:
+        name = "-".join(dict.fromkeys(Path(word).stem for word in args.rows))
+        args.output = Path("output/ablation") / (f"{name}-{Path(args.data).stem}" if args.data else name)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run and report. 0 if every run has a result; 1 if one has failed or is wrongly asked for."""
+    args = parse(argv)
+    try:
+        table = find_table(args.rows)
+        base = find_base(args.data) if args.data else None
+        runs = plan(table, base, args.opts, args.seeds, args.output)
+        launcher = make_launcher(args)
+        if not args.train_net.is_file():
+            raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
+        images = count_images(runs)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
+        return 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    with open(args.output / "runner.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{args.output}: the same program is at work here already.", file=sys.stderr)
+            return 1
+        # Both end it in the same way. Set here also for its children: a shell's background jobs ignore SIGINT.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        try:
+            note_start(args.output / "ablation.json", images)
+            outcomes = execute(runs, launcher, args.train_net, {"versions": versions()})
+        except KeyboardInterrupt:
+            return 130
+    return int(any(outcome.status in ("failed", "unfinished", "not started") for outcome in outcomes.values()))
+
+
+def note_start(path: Path, images: dict[str, int]) -> None:
+    """Add this start of the program to the notes of the output folder."""
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    command = shlex.join(["python", "-m", "focal_plugin.ablation", *sys.argv[1:]])
+    new = path.with_suffix(".new")
+    new.write_text(
+        json.dumps({"images": images, "starts": [*starts, {"time": time.time(), "command": command}]}, indent=2)
+    )
+    new.replace(path)
+
+
+def make_launcher(args: argparse.Namespace) -> LocalLauncher | SlurmLauncher:
+    """The launcher of the command line.
+
+    Raises:
+        ValueError: SLURM's options are not enough.
+    """
+    if args.launcher == "local":
+        return LocalLauncher(args.jobs)
+    pairs = (option.partition("=")[::2] for option in args.slurm)
+    return SlurmLauncher(args.jobs, {key: int(value) if value.isdigit() else value for key, value in pairs})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Running what is left of a table: jobs through submitit, on this machine or on SLURM, and one bar over all of them."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cloudpickle
+import submitit
+import torch
+from tqdm import tqdm
+
+from . import job as job_module
+from .job import TrainJob
+from .runs import Outcome, Run
+
+logger = logging.getLogger(__name__)
+
+cloudpickle.register_pickle_by_value(job_module)  # so that a job does not import this package, and PyTorch with it
+
+POLL_SECONDS = 1.0
+_A_YEAR = 60 * 24 * 365  # in minutes
+
+
+class LocalLauncher:
+    """Jobs on this machine, which share its cores and its GPUs.
+
+    Args:
+        num_jobs: how many run at a time; None, one for each GPU, or one.
+    """
+
+    def __init__(self, num_jobs: int | None = None):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        self.gpus = names[: torch.cuda.device_count()]
+        self.num_jobs = num_jobs or max(1, len(self.gpus))
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """The threads and the GPU of the job in a slot, 0 to num_jobs − 1. OMP_NUM_THREADS of the user's is left."""
+        cores = len(os.sched_getaffinity(0))
+        env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.num_jobs))}
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        return env
+
+    def submit(self, folder: Path, train: TrainJob) -> submitit.Job:
+        """Start a job."""
+        executor = submitit.LocalExecutor(folder=folder / "submitit")
+        executor.update_parameters(timeout_min=_A_YEAR)
+        return executor.submit(train)
+
+    def interrupt(self, jobs: Sequence[submitit.Job]) -> str:
+        """End the jobs, and say so."""
+        for job in jobs:
+            job.cancel()
+        while not all(job.done() for job in jobs):
+            time.sleep(0.1)
+        return f"{len(jobs)} running jobs were stopped; the same command goes on from their last checkpoints."
+
+
+class SlurmLauncher:
+    """Jobs on a SLURM cluster, submitted from here.
+
+    Args:
+        num_jobs: how many are submitted at a time; None, all.
+        options: of submitit's ``SlurmExecutor``, which are sbatch's: partition, time in minutes, gpus_per_node, ...
+    """
+
+    def __init__(self, num_jobs: int | None = None, options: dict[str, str | int] | None = None):
+        self.num_jobs = num_jobs or sys.maxsize
+        self.options = {"job_name": "ablation", **(options or {})}
+        if "time" not in self.options:
+            raise ValueError("--launcher slurm: say how long a run may take, in minutes: --slurm time=240.")
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Nothing: SLURM says what a job may use."""
+        return {}
+
+    def submit(self, folder: Path, train: TrainJob) -> submitit.Job:
+        """Submit a job, and note its number in the folder; or find the one again that an earlier start submitted."""
+        note = folder / "slurm_job"
+        if note.exists():
+            earlier = submitit.SlurmJob(folder / "submitit", note.read_text())
+            if not earlier.done(force_check=True):
+                return earlier
+        executor = submitit.SlurmExecutor(folder=folder / "submitit")
+        executor.update_parameters(**self.options)
+        job = executor.submit(train)
+        note.write_text(job.job_id)
+        return job
+
+    def interrupt(self, jobs: Sequence[submitit.Job]) -> str:
+        """Let the jobs go on, and say so."""
+        numbers = " ".join(job.job_id for job in jobs)
+        return (
+            f"{len(jobs)} jobs stay in SLURM's queue; the same command waits for them again, and `scancel {numbers}` "
+            "ends them."
+        )
+
+
+class Progress:
+    """One bar over all steps of all runs that are still to do, with the time left."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.steps = {run: run.outcome().step for run in runs}
+        self.left = {run: run.num_steps for run in runs}
+        quiet = not sys.stderr.isatty()
+        # The mean speed: jobs write every 20 steps, so that the momentary one jumps.
+        self.bar = tqdm(
+            total=sum(self.left.values()),
+            initial=sum(self.steps.values()),
+            unit="step",
+            smoothing=0,
+            mininterval=60 if quiet else 0.5,
+            dynamic_ncols=not quiet,
+            file=sys.stderr,
+        )
+
+    def update(self, run: Run, outcome: Outcome, ended: bool = False) -> None:
+        """Take the steps a run has done; with ``ended``, it does no more of them."""
+        if ended:
+            self.left[run] = outcome.step
+        self.steps[run] = outcome.step
+        self.bar.total = sum(self.left.values())
+        self.bar.update(sum(self.steps.values()) - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.write(text, file=sys.stderr)
+
+
+def train_command(run: Run, train_net: Path) -> list[str]:
+    """What runs a run: nothing but train_net.py, in the run's folder."""
+    return [sys.executable, str(train_net), "--config-file", str(run.config_file), "--resume"]
+
+
+def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict[Run, Outcome]:
+    """Run what is not over, at most ``launcher.num_jobs`` at a time, and wait for all of it.
+
+    A run that fails, or diverges, does not keep the others from running. One that another start of this program has
+    left running is waited for, not started again.
+
+    Args:
+        runs: in the order to run them.
+        launcher: a ``LocalLauncher`` or a ``SlurmLauncher``.
+        train_net: the path of train_net.py.
+        facts: what the jobs note of themselves.
+
+    Returns:
+        How each of the runs ended.
+
+    Raises:
+        KeyboardInterrupt: after having said what becomes of the jobs.
+    """
+    for run in runs:
+        run.prepare()
+    waiting = [run for run in runs if not run.outcome().over]
+    if not waiting:
+        return {run: run.outcome() for run in runs}
+    progress = Progress(waiting)
+    # Those that an earlier start has left running come first, without a job of ours.
+    slots: dict[Run, int] = {}
+    jobs: dict[Run, submitit.Job | None] = {}
+
+    def start(run: Run, own: bool) -> None:
+        slots[run] = min(set(range(len(slots) + 1)) - set(slots.values()))
+        train = TrainJob(
+            str(run.folder.resolve()),
+            train_command(run, train_net),
+            os.getcwd(),
+            launcher.environment(slots[run]),
+            facts,
+        )
+        jobs[run] = launcher.submit(run.folder, train) if own else None
+        waiting.remove(run)
+
+    try:
+        for run in [run for run in waiting if run.is_running()]:
+            progress.say(f"{run.name} is running already: waiting for it.")
+            start(run, own=False)
+        while waiting or jobs:
+            for run in list(jobs):
+                outcome = run.outcome()
+                ended = (jobs[run] is None or jobs[run].done()) and not run.is_running()
+                if ended:
+                    outcome = run.outcome()  # what it wrote at its end
+                    del jobs[run], slots[run]
+                    progress.say(f"{run.name}: {describe(outcome)}")
+                progress.update(run, outcome, ended)
+            while waiting and len(jobs) < launcher.num_jobs:
+                start(waiting[0], own=True)
+            progress.bar.set_postfix_str(f"{len(jobs)} running, {len(waiting)} waiting", refresh=False)
+            if jobs:
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        own = [job for job in jobs.values() if job is not None]
+        others = f" {len(jobs) - len(own)} of an earlier start go on." if len(jobs) > len(own) else ""
+        progress.say(f"Interrupted. {launcher.interrupt(own)}{others}")
+        raise
+    finally:
+        progress.bar.close()
+    return {run: run.outcome() for run in runs}
+
+
+def describe(outcome: Outcome) -> str:
+    """An outcome in a line, or in some more if it failed."""
+    if outcome.status == "finished":
+        return f"AP {outcome.results['AP']:.1f}"
+    if outcome.status == "diverged":
+        return f"diverged at step {outcome.step}. {outcome.reason}"
+    if outcome.status == "failed":
+        return f"failed after {outcome.step} steps, {outcome.reason}"
+    return f"{outcome.status}, {outcome.step} steps done"

@@ -1,0 +1,188 @@
+"""The rows of a table: small YAML files, what the paper measured for them, and their configs on a data set."""
+
+import csv
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_focal_config
+from ..engine import find_config
+
+ROOT = Path(__file__).parents[2]  # of the checkout
+
+# What --data knows by name; anything else is the path of a base config.
+DATA = {
+    "quickstart": ROOT / "configs/quickstart/trees.yaml",
+    "bccd": ROOT / "configs/bccd/focal_retinanet_R_18_FPN_scratch.yaml",
+}
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        file: its YAML file; the row is called as the file is.
+        paper: what the paper measured, {metric: percent}; empty if it did not.
+        diverged: whether the row diverged in the paper.
+    """
+
+    file: Path
+    paper: dict[str, float] = field(default_factory=dict)
+    diverged: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.file.stem
+
+    @property
+    def own_keys(self) -> dict:
+        """What the file says itself, without its ``_BASE_``."""
+        keys = yaml.safe_load(self.file.read_text()) or {}
+        if not isinstance(keys, dict):
+            raise ValueError(f"{self.file}: expected keys and values of a config, found {type(keys).__name__}.")
+        return {key: value for key, value in keys.items() if key != "_BASE_"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to compare.
+
+    Attributes:
+        rows: in the order of the report.
+        baseline: the name of the row that differences are taken to.
+        missing: rows of the paper's table that are not among ``rows``.
+    """
+
+    rows: list[Row]
+    baseline: str
+    missing: list[str]
+
+
+def find_table(words: Sequence[str]) -> Table:
+    """The rows that ``words`` name: folders, YAML files, or beginnings of file names (``paper/table1b`` is
+    ``paper/table1b_*.yaml``).
+
+    Files called ``Base*`` are no rows. A ``results.csv`` beside the files has the paper's results, its order and its
+    baseline; without one the order is that of the names, and the first row is the baseline.
+
+    Raises:
+        FileNotFoundError: there is no row of that name.
+        ValueError: two rows have the same name.
+    """
+    files = [file for word in words for file in _find_files(word)]
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Rows are called as their files are, and {', '.join(twice)} is there more than once.")
+    paper: dict[str, dict] = {}
+    for folder in dict.fromkeys(file.parent for file in files):
+        paper |= read_results(folder / "results.csv")
+    order = {name: i for i, name in enumerate(paper)}
+    files.sort(key=lambda file: order.get(file.stem, len(order)))
+    rows = []
+    for file in files:
+        record = paper.get(file.stem, {})
+        results = {metric: float(record[metric]) for metric in METRICS if record.get(metric)}
+        rows.append(Row(file, results, record.get("note") == "diverged"))
+    marked = [row.name for row in rows if paper.get(row.name, {}).get("baseline")]
+    tables = {_table_of(row.name) for row in rows}
+    missing = [name for name in paper if _table_of(name) in tables and name not in names]
+    return Table(rows, (marked or [rows[0].name])[0], missing)
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """The lines of a ``results.csv`` by their column ``row``; none if there is no such file.
+
+    Raises:
+        ValueError: it has no column ``row``.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    if lines and "row" not in lines[0]:
+        raise ValueError(f"{path}: expected a column 'row', with the name of a file; found {', '.join(lines[0])}.")
+    return {line["row"]: line for line in lines}
+
+
+def _table_of(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def _find_files(word: str) -> list[Path]:
+    path = Path(word)
+    if path.is_file():
+        return [path]
+    folder = path.is_dir()
+    pattern = str(path / "*.yaml") if folder else f"{glob.escape(word)}_*.yaml"
+    files = [Path(found) for found in sorted(glob.glob(pattern)) if not Path(found).name.startswith("Base")]
+    if not files:
+        what = "no row in this folder" if folder else "neither a folder, nor a file, nor the beginning of rows"
+        raise FileNotFoundError(f"{word}: {what} ({pattern}, without Base*).")
+    return files
+
+
+def find_base(data: str) -> Path:
+    """The base config that ``--data`` names: one of ``DATA``, a path, or a name of Detectron2's model zoo.
+
+    Raises:
+        FileNotFoundError: it is none of them.
+    """
+    try:
+        return Path(find_config(str(DATA.get(data, data))))
+    except FileNotFoundError:
+        known = ", ".join(DATA)
+        raise FileNotFoundError(f"--data {data}: expected {known}, or the path of a base config.") from None
+
+
+def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
+    """The config of a row: ``base`` and the row's own keys on it, or without ``base`` the row with its parents; then
+    ``opts``, as KEY VALUE pairs.
+
+    Raises:
+        ValueError: a key is not known, or a value has another type; names the row's file.
+    """
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    try:
+        cfg.merge_from_file(str(base or row.file))
+        if base:
+            cfg.merge_from_other_cfg(CfgNode(row.own_keys))
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ValueError(f"{row.file}{f' on {base}' if base else ''}: {error}") from error
+    return cfg
+
+
+def difference(cfg: CfgNode, other: CfgNode) -> dict:
+    """What ``cfg`` says otherwise than ``other``, as nested dicts of its values."""
+    found = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            if inside := difference(value, other.get(key, CfgNode())):
+                found[key] = inside
+        elif key not in other or value != other[key]:
+            found[key] = value
+    return found
+
+
+def flat(config: dict, prefix: str = "") -> dict[str, object]:
+    """Nested dicts by their whole keys: {"SOLVER": {"MAX_ITER": 4}} is {"SOLVER.MAX_ITER": 4}."""
+    keys: dict[str, object] = {}
+    for key, value in config.items():
+        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return keys
+
+
+def as_yaml(cfg: CfgNode) -> str:
+    """A config as the YAML of what it says otherwise than the defaults, which gives the same config again."""
+    defaults = get_cfg()
+    add_focal_config(defaults)
+    return CfgNode({"VERSION": cfg.VERSION, **difference(cfg, defaults)}).dump()

@@ -1,0 +1,221 @@
+"""A run: one row with one seed in a folder of its own, and what that folder says about it."""
+
+import fcntl
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import detectron2
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from ..data import register_local_datasets
+from ..engine.curves import read_metrics
+from .job import LOCK, LOG, NOTES
+from .rows import METRICS, ROOT, Row, Table, as_yaml, compose, flat
+
+CONFIG = "config-ablation.yaml"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stands.
+
+    Attributes:
+        status: "finished", "diverged", "failed", "unfinished" or "not started".
+        step: how many steps are done; of a diverged run, the step it diverged at, counted from 0 as in its log.
+        results: {metric: percent} of the final evaluation; NaN where the test set has no such boxes.
+        seconds: the time of the training steps, without start, evaluation and interruptions; None if it is not known.
+        reason: of a failure the last lines of its log, of a divergence where it starts.
+    """
+
+    status: str
+    step: int = 0
+    results: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    reason: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to run: finished or diverged."""
+        return self.status in ("finished", "diverged")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A row with a seed.
+
+    Attributes:
+        row: the row.
+        seed: SEED of its config.
+        folder: its OUTPUT_DIR, which is nobody else's.
+        cfg: its whole config.
+    """
+
+    row: Row
+    seed: int
+    folder: Path
+    cfg: CfgNode
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.row.name} seed {self.seed}"
+
+    @property
+    def config_file(self) -> Path:
+        """What train_net.py is given."""
+        return self.folder / CONFIG
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of its schedule."""
+        return self.cfg.SOLVER.MAX_ITER
+
+    def changes(self) -> str:
+        """What a run in the same folder was configured otherwise; empty if there is none, or it is the same config."""
+        if not self.config_file.exists():
+            taken = [name for name in ("metrics.json", "model_final.pth") if (self.folder / name).exists()]
+            return f"has {' and '.join(taken)}, but no {CONFIG}" if taken else ""
+        # OUTPUT_DIR may differ: a folder that was moved holds the same run.
+        before, now = (
+            {key: value for key, value in flat(yaml.safe_load(text)).items() if key != "OUTPUT_DIR"}
+            for text in (self.config_file.read_text(), as_yaml(self.cfg))
+        )
+        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        show = lambda config, key: repr(config[key]) if key in config else "the default"  # noqa: E731
+        return "; ".join(f"{key} was {show(before, key)} and is now {show(now, key)}" for key in keys)
+
+    def prepare(self) -> None:
+        """Make the folder and write the config."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.config_file.with_suffix(".new")
+        new.write_text(f"# {self.name}, composed by focal_plugin.ablation from {self.row.file}\n{as_yaml(self.cfg)}")
+        new.replace(self.config_file)
+
+    def is_running(self) -> bool:
+        """Whether a process is training in the folder, whoever started it."""
+        try:
+            with open(self.folder / LOCK) as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def attempts(self) -> list[dict]:
+        """What the jobs of this run have noted: when, where, with which versions, and how it ended."""
+        notes = self.folder / NOTES
+        return json.loads(notes.read_text()) if notes.exists() else []
+
+    def series(self) -> dict[str, tuple[list[int], list[float]]]:
+        """The series in metrics.json: for each name its iterations and values."""
+        path = self.folder / "metrics.json"
+        return read_metrics(str(path)) if path.exists() else {}
+
+    def outcome(self) -> Outcome:
+        """How the run stands, from what is in its folder."""
+        series = self.series()
+        step = min(max((it[-1] + 1 for it, _ in series.values()), default=0), self.num_steps)
+        seconds = _training_seconds(series)
+        if (self.folder / "diverged.json").exists():
+            record = json.loads((self.folder / "diverged.json").read_text())
+            return Outcome("diverged", record["iteration"], seconds=seconds, reason=record["cause"])
+        results = self._final_results(series)
+        if results:
+            return Outcome("finished", self.num_steps, results, seconds)
+        attempts = self.attempts()
+        if attempts and attempts[-1].get("exit_code") is not None:
+            reason = f"exit code {attempts[-1]['exit_code']}; {self.folder / LOG} ends:\n{_tail(self.folder / LOG)}"
+            return Outcome("failed", step, seconds=seconds, reason=reason)
+        return Outcome("unfinished" if attempts or series else "not started", step, seconds=seconds)
+
+    def _final_results(self, series: dict) -> dict[str, float]:
+        """Of the evaluation after the last step; of the first test set, if there are several."""
+        prefixes = ["bbox/", *(f"{name}/bbox/" for name in self.cfg.DATASETS.TEST[:1])]
+        for prefix in prefixes:
+            iterations, _ = series.get(f"{prefix}AP", ([], []))
+            if iterations and iterations[-1] >= self.num_steps:
+                found = {metric: series.get(f"{prefix}{metric}", ([], []))[1] for metric in METRICS}
+                results = {metric: values[-1] for metric, values in found.items() if values}
+                return _with_zeros(results)
+        return {}
+
+
+def _with_zeros(results: dict[str, float]) -> dict[str, float]:
+    """Detectron2 says NaN where a model finds nothing at all, which is an AP of 0."""
+    if not math.isnan(results["AP"]):
+        return results
+    return {metric: 0.0 if metric in ("AP", "AP50", "AP75") else value for metric, value in results.items()}
+
+
+def _training_seconds(series: dict) -> float | None:
+    """Seconds a step times steps, over the stretches between two lines of metrics.json."""
+    iterations, times = series.get("time", ([], []))
+    if not iterations:
+        return None
+    return sum(time * (end - start) for time, end, start in zip(times, iterations, [-1, *iterations]))
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 20_000))
+        text = file.read().decode(errors="replace")
+    return "\n".join(line.rpartition("\r")[2] for line in text.splitlines()[-lines:])
+
+
+def plan(table: Table, base: Path | None, opts: Sequence[str], seeds: int, output: Path) -> list[Run]:
+    """All rows with all seeds: every row with the first seed, then with the second, and so on. Nothing is written.
+
+    Raises:
+        ValueError: a config is not right, or a folder holds a run of another config.
+    """
+    runs = []
+    for seed in range(1, seeds + 1):
+        for row in table.rows:
+            folder = output / row.name / f"seed{seed}"
+            cfg = compose(row, base, [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)])
+            if not cfg.DATASETS.TEST:
+                raise ValueError(f"{row.file}: DATASETS.TEST is empty, so that there would be no AP to report.")
+            runs.append(Run(row, seed, folder, cfg))
+    if changed := [f"  {run.folder}: {changes}" for run in runs if (changes := run.changes())]:
+        raise ValueError(
+            "These folders hold runs of another config, which are not overwritten. Delete them, or choose another "
+            "--output:\n" + "\n".join(changed)
+        )
+    return runs
+
+
+def count_images(runs: Sequence[Run]) -> dict[str, int]:
+    """How many images each data set of the runs has, in the order of training and test; each is read and checked once.
+
+    Raises:
+        KeyError, ValueError, FileNotFoundError: a set is not known, or its files are not as they should be.
+    """
+    counts: dict[str, int] = {}
+    for run in runs:
+        register_local_datasets(run.cfg)
+        for name in (*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST):
+            if name not in counts:
+                counts[name] = len(DatasetCatalog.get(name))
+    return counts
+
+
+def versions() -> dict[str, str]:
+    """What the runs are computed with: PyTorch, Detectron2, and this package's commit where it is a git checkout."""
+    found = {"torch": torch.__version__, "detectron2": detectron2.__version__}
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found["focal_plugin"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["focal_plugin"] = metadata.version("focal_plugin")
+    return found
