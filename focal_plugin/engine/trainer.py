@@ -11,12 +11,14 @@ from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data import FocalDatasetMapper
+from .balance import BalanceHook
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
 from .report import draw_curves, draw_detections, log_report
@@ -44,6 +46,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        is_dense = isinstance(model, DenseDetector)
         model = data_parallel(model)
         self._trainer = StepTrainer(
             model,
@@ -52,6 +55,8 @@ class Trainer(DefaultTrainer):
             precision=amp_precision(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE),
             accumulate=cfg.SOLVER.ACCUMULATE,
         )
+        if is_dense:  # there, and not with the hooks below, since Detectron2 calls after_backward nowhere else
+            self._trainer.register_hooks([BalanceHook(model)])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
