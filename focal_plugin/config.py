@@ -83,6 +83,15 @@ def _defaults() -> CN:
     # paper's: the positives of this batch on this GPU), "num_fg_sync" (of this batch over all GPUs).
     cfg.MODEL.FOCAL.NORMALIZER = "ema"
 
+    # What P6 and P7 are made from, with the builders of this package, build_focal_resnet_fpn_backbone and
+    # build_timm_fpn_backbone: "c5" as in the paper and Detectron2, the encoder's last feature, or "p5", the pyramid's
+    # last ("c4" or "p4" where MODEL.FPN.IN_FEATURES ends a level earlier); "" for no levels above the pyramid.
+    cfg.MODEL.FOCAL.TOP_BLOCK = "c5"
+
+    # OctaveAnchorGenerator: the first of each level's ANCHOR_GENERATOR.SIZES and so many scales an octave from there.
+    cfg.MODEL.FOCAL.ANCHORS = CN()
+    cfg.MODEL.FOCAL.ANCHORS.SCALES_PER_OCTAVE = 3
+
     # The encoder of BACKBONE.NAME build_timm_fpn_backbone. MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE} shape
     # the pyramid on it; IN_FEATURES names features by level, such as [c3, c4, c5] for those of stride 8, 16 and 32.
     cfg.MODEL.FOCAL.TIMM = CN()
@@ -96,9 +105,6 @@ def _defaults() -> CN:
     # What else is not trained, besides the first BACKBONE.FREEZE_AT stages (2: all up to stride 4): patterns of
     # parameter names, such as ["*.conv_dw.weight"].
     cfg.MODEL.FOCAL.TIMM.FREEZE = []
-    # What the two levels above the pyramid are made from: "c5" as in Detectron2, the encoder's last feature, or "p5",
-    # the pyramid's last (c4 or p4 where IN_FEATURES ends at c4); "" for no such levels.
-    cfg.MODEL.FOCAL.TIMM.TOP_BLOCK = "c5"
 
     # Keep images and features in memory as (N, H, W, C), the order in which most processors convolve fastest.
     cfg.MODEL.FOCAL.CHANNELS_LAST = False
@@ -106,6 +112,8 @@ def _defaults() -> CN:
     # With --eval-only, evaluate deploy.optimize_for_inference of the model: norms folded, bfloat16 where it is fast.
     cfg.MODEL.FOCAL.INFERENCE = CN()
     cfg.MODEL.FOCAL.INFERENCE.OPTIMIZE = False
+    # The same, and compiled: faster still where images have one size or few, after some seconds for each size.
+    cfg.MODEL.FOCAL.INFERENCE.COMPILE = False
 
     cfg.DATASETS = CN()
     # Data sets to register: {name: ..., format: voc, root: ..., split: ...} or {name: ..., format: coco, json: ...,

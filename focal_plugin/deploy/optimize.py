@@ -1,10 +1,12 @@
-"""The same detections at less cost: norms folded, channels last, bfloat16 where the processor multiplies it fast."""
+"""The same detections at less cost: norms folded, channels last, bfloat16 where it is fast, compiled if asked."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -16,7 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None, *, compile: bool = False) -> nn.Module:
     """A copy of ``model`` for inference only; ``model`` itself stays as it is.
 
     Batch norms with fixed statistics become part of the convolutions before them, and weights and images lie in memory
@@ -26,18 +28,22 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         model: a FocalRetinaNet, or any model of Detectron2's, on its device.
         dtype: what the backbone, and a dense detector's head, compute in: float32, bfloat16 or float16. Their results
             are float32 again, so that boxes, scores and NMS are. None: ``fast_dtype`` of the device.
+        compile: let ``torch.compile`` fuse the backbone's, and a dense detector's head's, operations. It takes some
+            seconds at the first image of each size, so it is for images of one size or of few (beyond eight sizes
+            PyTorch stops compiling, and says so); on a CPU it needs a C++ compiler. The copy cannot be pickled.
 
     Raises:
-        ValueError: another dtype, or one below float32 for a model without a ``backbone``.
+        ValueError: another dtype, or one below float32 or ``compile`` for a model without a ``backbone``.
     """
     has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
     if dtype is None:
         dtype = fast_dtype(next(model.parameters()).device) if has_backbone else torch.float32
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, _DTYPES))}, or None.")
-    if dtype != torch.float32 and not has_backbone:
+    if (dtype != torch.float32 or compile) and not has_backbone:
         raise ValueError(
-            f"dtype is {dtype}, but {type(model).__name__} has no `backbone` to compute in it: use float32."
+            f"dtype is {dtype} and compile is {compile}, but {type(model).__name__} has no `backbone` to compute so: "
+            "use float32, not compiled."
         )
 
     model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -52,12 +58,16 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
             model.backbone.to(dtype)
             last.to(dtype)
             last.register_forward_hook(_to_float32)
+        if compile:
+            for module in {model.backbone, last}:
+                module.forward = _compiled(module.forward)  # below the hooks
     return model
 
 
 def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """What ``MODEL.FOCAL.INFERENCE.OPTIMIZE`` asks for: ``optimize_for_inference`` of ``model``, or itself."""
-    return optimize_for_inference(model) if cfg.MODEL.FOCAL.INFERENCE.OPTIMIZE else model
+    """``model``, or ``optimize_for_inference`` of it where ``MODEL.FOCAL.INFERENCE.{OPTIMIZE, COMPILE}`` ask for it."""
+    wanted = cfg.MODEL.FOCAL.INFERENCE
+    return optimize_for_inference(model, compile=wanted.COMPILE) if wanted.OPTIMIZE or wanted.COMPILE else model
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -74,6 +84,17 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
+
+
+def _compiled(forward: Callable) -> Callable:
+    """``forward`` compiled for each shape of its inputs, its weights constants that are packed once."""
+    compiled = torch.compile(forward, dynamic=False)  # sizes that may change cost nearly all of what is won
+
+    def call(*args: Any) -> Any:
+        with inductor_config.patch(freezing=True):  # read at each compilation, and that is at any call
+            return compiled(*args)
+
+    return call
 
 
 def _fold(conv: Conv2d) -> None:

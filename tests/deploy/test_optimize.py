@@ -112,6 +112,21 @@ def test_lower_precision_computes_in_it_and_answers_in_float32(architecture, dty
     assert all(x == (dtype if architecture in DENSE else torch.float32) for x in seen[1:])
 
 
+@pytest.mark.slow  # compiles C++
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", [*DENSE, "GeneralizedRCNN"])
+def test_compiled_gives_the_same_detections(architecture, dtype):
+    model = small_model(architecture)
+    plain, compiled = (optimize_for_inference(model, dtype, compile=flag) for flag in (False, True))
+    for expected, actual in zip(detect(plain), detect(compiled), strict=True):
+        if dtype == torch.float32:
+            assert actual.pred_classes.equal(expected.pred_classes)
+            torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-4)
+            torch.testing.assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
+        else:  # NMS decides otherwise here and there
+            torch.testing.assert_close(actual.scores[:1], expected.scores[:1], rtol=0, atol=0.05)
+
+
 def test_the_choice_of_dtype_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert fast_dtype("cpu") == torch.bfloat16
@@ -138,6 +153,8 @@ def test_what_cannot_be_is_refused():
     without_backbone = nn.Sequential(Conv2d(3, 4, 1, norm=FrozenBatchNorm2d(4)))
     with pytest.raises(ValueError, match="backbone"):
         optimize_for_inference(without_backbone, torch.bfloat16)
+    with pytest.raises(ValueError, match="backbone"):
+        optimize_for_inference(without_backbone, torch.float32, compile=True)
     assert optimize_for_inference(without_backbone)[0].norm is None
 
 
