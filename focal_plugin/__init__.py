@@ -1,7 +1,7 @@
 """RetinaNet and the focal loss for Detectron2, each part of the paper a component chosen by name."""
 
 from . import _detectron2  # first: it tells what to do where Detectron2 is missing  # noqa: F401
-from .backbones import TimmEncoder, build_timm_fpn_backbone
+from .backbones import TimmEncoder, build_focal_resnet_fpn_backbone, build_pyramid, build_timm_fpn_backbone
 from .config import add_focal_config
 from .heads import ClassFrequencyBiasInit, FocalRetinaNetHead, PriorBiasInit, ZeroBiasInit
 from .losses import (
@@ -23,6 +23,7 @@ from .losses import (
 )
 from .matchers import ATSSMatcher, IgnoreBandMatcher
 from .normalizer import EMANumPositives, NumPositives, build_normalizer
+from .octave_anchors import OctaveAnchorGenerator
 from .registry import (
     ANCHOR_MATCHER_REGISTRY,
     BIAS_INIT_REGISTRY,
@@ -69,6 +70,7 @@ __all__ = [
     "MiniBatchLoss",
     "NumPositives",
     "OHEMLoss",
+    "OctaveAnchorGenerator",
     "PriorBiasInit",
     "QualityFocalLoss",
     "SampledBCELoss",
@@ -85,5 +87,6 @@ __all__ = [
     "build_matcher",
     "build_normalizer",
     "build_timm_fpn_backbone",
+    "build_pyramid",
     "import_user_modules",
 ]

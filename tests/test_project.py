@@ -70,7 +70,7 @@ def part(name):
 
 # What each part of the package may import from the others. Nothing is above `__init__`, which is not listed: it imports
 # what it offers.
-LEAVES = {"_detectron2", "config", "frozen_norm", "registry", "structures", "normalizer"}
+LEAVES = {"_detectron2", "config", "frozen_norm", "octave_anchors", "registry", "structures", "normalizer"}
 COMPONENTS = {"backbones", "heads", "losses", "matchers"}
 BELOW = {
     **{name: set() for name in LEAVES},

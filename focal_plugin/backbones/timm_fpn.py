@@ -9,10 +9,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import FPN
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .pyramid import build_pyramid
 from .timm_weights import check_name, create_encoder, import_timm
 
 logger = logging.getLogger(__name__)
@@ -116,14 +117,14 @@ class TimmEncoder(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The encoder of ``MODEL.FOCAL.TIMM`` under a feature pyramid of ``MODEL.FPN``, and two levels above it.
+    """The encoder of ``MODEL.FOCAL.TIMM`` under a feature pyramid, with the levels above it of ``TOP_BLOCK``.
 
     As Detectron2's ``build_retinanet_resnet_fpn_backbone``; ``MODEL.FPN.IN_FEATURES`` names the encoder's features by
     their level, e.g. ``[c3, c4, c5]``, and ``MODEL.BACKBONE.FREEZE_AT`` counts stages by level too.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: a key names nothing that is there; see ``TimmEncoder``.
+        ValueError: a key names nothing that is there; see ``TimmEncoder`` and ``build_pyramid``.
     """
     options = cfg.MODEL.FOCAL.TIMM
     encoder = TimmEncoder(
@@ -136,28 +137,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         freeze=options.FREEZE,
     )
     _warn_of_mismatch(cfg, encoder)
-    return FPN(
-        bottom_up=encoder,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=_top_block(options.TOP_BLOCK, encoder, cfg.MODEL.FPN.OUT_CHANNELS),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-
-
-def _top_block(in_feature: str, encoder: TimmEncoder, channels: int) -> LastLevelP6P7 | None:
-    """The two levels above the pyramid, made from the feature ``in_feature`` of the encoder or the pyramid."""
-    if not in_feature:
-        return None
-    last = list(encoder.output_shape())[-1]
-    in_channels = {last: encoder.output_shape()[last].channels, f"p{last[1:]}": channels}
-    if in_feature not in in_channels:
-        raise ValueError(
-            f"MODEL.FOCAL.TIMM.TOP_BLOCK is {in_feature!r}; expected {' or '.join(in_channels)}, "
-            "the last feature of the encoder or of the pyramid, or '' for no levels above."
-        )
-    return LastLevelP6P7(in_channels[in_feature], channels, in_feature)
+    return build_pyramid(cfg, encoder)
 
 
 def _warn_of_mismatch(cfg: CfgNode, encoder: TimmEncoder) -> None:

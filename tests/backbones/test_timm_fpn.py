@@ -170,7 +170,8 @@ def config(**timm_keys):
     ],
 )
 def test_the_pyramids_levels(top_block, in_features, levels):
-    cfg = config(TOP_BLOCK=top_block)
+    cfg = config()
+    cfg.MODEL.FOCAL.TOP_BLOCK = top_block
     cfg.MODEL.FPN.IN_FEATURES = in_features
     backbone = build_backbone(cfg)
     expected = {f"p{level}": (2, 16, 128 >> level, 128 >> level) for level in levels}
@@ -179,14 +180,6 @@ def test_the_pyramids_levels(top_block, in_features, levels):
         f"p{level}": (16, 2**level) for level in levels
     }
     assert backbone.size_divisibility == 2 ** int(in_features[-1][1])
-
-
-def test_p6_comes_from_the_feature_that_is_named():
-    channels = TimmEncoder("test_resnet").output_shape()["c5"].channels
-    assert build_backbone(config(TOP_BLOCK="c5")).top_block.p6.in_channels == channels
-    assert build_backbone(config(TOP_BLOCK="p5")).top_block.p6.in_channels == 16
-    with pytest.raises(ValueError, match=r"MODEL\.FOCAL\.TIMM\.TOP_BLOCK is 'res5'; expected c5 or p5"):
-        build_backbone(config(TOP_BLOCK="res5"))
 
 
 def test_the_config_reaches_the_encoder():
