@@ -161,6 +161,42 @@ class TestDenseTargets:
             expected = positive.unsqueeze(2).expand(-1, -1, 4, -1, -1).reshape(level.shape).float()
             assert torch.equal(level.grad, expected)
 
+    def test_gather_of_other_places(self):
+        """The rows of any anchors, out of (N, A·C, H, W) and out of (N, A, C, H, W)."""
+        anchors, matches, instances = random_batch([3, 2], seed=1)
+        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        dense = [torch.rand(n, a * 5, h, w) for n, a, h, w in (t.shape for t in targets.labels)]
+        places = [torch.tensor([7, 3]), torch.zeros(0, dtype=torch.int64), torch.tensor([1])]
+        expected = []
+        for level, labels, indices in zip(dense, targets.labels, places):
+            n, a, h, w = labels.shape
+            rows = level.view(n, a, 5, h, w).permute(0, 1, 3, 4, 2).reshape(-1, 5)
+            expected += [rows[i] for i in indices.tolist()]
+        assert torch.equal(targets.gather(dense, places), torch.stack(expected))
+        views = [level.view(len(level), -1, 5, *level.shape[2:]) for level in dense]
+        assert torch.equal(targets.gather(views, places), torch.stack(expected))
+
+    def test_the_grid_is_the_anchors_themselves(self):
+        anchors, matches, instances = random_batch([3, 2], seed=1)
+        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        assert targets.grid is anchors and targets.quality is None
+
+    def test_quality(self):
+        """IoUs by hand; nothing, a point and a wild box among them."""
+        empty = torch.zeros(6, 4)
+        gt_boxes = torch.tensor([[0.0, 0, 4, 4]] * 4 + [[2.0, 2, 2, 2]] * 2)
+        targets = DenseTargets([], K, [], empty, gt_boxes)
+        boxes = torch.tensor(
+            [[0.0, 0, 4, 4], [2, 0, 6, 4], [5, 5, 6, 6], [-1e6, 0, 1e6, 4], [2, 2, 2, 2], [0, 0, 4, 4]]
+        ).requires_grad_()
+        quality = targets.with_quality(boxes).quality
+        torch.testing.assert_close(quality, torch.tensor([1, 1 / 3, 0, 2e-6, 0, 0]))
+        assert not quality.requires_grad and targets.quality is None
+
+    def test_quality_of_nothing(self):
+        targets = DenseTargets([], K, [], torch.zeros(0, 4), torch.zeros(0, 4))
+        assert targets.with_quality(torch.zeros(0, 4)).quality.shape == (0,)
+
     @pytest.mark.parametrize("code, label", [(IGNORED, IGNORED), (NEGATIVE, K)])
     def test_no_positives(self, code, label):
         """All ignored or all background: nothing to gather, on any level."""

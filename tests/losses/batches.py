@@ -21,7 +21,7 @@ BATCHES = {
 
 
 def draw_targets(boxes, num_classes=3, grids=((3, 5), (2, 3)), codes=MIXED, seed=0) -> DenseTargets:
-    """Targets of images with so many boxes, each anchor's code drawn from ``codes``, and a quality for each positive."""
+    """Targets of images with so many boxes, each anchor's code drawn from ``codes``, and a quality of each positive."""
     generator = torch.Generator().manual_seed(seed)
     strides = [8 * 2**level for level in range(len(grids))]
     make = DefaultAnchorGenerator(sizes=[[2 * s, 3 * s] for s in strides], aspect_ratios=[[1.0]], strides=strides)

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from focal_plugin.losses.functional import sigmoid_focal_loss, sigmoid_focal_loss_star
+from focal_plugin.losses.functional import (
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
+    sigmoid_hinge_loss,
+    varifocal_loss,
+)
 
 LOSSES = [sigmoid_focal_loss, sigmoid_focal_loss_star]
 EXTREMES = torch.tensor([0.0, 1e-3, 1.0, 5.0, 15.0, 17.0, 20.0, 50.0, 88.0, 104.0, 1e3, 1e4])
@@ -145,6 +151,146 @@ def test_refuses_what_makes_no_sense(loss):
             loss(*arguments, **keywords)
     with pytest.raises(TypeError, match=r"inputs are torch\.int64"):
         loss(inputs.long(), targets)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 1), (7, 5), ()])
+def test_alpha_may_be_a_tensor(loss, shape):
+    """Element by element what the number does."""
+    inputs, targets = draw(dtype=torch.float64)
+    alpha = torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = loss(inputs, targets, alpha)
+    for i in range(7):
+        for j in range(5):
+            number = alpha.expand(7, 5)[i, j].item()
+            torch.testing.assert_close(found[i, j], loss(inputs[i, j], targets[i, j], number))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+def test_a_tensor_of_alphas_must_fit(loss):
+    inputs, targets = draw()
+    for alpha, message in [
+        (torch.rand(7), r"shape \(7,\), which does not broadcast to \(7, 5\)"),
+        (torch.rand(1, 7, 5), "does not broadcast"),
+        (torch.tensor([0.1, 0.2, 0.3, 0.4, 1.5]), r"alpha is .*1\.5.*in \[0, 1\]"),
+        (torch.tensor(-1.0), r"in \[0, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loss(inputs, targets, alpha)
+
+
+# The hinge, and the losses on soft targets
+
+
+def draw_soft(dtype=torch.float64, seed=0):
+    inputs, targets = draw((40,), seed, dtype)
+    return inputs, targets * torch.rand(40, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5, 0.9, 1.0])
+def test_hinge(margin):
+    inputs, targets = draw(dtype=torch.float64)
+    inputs.requires_grad_()
+    p = 1 / (1 + torch.exp(-inputs))
+    p_t = torch.where(targets == 1, p, 1 - p)
+    loss = sigmoid_hinge_loss(inputs, targets, margin)
+    torch.testing.assert_close(loss, torch.where(p_t < margin, margin - p_t, 0.0))
+    gradient = torch.autograd.grad(loss.sum(), inputs)[0]  # −dp_t/dx where there is a loss
+    torch.testing.assert_close(gradient, torch.where(p_t < margin, (1 - 2 * targets) * p * (1 - p), 0.0))
+    assert (loss == 0).any() or margin == 1
+
+
+@pytest.mark.parametrize("beta", [0, 1, 1.5, 2, 5])
+def test_quality_focal_loss(beta):
+    inputs, targets = draw_soft()
+    p = 1 / (1 + torch.exp(-inputs))
+    expected = -((targets - p).abs() ** beta) * (targets * p.log() + (1 - targets) * (1 - p).log())
+    torch.testing.assert_close(quality_focal_loss(inputs, targets, beta), expected, rtol=1e-9, atol=1e-12)
+    inputs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: quality_focal_loss(x, targets, beta), inputs)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
+@pytest.mark.parametrize("alpha", [0, 0.75, 1, 2])
+def test_varifocal_loss(alpha, gamma):
+    inputs, targets = draw_soft()
+    p = 1 / (1 + torch.exp(-inputs))
+    positive = -targets * (targets * p.log() + (1 - targets) * (1 - p).log())
+    expected = torch.where(targets > 0, positive, -alpha * p**gamma * (1 - p).log())
+    torch.testing.assert_close(varifocal_loss(inputs, targets, alpha, gamma), expected, rtol=1e-9, atol=1e-12)
+    inputs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: varifocal_loss(x, targets, alpha, gamma), inputs)
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 2, 3.5])
+def test_hard_targets_are_the_focal_loss(gamma):
+    inputs, targets = draw(dtype=torch.float64)
+    zeros, ones = torch.zeros_like(targets), torch.ones_like(targets)
+    focal, on_zeros = (sigmoid_focal_loss(inputs, each, gamma=gamma) for each in (targets, zeros))
+    torch.testing.assert_close(quality_focal_loss(inputs, targets, gamma), focal)
+    torch.testing.assert_close(varifocal_loss(inputs, zeros, 0.75, gamma), 0.75 * on_zeros)
+    torch.testing.assert_close(varifocal_loss(inputs, ones, 0.75, gamma), sigmoid_focal_loss(inputs, ones, gamma=0))
+
+
+def test_a_perfect_soft_prediction_has_no_quality_focal_loss():
+    targets = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    inputs = targets.logit().requires_grad_()
+    loss = quality_focal_loss(inputs, targets, 2)
+    gradient = torch.autograd.grad(loss.sum(), inputs)[0]
+    torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-30)
+    torch.testing.assert_close(gradient, torch.zeros_like(loss), rtol=0, atol=1e-15)
+
+
+SOFT = [sigmoid_hinge_loss, quality_focal_loss, varifocal_loss]
+
+
+@pytest.mark.parametrize("loss", SOFT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extremes_in_any_precision(loss, dtype):
+    inputs = torch.cat([EXTREMES, -EXTREMES]).to(dtype).repeat(3).requires_grad_()
+    targets = torch.tensor([0, 0.7, 1], dtype=dtype).repeat_interleave(2 * len(EXTREMES))
+    targets = targets.round() if loss is sigmoid_hinge_loss else targets
+    found = loss(inputs, targets)
+    gradient = torch.autograd.grad(found.sum(), inputs)[0]
+    assert found.dtype == torch.float32 and gradient.dtype == dtype
+    assert found.isfinite().all() and gradient.isfinite().all()
+    torch.testing.assert_close(found.double(), loss(inputs.double(), targets.double()), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", SOFT, ids=lambda f: f.__name__)
+def test_reductions_and_refusals(loss):
+    inputs, targets = draw()
+    each = loss(inputs, targets)
+    assert each.shape == inputs.shape and loss(inputs[:0], targets[:0], reduction="sum") == 0
+    torch.testing.assert_close(loss(inputs, targets, reduction="sum"), each.sum())
+    torch.testing.assert_close(loss(inputs, targets, reduction="mean"), each.mean())
+    with pytest.raises(ValueError, match="reduction is 'average'"):
+        loss(inputs, targets, reduction="average")
+    with pytest.raises(ValueError, match="one_hot"):
+        loss(inputs, targets[..., 0])
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        loss(inputs, targets * 2)
+    with pytest.raises(TypeError, match="floating"):
+        loss(inputs.long(), targets)
+
+
+@pytest.mark.parametrize(
+    "loss, arguments",
+    [
+        (sigmoid_hinge_loss, {"margin": 0}),
+        (sigmoid_hinge_loss, {"margin": 1.5}),
+        (quality_focal_loss, {"beta": -1}),
+        (quality_focal_loss, {"beta": 0.5}),
+        (quality_focal_loss, {"beta": math.inf}),
+        (varifocal_loss, {"alpha": -1}),
+        (varifocal_loss, {"alpha": math.nan}),
+        (varifocal_loss, {"gamma": -1}),
+    ],
+)
+def test_numbers_out_of_range(loss, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        loss(*draw(), **arguments)
 
 
 def test_star_refuses_what_it_cannot_divide_by_or_shift():
