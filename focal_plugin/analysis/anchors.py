@@ -1,0 +1,194 @@
+"""Which boxes the anchors reach, and which anchors would reach more.
+
+Every box of the training set, at the size that its image is resized to, is matched by the config's own matcher: on
+which levels it gets a positive, whether only by the low-quality rule (with MODEL.FOCAL.MATCHER.LOW_QUALITY none it has
+none), or not at all; by its size in the original image (small below 32² pixels, large from 96² on, as COCO's metric
+has it) and by its shape. Then other sizes and ratios are taken from the boxes themselves, by k-means of their
+logarithms, as many as the config has, and matched the same way; the best are printed, with what they gain, if they
+gain anything.
+
+Images are not read where the records have their sizes. Crops and INPUT.AUGMENTATIONS are left out; of several
+MIN_SIZE_TRAIN each image gets one, drawn as in training, always the same.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
+from tabulate import tabulate
+from tqdm import tqdm
+
+from . import style
+from .common import UserError, add_flags, output_stem, read_config, read_records, spread, written
+from .coverage import Coverage, FeatureGrid, Image, measure, ratios_of, read_images
+from .kmeans import kmeans
+
+SIZE_BANDS = [("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, np.inf)]  # area in pixels, COCO's
+SHAPE_BANDS = [  # height ÷ width
+    ("wider than 3:1", 0, 1 / 3),
+    ("3:1 to 3:2", 1 / 3, 2 / 3),
+    ("3:2 to 2:3", 2 / 3, 3 / 2),
+    ("2:3 to 1:3", 3 / 2, 3),
+    ("taller than 1:3", 3, np.inf),
+]
+_FIRST_OCTAVES = (2.0, 2.0**1.5, 4.0, 2.0**2.5)  # smallest size of a level ÷ its stride; 4 in the paper
+_SEARCH_IMAGES = 300
+_SUFFIXES = (".png", ".json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    parser.add_argument("--num-images", type=int, default=2000, help="spread over the set; 0 for all (default: 2000)")
+    add_flags(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, suggest, print, draw, write."""
+    cfg = read_config(args)
+    records = read_records(cfg, "TRAIN", filter_empty=True)
+    images = read_images(cfg, spread(records, args.num_images))
+    boxes = torch.cat([image.boxes for image in images]).numpy()
+    if not len(boxes):
+        raise UserError(f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}, which has no box.")
+    areas = np.concatenate([image.areas for image in images])
+    levels = list(cfg.MODEL.RETINANET.IN_FEATURES)
+    grid = FeatureGrid(cfg)
+    now = measure(cfg, grid, build_anchor_generator(cfg, grid.shapes), images)
+    tables = tabulate_coverage(now, areas, ratios_of(boxes), levels)
+    print(f"{len(images)} images of DATASETS.TRAIN, {len(boxes)} boxes, matched by {cfg.MODEL.FOCAL.MATCHER.NAME}:")
+    for title, rows in tables.items():
+        print(f"\n{title}")
+        print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f"))
+    better = suggest(cfg, grid, images, now)
+    print("\n" + (better["text"] if better else "No sizes and ratios taken from the boxes reach more of them."))
+
+    stem = output_stem(args, cfg, "anchors", _SUFFIXES)
+    content = {"images": len(images), "tables": tables, "suggestion": better}
+    Path(f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
+    draw(Path(f"{stem}.png"), tables)
+    print(written(stem, _SUFFIXES))
+    return 0
+
+
+def tabulate_coverage(
+    coverage: Coverage, areas: np.ndarray, ratios: np.ndarray, levels: Sequence[str]
+) -> dict[str, list[dict]]:
+    """Tables as rows: of all boxes, by level, by size and by shape (height ÷ width)."""
+    total = len(coverage.regular)
+    by_level = [
+        {
+            "level": name,
+            "boxes with a positive there": int(positives.astype(bool).sum()),
+            "of all boxes (%)": 100 * float(positives.astype(bool).sum()) / total,
+            "positives": int(positives.sum()),
+        }
+        for name, positives in zip(levels, coverage.positives.T)
+    ]
+    by_size = [{"size": name, **coverage.row((low <= areas) & (areas < high))} for name, low, high in SIZE_BANDS]
+    by_shape = [{"shape": name, **coverage.row((low <= ratios) & (ratios < high))} for name, low, high in SHAPE_BANDS]
+    return {"All boxes": [coverage.row()], "By level": by_level, "By size": by_size, "By shape": by_shape}
+
+
+def suggest(cfg: CfgNode, grid: FeatureGrid, images: Sequence[Image], now: Coverage) -> dict | None:
+    """Sizes and ratios that give more boxes a regular positive than ``now``, with what they gain; None if none do.
+
+    There are as many on each level as in the config. The ratios are the centres of the boxes' log ratios. A level's
+    sizes are the centres of the log sizes from a multiple of its stride to that of the next level; of several
+    multiples, with the new ratios and the old, the set is taken that reaches most boxes of at most 300 images.
+    """
+    if type(build_anchor_generator(cfg, grid.shapes)) is not DefaultAnchorGenerator:
+        return None  # its anchors are not made of sizes and ratios
+    num_levels, strides = len(grid.shapes), [shape.stride for shape in grid.shapes]
+    sizes, ratios = (_per_level(cfg.MODEL.ANCHOR_GENERATOR[key], num_levels) for key in ("SIZES", "ASPECT_RATIOS"))
+    boxes = torch.cat([image.boxes for image in images]).numpy()
+    sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+    new_ratios = [_centres(ratios_of(boxes), len(level)) for level in ratios]
+    candidates = [(sizes, new_ratios)]
+    for octave in _FIRST_OCTAVES:
+        new_sizes = sizes_by_level(sides, strides, sizes, octave)
+        candidates += [(new_sizes, ratios), (new_sizes, new_ratios)]
+
+    def coverage(candidate: tuple[list, list], images: Sequence[Image]) -> Coverage:
+        generator = DefaultAnchorGenerator(
+            sizes=candidate[0],
+            aspect_ratios=candidate[1],
+            strides=strides,
+            offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+        )
+        return measure(cfg, grid, generator, images)
+
+    some = spread(images, _SEARCH_IMAGES)
+    reached = [
+        coverage(candidate, some).regular.sum() for candidate in tqdm(candidates, desc="Other anchors", unit="set")
+    ]
+    sizes, ratios = candidates[int(np.argmax(reached))]
+    then = coverage((sizes, ratios), images)
+    if then.regular.sum() <= now.regular.sum():
+        return None
+    before, after = now.row(), then.row()
+    gain = ", ".join(f"{name} {before[name]:.1f} → {after[name]:.1f}" for name in before if name != "boxes")
+    text = f"Sizes and ratios from the boxes reach more of them: {gain}.\n\n{config_lines(sizes, ratios)}"
+    return {"text": text, "sizes": sizes, "ratios": ratios, "before": before, "after": after}
+
+
+def sizes_by_level(
+    side: np.ndarray, strides: Sequence[int], sizes: Sequence[Sequence[float]], octave: float
+) -> list[list[float]]:
+    """The centres of the boxes of each level: those of ``side`` from ``octave`` strides to as many of the next level.
+
+    The first level also has the smaller ones, the last the larger. A level with fewer boxes than sizes keeps its own.
+    """
+    edges = [0.0, *(octave * stride for stride in strides[1:]), np.inf]
+    return [
+        _centres(mine, len(own)) if len(mine := side[(low <= side) & (side < high)]) >= len(own) else list(own)
+        for low, high, own in zip(edges, edges[1:], sizes)
+    ]
+
+
+def _centres(values: np.ndarray, count: int) -> list[float]:
+    """``count`` centres of positive ``values`` by k-means of their logarithms, ascending, to three digits."""
+    return [float(f"{centre:.3g}") for centre in np.exp(kmeans(np.log(values), count))]
+
+
+def _per_level(values: Sequence, num_levels: int) -> list[list[float]]:
+    """``SIZES`` or ``ASPECT_RATIOS`` as a list a level: one list, or one number after another, serves all levels."""
+    if not isinstance(values[0], Sequence):
+        values = [values]
+    return [list(level) for level in (list(values) * num_levels if len(values) == 1 else values)]
+
+
+def config_lines(sizes: list[list[float]], ratios: list[list[float]]) -> str:
+    """YAML of both, to paste into a config."""
+    if all(level == ratios[0] for level in ratios):
+        ratios = ratios[:1]
+    return "\n".join(
+        ["MODEL:", "  ANCHOR_GENERATOR:", "    SIZES:", *(f"      - {level}" for level in sizes)]
+        + [f"    ASPECT_RATIOS: {ratios}"]
+    )
+
+
+def draw(path: Path, tables: dict[str, list[dict]]) -> None:
+    """Draw boxes by level, and their fates by size and by shape, to a PNG."""
+    figure, (by_level, by_size, by_shape) = style.panels(3)
+    rows = tables["By level"]
+    by_level.bar([row["level"] for row in rows], [row["of all boxes (%)"] for row in rows], color=style.color(0))
+    by_level.set(title="Boxes with a positive at each level", ylabel="% of all boxes", ylim=(0, 100))
+    for axis, title, key in ((by_size, "By size", "size"), (by_shape, "By shape", "shape")):
+        rows = [row for row in tables[title] if row["boxes"]]
+        names = [f"{row[key]}\n({row['boxes']:,})" for row in rows]
+        left = np.zeros(len(rows))
+        fates = {"regular (%)": style.color(0), "low quality only (%)": style.color(5), "none (%)": style.GRAY}
+        for fate, color in fates.items():
+            values = np.array([row[fate] for row in rows])
+            axis.barh(names, values, left=left, color=color, label=fate.removesuffix(" (%)"))
+            left += values
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel="% of the boxes", xlim=(0, 100))
+    handles, labels = by_shape.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    style.save(figure, path)

@@ -1,0 +1,115 @@
+"""What the analyses share: their flags, the config and its data, the names of what they write."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..engine import Trainer, load_config
+from ..retinanet import FocalRetinaNet
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The message names the flag, the config key or the file."""
+
+
+def add_flags(parser: argparse.ArgumentParser, *, config_required: bool = True) -> None:
+    """The flags that every analysis has."""
+    parser.add_argument(
+        "--config-file", metavar="FILE", required=config_required, help="a file, or a name of Detectron2's model zoo"
+    )
+    parser.add_argument("--output", metavar="DIR", help="where to write; OUTPUT_DIR/analysis if not given")
+    parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="changes of the config, at the end")
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config of the flags. ``--weights``, where the analysis has it, becomes ``MODEL.WEIGHTS``."""
+    cfg = load_config(args.config_file, args.opts)
+    if getattr(args, "weights", None):
+        cfg.MODEL.WEIGHTS = args.weights
+    return cfg
+
+
+def output_stem(args: argparse.Namespace, cfg: CfgNode, name: str, suffixes: Sequence[str]) -> Path:
+    """A path without suffix that none of ``suffixes`` makes an existing file of, in a folder that exists.
+
+    It is ``<folder>/<name>``, or ``<name>-2`` and so on: nothing that is there is overwritten.
+    """
+    folder = Path(args.output) if args.output else Path(cfg.OUTPUT_DIR) / "analysis"
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        stem = folder / (name if number == 1 else f"{name}-{number}")
+        if not any(Path(f"{stem}{suffix}").exists() for suffix in suffixes):
+            return stem
+        number += 1
+
+
+def written(stem: Path, suffixes: Sequence[str]) -> str:
+    """A line that lists the files ``stem`` + suffix."""
+    return "Written: " + ", ".join(f"{stem}{suffix}" for suffix in suffixes)
+
+
+def read_records(cfg: CfgNode, key: str, *, filter_empty: bool = False) -> list[dict]:
+    """The records of the data sets of ``DATASETS.<key>``, "TRAIN" or "TEST".
+
+    Raises:
+        UserError: the key is empty, or names a data set that is not registered or whose files are not there.
+    """
+    names = cfg.DATASETS[key]
+    if not names:
+        raise UserError(f"DATASETS.{key} is empty; expected the names of data sets.")
+    for name in names:
+        if name not in DatasetCatalog:
+            raise UserError(f"DATASETS.{key} names {name!r}, which is not registered; add an entry to DATASETS.LOCAL.")
+    try:
+        return get_detection_dataset_dicts(names, filter_empty=filter_empty, check_consistency=False)
+    except (OSError, ValueError) as error:  # a DataError is a ValueError
+        raise UserError(f"DATASETS.{key} names {', '.join(names)}, which cannot be read: {error}") from error
+
+
+def spread(items: Sequence, count: int) -> list:
+    """``count`` of ``items``, spread evenly over them and in their order; all of them for 0 or too large a count."""
+    if count < 0:
+        raise UserError(f"--num-images is {count}; expected a number ≥ 0, where 0 stands for all.")
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def load_weights(model: nn.Module, path: str, where: str = "MODEL.WEIGHTS (or --weights)") -> None:
+    """Load a checkpoint into ``model``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if "://" not in path and not PathManager.isfile(path):
+        raise UserError(f"{where} is {path}, which is no file (current folder: {os.getcwd()}).")
+    DetectionCheckpointer(model).load(path)
+
+
+def build_focal_model(cfg: CfgNode, what: str) -> FocalRetinaNet:
+    """The model of ``cfg``, without its weights.
+
+    Raises:
+        UserError: it is no FocalRetinaNet, which ``what`` needs.
+    """
+    model = Trainer.build_model(cfg)
+    if not isinstance(model, FocalRetinaNet):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; `{what}` looks into a FocalRetinaNet. The "
+            "weights of a RetinaNet of Detectron2's load into one."
+        )
+    return model
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,282 @@
+"""The loss of the first step: what the bias and the targets make it, beside what the new model has.
+
+At the start all logits are to be about the classifier's bias (section 3.3), so the loss of a batch follows from the
+bias and the targets alone: the configured loss on constant logits. Beside it stands the loss that the model of the
+config, with its backbone's weights and a new head, has on the same batch of the training set; and for the focal loss
+and the cross entropies the formula. The exit code is 1 if they differ, if one is not finite, or if background dominates
+the loss, as it does at a prior of .5.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..data import check_num_classes
+from ..engine import Trainer
+from ..engine.balance import background_of
+from ..losses import MiniBatchLoss, SigmoidFocalLoss
+from ..registry import build_bias_init
+from ..retinanet import FocalRetinaNet
+from ..structures import IGNORED, DenseTargets
+from .common import (
+    UserError,
+    add_flags,
+    build_focal_model,
+    load_weights,
+    output_stem,
+    read_config,
+    read_records,
+    written,
+)
+
+_PAPERS_PRIOR = 0.01
+_MOST_SHARE, _MOST_RATIO = 0.9, 10.0  # of background, and of the loss at the paper's prior: above both it dominates
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """Losses of one batch at the first step, each the sum over the batch divided by its positives, at least 1.
+
+    Attributes:
+        loss: the class loss, in words. bias_init: the name of the bias init.
+        prior: the mean over anchors and classes of the probability that the bias gives.
+        num_images, num_anchors, num_positives, num_ignored: of the batch. num_classes: K.
+        expected: of the configured loss, all logits at the configured bias.
+        observed: of the new model.
+        textbook: the formula of the focal loss or cross entropy; None for others.
+        background_share: the part of ``expected`` of background anchors; None for a loss that samples anchors.
+        at_papers_prior: as ``expected``, with a prior of .01.
+        logit_mean, logit_std: of the new model's logits minus their bias.
+        bias_off: the largest difference between the head's bias and the configured one; None for a head whose
+            classifier is not called ``cls_score``.
+        loss_cls: as the model gives it, and a training's log shows it.
+    """
+
+    loss: str
+    bias_init: str
+    prior: float
+    num_images: int
+    num_anchors: int
+    num_positives: int
+    num_ignored: int
+    num_classes: int
+    expected: float
+    observed: float
+    textbook: float | None
+    background_share: float | None
+    at_papers_prior: float
+    logit_mean: float
+    logit_std: float
+    bias_off: float | None
+    loss_cls: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    parser.add_argument("--weights", metavar="FILE", help="what training starts from; MODEL.WEIGHTS if not given")
+    parser.add_argument("--tolerance", type=float, default=0.25, help="of observed ÷ expected − 1 (default: .25)")
+    add_flags(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare and report. 1 if something is wrong."""
+    if not args.tolerance > 0:
+        raise UserError(f"--tolerance is {args.tolerance}; expected a number above 0.")
+    cfg = read_config(args)
+    step = first_step(cfg)
+    problems = find_problems(step, args.tolerance)
+    print(describe(step))
+    for problem in problems:
+        print(f"WRONG: {problem}")
+    if not problems:
+        print("The first step is as it should be.")
+    stem = output_stem(args, cfg, "init", (".json",))
+    Path(f"{stem}.json").write_text(json.dumps({**asdict(step), "problems": problems}, indent=2) + "\n")
+    print(written(stem, (".json",)))
+    return 1 if problems else 0
+
+
+def first_step(cfg: CfgNode) -> FirstStep:
+    """The losses of a batch of the training set at the first step of ``cfg``.
+
+    Raises:
+        UserError: the training set or the weights cannot be read; the model is no FocalRetinaNet.
+    """
+    read_records(cfg, "TRAIN")
+    check_num_classes(cfg)
+    seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
+    model = build_focal_model(cfg, "init")
+    if cfg.MODEL.WEIGHTS:
+        load_weights(model, cfg.MODEL.WEIGHTS)
+    loader_cfg = cfg.clone()
+    loader_cfg.DATALOADER.NUM_WORKERS = 0  # one batch is not worth a process
+    batch = next(iter(Trainer.build_train_loader(loader_cfg)))
+    logits, targets, observed, loss_cls = _observe(model, batch)
+
+    num_anchors, num_classes = logits[0].shape[1:3]
+    bias = _configured_bias(cfg, num_anchors, num_classes).to(model.device)
+    papers = torch.full_like(bias, math.log(_PAPERS_PRIOR / (1 - _PAPERS_PRIOR)))
+    expected = _at_bias(model.cls_loss, bias, logits, targets)
+    background = None
+    if not isinstance(model.cls_loss, MiniBatchLoss) and expected:
+        background = _at_bias(model.cls_loss, bias, logits, background_of(targets)) / expected
+    offsets = [(level - _spread_bias(bias, level)).double() for level in logits]
+    count = sum(level.numel() for level in offsets)
+    mean = sum(level.sum() for level in offsets).item() / count
+    square = sum(level.square().sum() for level in offsets).item() / count
+    per_positive = 1 / max(targets.num_positives, 1)
+    labels = torch.cat([level.flatten() for level in targets.labels])
+    textbook = _textbook(model.cls_loss, bias, targets)
+    return FirstStep(
+        loss=str(model.cls_loss),
+        bias_init=cfg.MODEL.FOCAL.BIAS_INIT.NAME,
+        prior=bias.double().sigmoid().mean().item(),
+        num_images=len(batch),
+        num_anchors=len(labels),
+        num_positives=targets.num_positives,
+        num_ignored=int((labels == IGNORED).sum()),
+        num_classes=num_classes,
+        expected=expected * per_positive,
+        observed=observed * per_positive,
+        textbook=None if textbook is None else textbook * per_positive,
+        background_share=background,
+        at_papers_prior=_at_bias(model.cls_loss, papers, logits, targets) * per_positive,
+        logit_mean=mean,
+        logit_std=math.sqrt(max(square - mean**2, 0)) if math.isfinite(square) else math.nan,
+        bias_off=_bias_off(model, bias),
+        loss_cls=loss_cls,
+    )
+
+
+@torch.no_grad()
+def _observe(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], DenseTargets, float, float]:
+    """What the class loss gets and gives, its sum, on a batch in training, and ``loss_cls``."""
+    seen = []
+    handle = model.cls_loss.register_forward_hook(lambda module, args, total: seen.append((*args, total.item())))
+    try:
+        with EventStorage():
+            losses = model.train()(batch)
+    finally:
+        handle.remove()
+    ((logits, targets, total),) = seen
+    return logits, targets, total, losses["loss_cls"].item()
+
+
+def _configured_bias(cfg: CfgNode, num_anchors: int, num_classes: int) -> Tensor:
+    """The (A, K) bias that ``MODEL.FOCAL.BIAS_INIT`` gives a classifier."""
+    conv = nn.Conv2d(1, num_anchors * num_classes, 1)
+    build_bias_init(cfg)(conv, num_anchors, num_classes)
+    return conv.bias.detach().view(num_anchors, num_classes)
+
+
+def _spread_bias(bias: Tensor, level: Tensor) -> Tensor:
+    """The (A, K) ``bias`` in the shape of (N, A, K, H, W) logits."""
+    return bias[:, :, None, None].to(level.dtype).expand_as(level)
+
+
+@torch.no_grad()
+def _at_bias(loss: nn.Module, bias: Tensor, logits: list[Tensor], targets: DenseTargets) -> float:
+    """The loss with all logits at ``bias``."""
+    return loss([_spread_bias(bias, level).contiguous() for level in logits], targets).item()
+
+
+def _bias_off(model: FocalRetinaNet, bias: Tensor) -> float | None:
+    classifier = getattr(model.head, "cls_score", None)
+    if getattr(classifier, "bias", None) is None or classifier.bias.numel() != bias.numel():
+        return None
+    return (classifier.bias.detach().view_as(bias) - bias).abs().max().item()
+
+
+def _textbook(loss: nn.Module, bias: Tensor, targets: DenseTargets) -> float | None:
+    """Equation 5 for probabilities σ(bias), by counting: how many positives and negatives each (a, k) has."""
+    if not isinstance(loss, SigmoidFocalLoss):
+        return None
+    p = bias.double().sigmoid().cpu()  # (A, K)
+    alpha = torch.as_tensor(loss.alpha, dtype=torch.float64).cpu().expand(p.shape[1])  # (K,)
+    positive = torch.zeros_like(p)
+    total = torch.zeros(len(p), 1, dtype=torch.float64)
+    for labels in targets.labels:
+        for a in range(len(p)):
+            mine = labels[:, a].flatten().cpu()
+            total[a] += (mine != IGNORED).sum()
+            positive[a] += torch.bincount(mine[mine != IGNORED], minlength=p.shape[1] + 1)[:-1]
+    weight_1, weight_0 = torch.where(alpha == -1, 1.0, alpha), torch.where(alpha == -1, 1.0, 1 - alpha)
+    of_positive = -weight_1 * (1 - p) ** loss.gamma * p.log()
+    of_negative = -weight_0 * p**loss.gamma * (-p).log1p()
+    return (positive * of_positive + (total - positive) * of_negative).sum().item()
+
+
+def describe(step: FirstStep) -> str:
+    """The comparison, for a human."""
+    rows = [
+        ["expected: the loss on logits equal to the bias", step.expected],
+        ["  by the formula", "-" if step.textbook is None else step.textbook],
+        ["observed: the new model", step.observed],
+        [f"expected at a prior of {_PAPERS_PRIOR:g}", step.at_papers_prior],
+    ]
+    share = "-" if step.background_share is None else f"{step.background_share:.1%}"
+    return "\n".join(
+        [
+            f"{step.loss}, {step.bias_init}: prior {step.prior:.4g}, {step.num_classes} classes",
+            f"A batch of {step.num_images} images: {step.num_anchors:,} anchors, {step.num_positives:,} of them "
+            f"positive, {step.num_ignored:,} ignored",
+            tabulate(rows, headers=["", "class loss a positive"], tablefmt="pipe", floatfmt=".5g"),
+            f"Background's share of the expected loss: {share}. Logits minus bias: {step.logit_mean:+.3g} ± "
+            f"{step.logit_std:.3g}. loss_cls in the log of a training: {step.loss_cls:.5g}",
+        ]
+    )
+
+
+def find_problems(step: FirstStep, tolerance: float) -> list[str]:
+    """What is wrong with a first step, each in a sentence that says what to look at; [] if nothing is."""
+    problems = []
+    where = f"MODEL.FOCAL.BIAS_INIT.NAME {step.bias_init}"
+    ratio = step.expected / step.at_papers_prior if step.at_papers_prior else math.inf
+    share = 1.0 if step.background_share is None else step.background_share
+    if not math.isfinite(step.expected):
+        problems.append(f"The expected loss is {step.expected}: the loss is not finite at the bias of {where}.")
+    elif share > _MOST_SHARE and ratio > _MOST_RATIO:
+        of_it = "" if step.background_share is None else f" Background anchors hold {share:.1%} of it."
+        problems.append(
+            f"At the prior of {step.prior:.3g} ({where}) the loss starts at {ratio:.3g} times that at a prior of "
+            f"{_PAPERS_PRIOR:g}.{of_it} Training is likely to diverge or to forget the objects: use PriorBiasInit with "
+            f"MODEL.RETINANET.PRIOR_PROB {_PAPERS_PRIOR:g} (section 3.3)."
+        )
+    if not math.isfinite(step.observed):
+        problems.append(
+            f"The observed loss is {step.observed}: look at MODEL.WEIGHTS, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, and "
+            "at norms missing from a backbone with random weights."
+        )
+    elif math.isfinite(step.expected) and abs(step.observed - step.expected) > tolerance * abs(step.expected):
+        problems.append(
+            f"The observed loss is {_times(step.observed, step.expected)} the expected one, more than the tolerance of "
+            f"{tolerance:g} allows. {_why_different(step)}"
+        )
+    return problems
+
+
+def _times(value: float, reference: float) -> str:
+    return f"{value / reference:.3g} times" if reference else f"{value:.3g} beside 0 of"
+
+
+def _why_different(step: FirstStep) -> str:
+    """The reason why the model's logits are not at the bias."""
+    if step.bias_off is not None and step.bias_off > 1e-3:
+        return (
+            f"The classifier's bias is off the configured one by up to {step.bias_off:.3g}: MODEL.WEIGHTS holds a "
+            "trained classifier, or the head does not start it by MODEL.FOCAL.BIAS_INIT."
+        )
+    return (
+        f"The logits are off the bias by {step.logit_mean:+.3g} on average and spread by {step.logit_std:.3g}: the "
+        "head adds that to its bias. Its convs should start from N(0, .01²), and its features be of size 1 or so: look "
+        "at MODEL.RETINANET.NORM, at the norms of the backbone (FPN.NORM, RESNETS.NORM) and at MODEL.PIXEL_STD."
+    )
