@@ -106,7 +106,8 @@ class OHEMLoss(MiniBatchLoss):
         nms_thresh: the IoU above which an anchor is dropped; .5 and .7 in the paper.
         positive_fraction: 0 for no constraint. Else a mini-batch is made of at most this fraction of positives, the
             hardest, and as many negatives, the hardest, as the fraction asks for: at .25, 3 for each positive, as in
-            SSD. An image without positives then has no loss.
+            SSD. An image without positives then has no loss. NMS is then among positives and among negatives: across
+            them, as in the paper, whether an easy positive is left could hang on all the anchors harder than it.
 
     Raises:
         ValueError: batch_size_per_image is below 1, or one of the others not in [0, 1].
@@ -146,38 +147,33 @@ class OHEMLoss(MiniBatchLoss):
             ]
         )  # (R, 4)
         scores = _difficulty(logits, targets)  # (N, R)
+        size, fraction = self.batch_size_per_image, self.positive_fraction
         chosen = torch.zeros_like(labels, dtype=torch.bool)
         for mine, codes, score in zip(chosen, labels, scores):
-            candidates = (codes != IGNORED).nonzero().squeeze(1)
-            candidates = candidates[score[candidates].argsort(descending=True, stable=True)]  # hardest first
-            positive = codes[candidates] != targets.num_classes
-            mine[candidates[self._hardest(boxes[candidates], score[candidates], positive)]] = True
+            used, negative = codes != IGNORED, codes == targets.num_classes
+            if not fraction:
+                mine[self._hardest(used, score, boxes, size)] = True
+                continue
+            positives = self._hardest(used & ~negative, score, boxes, max(int(size * fraction), 1))
+            mine[positives] = True
+            mine[self._hardest(negative, score, boxes, round(len(positives) * (1 - fraction) / fraction))] = True
         return chosen
 
-    def _hardest(self, boxes: Tensor, scores: Tensor, positive: Tensor) -> Tensor:
-        """The indices of the mini-batch in (C, 4) boxes, (C,) scores in descending order and (C,) bool positives.
+    def _hardest(self, among: Tensor, scores: Tensor, boxes: Tensor, count: int) -> Tensor:
+        """The indices of the ``count`` hardest anchors that NMS leaves, of those where the (R,) mask ``among`` is True.
 
-        NMS looks at the first boxes only, and at twice as many until enough are left: an anchor is dropped by what
+        NMS looks at the first anchors only, and at twice as many until enough are left: an anchor is dropped by what
         stands before it, so the first of a sequence fare as they do in the whole.
         """
-        size, fraction = self.batch_size_per_image, self.positive_fraction
-        most_positives = max(int(size * fraction), 1)
-        last = int(positive.nonzero().max()) if fraction and positive.any() else -1  # the place of the easiest positive
-        count = 4 * size
+        candidates = among.nonzero().squeeze(1)
+        candidates = candidates[scores[candidates].argsort(descending=True, stable=True)]  # hardest first
+        seen = 4 * count
         while True:
-            kept = nms(boxes[:count].float(), scores[:count].float(), self.nms_thresh)  # in descending order
-            done = count >= len(boxes)
-            if not fraction:
-                if done or len(kept) >= size:
-                    return kept[:size]
-            else:
-                positives, negatives = kept[positive[kept]], kept[~positive[kept]]
-                num_positives = min(most_positives, len(positives))
-                num_negatives = round(num_positives * (1 - fraction) / fraction)
-                all_positives = count > last or len(positives) >= most_positives
-                if done or (all_positives and len(negatives) >= num_negatives):
-                    return torch.cat([positives[:num_positives], negatives[:num_negatives]])
-            count *= 2
+            first = candidates[:seen]
+            kept = nms(boxes[first].float(), scores[first].float(), self.nms_thresh)  # in descending order
+            if len(kept) >= count or seen >= len(candidates):
+                return first[kept[:count]]
+            seen *= 2
 
     def extra_repr(self) -> str:
         return (

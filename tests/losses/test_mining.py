@@ -39,6 +39,12 @@ def cross_entropy(rows, labels):
     return -(onehot * p.log() + (1 - onehot) * (1 - p).log()).sum(dim=1)
 
 
+def nms_among(which, boxes, loss, thresh):
+    """The indices that NMS leaves of the anchors that ``which`` is True of, hardest first."""
+    which = which.nonzero().squeeze(1)
+    return which[nms(boxes[which].double(), loss[which].detach(), thresh)]
+
+
 def brute_force(logits, targets, size, thresh, fraction):
     """The sum of the mini-batches, from an NMS over all anchors; and how many positives and negatives they have."""
     total, counts = 0, []
@@ -47,12 +53,12 @@ def brute_force(logits, targets, size, thresh, fraction):
         used = labels != IGNORED
         rows, labels, boxes = rows[used], labels[used], boxes[used]
         loss = cross_entropy(rows, labels)
-        kept = nms(boxes.double(), loss.detach(), thresh)
         if fraction:
-            positives = kept[labels[kept] != K][: int(size * fraction)]
-            negatives = kept[labels[kept] == K][: round(len(positives) * (1 / fraction - 1))]
+            positives = nms_among(labels != K, boxes, loss, thresh)[: int(size * fraction)]
+            negatives = nms_among(labels == K, boxes, loss, thresh)[: round(len(positives) * (1 / fraction - 1))]
             kept = torch.cat([positives, negatives])
-        kept = kept[:size]
+        else:
+            kept = nms_among(labels >= 0, boxes, loss, thresh)[:size]
         total = total + loss[kept].sum()
         counts.append(((labels[kept] != K).sum().item(), (labels[kept] == K).sum().item()))
     return total, counts
@@ -96,19 +102,24 @@ def test_a_tiny_batch_still_has_a_positive():
     assert rows_with_gradient(logits, targets, 0) == 4  # and three negatives
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.25])
-def test_nms_looks_at_no_more_than_it_must(monkeypatch, fraction):
+def test_nms_looks_at_no_more_than_it_must(monkeypatch):
     """The first anchors by their loss, then twice as many, until the mini-batch is full."""
     looked_at = []
     monkeypatch.setattr(mining, "nms", lambda boxes, *args: looked_at.append(len(boxes)) or nms(boxes, *args))
     targets = draw_targets([3], K, [(30, 40)])
     logits = views(draw_logits(targets), targets)
-    (total,) = [(labels != IGNORED).sum().item() for labels in targets.labels]
+    (labels,) = targets.labels
     OHEMLoss(batch_size_per_image=8, nms_thresh=0.5)(logits, targets)
     assert looked_at == [32]
     looked_at.clear()
-    OHEMLoss(batch_size_per_image=200, nms_thresh=0.0, positive_fraction=fraction)(logits, targets)
-    assert looked_at == [800, 1600, total]  # there are not as many that do not overlap
+    OHEMLoss(batch_size_per_image=200, nms_thresh=0.0)(logits, targets)
+    assert looked_at == [800, 1600, (labels != IGNORED).sum()]  # there are not as many that do not overlap
+    looked_at.clear()
+    OHEMLoss(batch_size_per_image=8, nms_thresh=0.5, positive_fraction=0.25)(logits, targets)
+    assert looked_at == [8, 24]  # for 2 positives and 6 negatives
+    looked_at.clear()
+    OHEMLoss(batch_size_per_image=10**4, nms_thresh=0.0, positive_fraction=1.0)(logits, targets)
+    assert looked_at == [targets.num_positives, 0]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
