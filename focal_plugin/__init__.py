@@ -84,9 +84,10 @@ __all__ = [
     "build_box_loss",
     "build_cls_loss",
     "build_dense_head",
+    "build_focal_resnet_fpn_backbone",
     "build_matcher",
     "build_normalizer",
-    "build_timm_fpn_backbone",
     "build_pyramid",
+    "build_timm_fpn_backbone",
     "import_user_modules",
 ]
