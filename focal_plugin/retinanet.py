@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms, cat
+from detectron2.layers import batched_nms
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -15,8 +15,10 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .frozen_norm import fold_frozen_norms
+from .ignore_regions import ignore_covered
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
 from .structures import Anchors, DenseTargets
@@ -38,11 +40,16 @@ class FocalRetinaNet(DenseDetector):
         box_loss: an entry of ``BOX_LOSS_REGISTRY``.
         normalizer: called with the batch's number of positives and the device; both sums are divided by its result.
         cls_loss_weight, box_loss_weight: what the two losses are multiplied by.
+        ignore_ioa: a background anchor is ignored if so much of its area, in (0, 1], lies in a box of ``ignore_boxes``
+            (see ``forward``); 0, none is.
         test_score_thresh: detections with a score of at most this are dropped.
         test_topk_candidates: how many of the best (anchor, class) pairs of a level go on to NMS.
         test_nms_thresh: boxes of one class that overlap a better one by more than this IoU are dropped.
         max_detections_per_image: how many of the best detections an image keeps.
         pixel_mean, pixel_std: one number a channel, in the order of ``INPUT.FORMAT``; see ``DenseDetector``.
+
+    Raises:
+        ValueError: ``ignore_ioa`` is not in [0, 1].
     """
 
     @configurable
@@ -61,6 +68,7 @@ class FocalRetinaNet(DenseDetector):
         normalizer: Callable[[int, torch.device], Tensor],
         cls_loss_weight: float = 1.0,
         box_loss_weight: float = 1.0,
+        ignore_ioa: float = 0.5,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.5,
@@ -80,6 +88,12 @@ class FocalRetinaNet(DenseDetector):
         self.normalizer = normalizer
         self.cls_loss_weight = cls_loss_weight
         self.box_loss_weight = box_loss_weight
+        if not 0 <= ignore_ioa <= 1:
+            raise ValueError(
+                f"MODEL.FOCAL.MATCHER.IGNORE_IOA (ignore_ioa) is {ignore_ioa}; expected a share of an anchor's area in "
+                "(0, 1], or 0 to train on crowds as background."
+            )
+        self.ignore_ioa = ignore_ioa
 
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
@@ -109,6 +123,7 @@ class FocalRetinaNet(DenseDetector):
             "normalizer": build_normalizer(cfg),
             "cls_loss_weight": cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT,
             "box_loss_weight": cfg.MODEL.FOCAL.BOX_LOSS.WEIGHT,
+            "ignore_ioa": cfg.MODEL.FOCAL.MATCHER.IGNORE_IOA,
             "test_score_thresh": cfg.MODEL.RETINANET.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.RETINANET.NMS_THRESH_TEST,
@@ -118,29 +133,47 @@ class FocalRetinaNet(DenseDetector):
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """As ``DenseDetector.forward``: losses by name in training, else a dict with ``instances`` for each image."""
-        if not (self.training and self.head_takes_targets):
+        """As ``DenseDetector.forward``: losses by name in training, else a dict with ``instances`` for each image.
+
+        In training, an image may have ``ignore_boxes`` beside its ``instances``: the ``Boxes`` of crowds and other
+        regions that are neither object nor background.
+        """
+        if not self.training:
             return super().forward(batched_inputs)
         assert "instances" in batched_inputs[0], "The images have no `instances`, the ground truth of training."
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
-        gt_instances = [image["instances"].to(self.device) for image in batched_inputs]
-        targets = self.label_anchors(Anchors.from_generator(self.anchor_generator, features), gt_instances)
-        return self.losses(*self.head(features, targets), targets)
+        targets = self.label_batch(features, batched_inputs)
+        if self.head_takes_targets:
+            logits, deltas = self.head(features, targets)
+        else:
+            logits, deltas = self.head(features)
+            deltas = targets.gather(deltas)
+        return self.losses(logits, deltas, targets)
 
-    def forward_training(
-        self, images: ImageList, features: list[Tensor], predictions, gt_instances: list[Instances]
-    ) -> dict[str, Tensor]:
-        """The losses of a batch from its features and the ``(logits, deltas)`` of a head that takes no targets."""
-        logits, deltas = predictions
-        targets = self.label_anchors(Anchors.from_generator(self.anchor_generator, features), gt_instances)
-        return self.losses(logits, targets.gather(deltas), targets)
+    def label_batch(self, features: list[Tensor], batched_inputs: list[dict]) -> DenseTargets:
+        """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
+        anchors = Anchors.from_generator(self.anchor_generator, features)
+        gt_instances = [image["instances"].to(self.device) for image in batched_inputs]
+        return self.label_anchors(anchors, gt_instances, [image.get("ignore_boxes") for image in batched_inputs])
 
     @torch.no_grad()
-    def label_anchors(self, anchors: Anchors, gt_instances: list[Instances]) -> DenseTargets:
-        """What each anchor of each image should predict. ``gt_instances`` have ``gt_boxes`` and ``gt_classes``."""
+    def label_anchors(
+        self, anchors: Anchors, gt_instances: list[Instances], ignore_boxes: Sequence[Boxes | None] = ()
+    ) -> DenseTargets:
+        """What each anchor of each image should predict.
+
+        Args:
+            anchors: R anchors.
+            gt_instances: of each image, with ``gt_boxes`` and ``gt_classes``.
+            ignore_boxes: of each image, or None where it has none; empty, no image has any.
+        """
         matches = [self.anchor_matcher(anchors, instances) for instances in gt_instances]
+        for image, regions in enumerate(ignore_boxes):
+            if regions is not None and self.ignore_ioa > 0:
+                matched, labels = matches[image]
+                matches[image] = matched, ignore_covered(labels, anchors, regions.to(labels.device), self.ignore_ioa)
         return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)
 
     def losses(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
@@ -165,44 +198,69 @@ class FocalRetinaNet(DenseDetector):
         }
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions) -> list[Instances]:
-        """The detections of each image, in the coordinates of the network's input."""
-        logits, deltas = predictions
+        """The detections of each image, in the coordinates of the network's input (section 4.1).
+
+        The best of each level, of all images at once, decoded together; then NMS class by class, which waits for a GPU.
+        """
         anchors = [level.tensor for level in self.anchor_generator(features)]  # L × (H·W·A, 4)
+        levels = [self._best_of_level(*level) for level in zip(*predictions, anchors)]
+        logits, classes, deltas, anchors = (torch.cat(parts, dim=1) for parts in zip(*levels))  # (N, C, ...)
+        boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
+        wanted = (logits.sigmoid() > self.test_score_thresh) & (logits > -math.inf)  # (N, C)
         return [
-            self._detect([x[i] for x in logits], [x[i] for x in deltas], anchors, image_size)
-            for i, image_size in enumerate(images.image_sizes)
+            self._suppress(size, boxes[i, wanted[i]], logits[i, wanted[i]].sigmoid(), classes[i, wanted[i]])
+            for i, size in enumerate(images.image_sizes)
         ]
 
-    def _detect(
-        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_size: tuple[int, int]
-    ) -> Instances:
-        """One image's detections: the best of each level, decoded and merged, then NMS class by class (section 4.1)."""
-        levels = [self._best_of_level(*level) for level in zip(logits, deltas, anchors)]
-        boxes, scores, classes = (cat(parts) for parts in zip(*levels))
-        keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
-        return Instances(image_size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=classes[keep])
-
-    def _best_of_level(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (C, 4), scores (C,) and classes (C,) of a level's best (anchor, class) pairs, best first.
+    def _best_of_level(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+        """Each image's C best (anchor, class) pairs of a level, best first.
 
         Args:
-            logits: (A·K, H, W). deltas: (A·4, H, W). anchors: (H·W·A, 4).
-        """
-        logits = logits.view(-1, self.num_classes, *logits.shape[-2:])  # (A, K, H, W)
-        # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding, bfloat16's too: the
-        # scores decide below.
-        candidates = (logits > _logit(self.test_score_thresh) - 0.1).nonzero()  # (C, 4)
-        anchor, cls, y, x = candidates.unbind(dim=1)
-        values, order = logits[anchor, cls, y, x].float().topk(min(len(candidates), self.test_topk_candidates))
-        scores = values.sigmoid()
-        order = order[scores > self.test_score_thresh]
-        scores = scores[: len(order)]  # they are in descending order
-        anchor, cls, y, x = candidates[order].unbind(dim=1)
+            logits: (N, A·K, H, W). deltas: (N, A·4, H, W). anchors: (H·W·A, 4).
 
-        num_anchors, _, height, width = logits.shape
-        deltas = deltas.view(num_anchors, 4, height, width)[anchor, :, y, x]  # (C, 4)
-        boxes = self.box2box_transform.apply_deltas(deltas, anchors[(y * width + x) * num_anchors + anchor])
-        return boxes, scores, cls
+        Returns:
+            logits (N, C), −∞ where an image has fewer; classes (N, C); deltas and anchors (N, C, 4).
+        """
+        n, _, h, w = logits.shape
+        logits = logits.view(n, -1, self.num_classes, h, w)  # (N, A, K, H, W)
+        a = logits.shape[1]
+        # Either order is that of the memory in one of the two formats, where flattening copies nothing.
+        channels_last = logits.stride(2) == 1
+        if channels_last:
+            logits = logits.permute(0, 3, 4, 1, 2)  # (N, H, W, A, K)
+        # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding, bfloat16's too: the
+        # scores decide.
+        floor = _logit(self.test_score_thresh) - 0.1
+        values, places = _top(logits.flatten(1), self.test_topk_candidates, floor)  # (N, C)
+        if channels_last:
+            y, x, anchor, cls = torch.unravel_index(places, (h, w, a, self.num_classes))
+        else:
+            anchor, cls, y, x = torch.unravel_index(places, (a, self.num_classes, h, w))
+        image = torch.arange(n, device=places.device)[:, None]  # (N, 1)
+        deltas = deltas.view(n, a, 4, h, w)[image, anchor, :, y, x]  # (N, C, 4)
+        return values, cls, deltas, anchors[(y * w + x) * a + anchor]
+
+    def _suppress(self, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor) -> Instances:
+        """An image's detections among its (C, 4) boxes, (C,) scores and (C,) classes."""
+        keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
+        return Instances(size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=classes[keep])
+
+
+def _top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row of (N, M) ``values``, in descending order, and their places: (N, C) both.
+
+    Values up to ``floor`` may be missing. A row with fewer than C is filled up with −∞.
+    """
+    if values.is_cuda:  # does not wait for the GPU, as picking out what is above the floor would
+        best, places = values.topk(min(count, values.shape[1]))
+        return best.float(), places
+    rows = []
+    for row in values:  # a CPU is slow to order millions of values
+        places = (row > floor).nonzero().squeeze(1)
+        best, order = row[places].float().topk(min(count, len(places)))
+        rows.append((best, places[order]))
+    best, places = zip(*rows)
+    return pad_sequence(best, batch_first=True, padding_value=-math.inf), pad_sequence(places, batch_first=True)
 
 
 def _logit(probability: float) -> float:

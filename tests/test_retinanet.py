@@ -1,0 +1,105 @@
+"""Inference on many images at once. That it finds what Detectron2 finds is in test_parity.py."""
+
+import math
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+
+from focal_plugin import add_focal_config
+from focal_plugin.retinanet import _top
+
+CLASSES, LEVELS = 3, [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "FocalRetinaNet", "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS = 18, 64, 8
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size, size * 1.5] for size in (16, 32, 64, 128, 256)]
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = CLASSES, 1
+    return build_model(cfg).eval()
+
+
+def predictions(num_images, shift=-2.0, device="cpu"):
+    """Features, and a head's outputs for them, of images of 48×64."""
+    features = [torch.zeros(num_images, 8, h, w, device=device) for h, w in LEVELS]
+    logits = [(torch.randn(num_images, 6 * CLASSES, h, w) * 2 + shift).to(device) for h, w in LEVELS]
+    deltas = [(torch.randn(num_images, 6 * 4, h, w) * 0.2).to(device) for h, w in LEVELS]
+    return features, (logits, deltas)
+
+
+def detect(model, features, outputs):
+    count = len(features[0])
+    images = ImageList(torch.zeros(count, 3, 48, 64), [(48, 64)] * count)
+    return model.forward_inference(images, features, outputs)
+
+
+def assert_same(a, b):
+    assert a.pred_classes.equal(b.pred_classes)
+    torch.testing.assert_close(a.scores, b.scores)
+    torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+def test_images_together_are_as_one_by_one(model):
+    features, (logits, deltas) = predictions(4)
+    for level in logits:
+        level[1] -= 1000  # one without detections
+        level[2] -= 3  # one with few
+    together = detect(model, features, (logits, deltas))
+    assert [len(x) == 0 for x in together] == [False, True, False, False]
+    for i, expected in enumerate(together):
+        one = [x[i : i + 1] for x in features], tuple([x[i : i + 1] for x in part] for part in (logits, deltas))
+        assert_same(detect(model, *one)[0], expected)
+
+
+def test_the_memory_format_does_not_matter(model):
+    features, outputs = predictions(2)
+    last = tuple([x.contiguous(memory_format=torch.channels_last) for x in part] for part in outputs)
+    for a, b in zip(detect(model, features, outputs), detect(model, features, last)):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.05, 0.999999, 1.0])
+def test_every_detection_is_above_the_threshold(model, monkeypatch, threshold):
+    monkeypatch.setattr(model, "test_score_thresh", threshold)
+    monkeypatch.setattr(model, "max_detections_per_image", 10**6)
+    monkeypatch.setattr(model, "test_nms_thresh", 1.0)  # so that everything stays
+    features, (logits, deltas) = predictions(2)
+    found = detect(model, features, (logits, deltas))
+    for i, instances in enumerate(found):
+        scores = torch.cat([x[i].flatten() for x in logits]).sigmoid()
+        expected = scores[scores > threshold].sort(descending=True).values
+        torch.testing.assert_close(instances.scores, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+@pytest.mark.parametrize("floor", [-math.inf, 0.0, 1.0, math.inf])
+def test_top(count, floor):
+    values = torch.randn(3, 40)
+    values[1] -= 100
+    best, places = _top(values, count, floor)
+    assert best.shape == places.shape
+    for row, top, where in zip(values, best, places):
+        expected = row[row > floor].sort(descending=True).values[:count]
+        assert top[: len(expected)].equal(expected)
+        assert (top[len(expected) :] == -math.inf).all()
+        assert row[where[: len(expected)]].equal(expected)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu_before_nms(model):
+    _, outputs = predictions(2, device="cuda")
+    anchors = [torch.rand(h * w * 6, 4, device="cuda") for h, w in LEVELS]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        best = [model._best_of_level(*level) for level in zip(*outputs, anchors)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(logits.shape == classes.shape for logits, classes, _, _ in best)
