@@ -1,11 +1,14 @@
 """ATSS against its algorithm written down box by box, over every location."""
 
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 
 from focal_plugin import add_focal_config, build_matcher
@@ -159,3 +162,27 @@ def test_far_fewer_pairs_than_the_matrix(monkeypatch):
     anchors, boxes = usual_case()
     ATSSMatcher()(anchors, make_instances(boxes))
     assert sum(compared) == len(boxes) * 3 * 9 * 6
+
+
+def test_a_detector_trains_on_its_matches():
+    """Through the model: what it makes positive are the targets, and the losses have gradients."""
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.merge_from_file(Path(__file__).parents[2] / "configs" / "Base-FocalRetinaNet.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS = 18, 64, 16
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = 2, 1
+    cfg.MODEL.FOCAL.MATCHER.NAME = "ATSSMatcher"
+    model = build_model(cfg).train()
+    instances = make_instances([[4, 4, 44, 40], [30, 20, 62, 60]])
+    instances.gt_classes = torch.tensor([0, 1])
+    asked = []
+    label = model.label_anchors
+    model.label_anchors = lambda *args: asked.append(label(*args)) or asked[-1]
+    with EventStorage():
+        losses = model([{"image": torch.zeros(3, 64, 64), "instances": instances}])
+    sum(losses.values()).backward()
+    (targets,) = asked
+    chosen = torch.cat(targets.grid.boxes)[ATSSMatcher()(targets.grid, instances)[1] == 1]
+    assert sorted(targets.anchors.tolist()) == sorted(chosen.tolist()) != []
+    assert model.head.bbox_pred.weight.grad.abs().sum() > 0
