@@ -74,6 +74,9 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "detectron2"
     # ATSSMatcher: how many locations of each level, those nearest to a box's centre, are its candidates.
     cfg.MODEL.FOCAL.MATCHER.TOPK = 9
+    # With any of them: a background anchor is ignored if this share of its area lies in one crowd or other region that
+    # the data mark to be ignored. 0: never, as in Detectron2, where such regions are background.
+    cfg.MODEL.FOCAL.MATCHER.IGNORE_IOA = 0.5
 
     # How the classifier's bias starts. A name in BIAS_INIT_REGISTRY; π is MODEL.RETINANET.PRIOR_PROB.
     cfg.MODEL.FOCAL.BIAS_INIT = CN()

@@ -71,14 +71,18 @@ def part(name):
 
 # What each part of the package may import from the others. Nothing is above `__init__`, which is not listed: it imports
 # what it offers.
-LEAVES = {"_detectron2", "config", "frozen_norm", "octave_anchors", "registry", "structures", "normalizer"}
+LEAVES = {
+    *{"_detectron2", "config", "frozen_norm", "normalizer", "octave_anchors", "registry", "safe_load", "safe_yaml"},
+    "structures",
+}
 COMPONENTS = {"backbones", "heads", "losses", "matchers"}
 BELOW = {
     **{name: set() for name in LEAVES},
     "class_frequencies": {"registry"},
+    "ignore_regions": {"structures"},
     **{name: {"class_frequencies", "registry", "structures"} for name in COMPONENTS},
     "data": {"structures"},
-    "retinanet": {"frozen_norm", "normalizer", "registry", "structures"},
+    "retinanet": {"frozen_norm", "ignore_regions", "normalizer", "registry", "structures"},
     "pipelines": {"normalizer", "registry", "structures"},
     "deploy": LEAVES | {"data", "retinanet"},
     "engine": LEAVES | {"class_frequencies", "data", "deploy", "retinanet"},

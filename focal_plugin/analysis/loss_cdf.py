@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data import FocalDatasetMapper
 from ..retinanet import FocalRetinaNet
-from ..structures import IGNORED, Anchors, DenseTargets
+from ..structures import IGNORED, DenseTargets
 from . import style
 from .common import (
     UserError,
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
 @torch.no_grad()
 def collect(model: FocalRetinaNet, cfg: CfgNode, records: Sequence[dict]) -> dict[str, WrongnessHistogram]:
     """The histograms of the "positive" and the "negative" examples of some records, resized as in a test."""
-    mapper = DatasetMapper(  # is_train: with the annotations
+    mapper = FocalDatasetMapper(  # is_train: with the annotations
         is_train=True, augmentations=build_augmentation(cfg, is_train=False), image_format=cfg.INPUT.FORMAT
     )
     histograms = {"positive": WrongnessHistogram(), "negative": WrongnessHistogram()}
@@ -149,8 +149,7 @@ def predict(model: FocalRetinaNet, image: dict) -> tuple[list[Tensor], DenseTarg
     features = model.backbone(images.tensor)
     features = [features[name] for name in model.head_in_features]
     logits, _ = model.head(features)
-    anchors = Anchors.from_generator(model.anchor_generator, features)
-    targets = model.label_anchors(anchors, [image["instances"].to(model.device)])
+    targets = model.label_batch(features, [image])
     return [x.view(len(x), -1, model.num_classes, *x.shape[-2:]) for x in logits], targets
 
 

@@ -14,8 +14,8 @@ from .records import Checker, DataError, check_box, check_image, class_id, join_
 class CocoSet:
     """A data set in COCO's format.
 
-    Boxes with ``iscrowd`` (or ``ignore``) stay in the records as crowds: Detectron2 does not train on them, and in
-    evaluation detections inside them count neither for nor against.
+    Boxes with ``iscrowd`` (or ``ignore``) stay in the records as crowds: in training anchors in them are neither
+    positive nor background, and in evaluation detections in them count neither for nor against.
 
     Attributes:
         name: the data set's name, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.

@@ -1,11 +1,14 @@
-"""Detectron2's mapper with more of Detectron2's own augmentations, by config."""
+"""Detectron2's mapper with more of Detectron2's own augmentations, by config, and with the crowds that it drops."""
 
 import inspect
 import warnings
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import transform_instance_annotations
+from detectron2.structures import Boxes
 
 # fvcore's vertical flip makes a tensor of an image that it only reads.
 warnings.filterwarnings(
@@ -14,7 +17,11 @@ warnings.filterwarnings(
 
 
 class FocalDatasetMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``; in training ``INPUT.AUGMENTATIONS`` follow the resizing and the flip."""
+    """Detectron2's ``DatasetMapper``; in training ``INPUT.AUGMENTATIONS`` follow the resizing and the flip.
+
+    Annotations with ``iscrowd``, which Detectron2 drops, become the image's ``ignore_boxes``: (M, 4) ``Boxes``, moved
+    and clipped as the image is. An image without any has no such key.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -23,6 +30,19 @@ class FocalDatasetMapper(DatasetMapper):
         if is_train:
             args["augmentations"] += build_augmentations(cfg)
         return args
+
+    def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple) -> None:
+        crowds = [
+            {key: annotation[key] for key in ("bbox", "bbox_mode")}
+            for annotation in dataset_dict["annotations"]
+            if annotation.get("iscrowd", 0) != 0
+        ]
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        crowds = [transform_instance_annotations(crowd, transforms, image_shape)["bbox"] for crowd in crowds]
+        boxes = Boxes(np.array(crowds).reshape(-1, 4))  # (M, 4)
+        boxes = boxes[boxes.nonempty(threshold=1e-5)]  # as Detectron2 does with the others: cropped away
+        if len(boxes):
+            dataset_dict["ignore_boxes"] = boxes
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

@@ -56,6 +56,51 @@ def test_boxes_follow_the_image(record, augmentations, shape, box):
     assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == box
 
 
+@pytest.mark.parametrize("resized", [40, 80])
+@pytest.mark.parametrize("augmentations", [[], [VFLIP], [TURN], [VFLIP, TURN]])
+def test_crowds_follow_the_image(record, augmentations, resized):
+    """The bright box is a crowd, and an object beside it stays one."""
+    (crowd,) = record["annotations"]
+    crowd["iscrowd"] = 1
+    crowd["segmentation"] = [[3, 4, 9, 4, 9, 16]]
+    box = {"bbox": [20, 20, 10, 12], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2, "iscrowd": 0}
+    record["annotations"].append(box)
+    cfg = make_cfg(*augmentations)
+    cfg.INPUT.MIN_SIZE_TRAIN = (resized,)
+    sample = FocalDatasetMapper(cfg, True)(record)
+    ys, xs = np.nonzero(sample["image"][0].numpy() > 127)
+    extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    np.testing.assert_allclose(sample["ignore_boxes"].tensor, [extent], atol=0.5)
+    expected = DatasetMapper(cfg, True)
+    expected.augmentations = FocalDatasetMapper(cfg, True).augmentations
+    expected = expected(record)["instances"]
+    assert sample["instances"].gt_classes.tolist() == [2]
+    assert sample["instances"].gt_boxes.tensor.equal(expected.gt_boxes.tensor)
+    assert crowd["bbox"] == [3, 4, 9, 16]  # the record is as it was
+
+
+def test_crowds_are_clipped_and_cropped_away(record):
+    record["annotations"] = [
+        {"bbox": bbox, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 1}
+        for bbox in ([50, 30, 100, 100], [5, 5, 0, 20])
+    ]
+    (region,) = FocalDatasetMapper(make_cfg(), True)(record)["ignore_boxes"]
+    assert region.tolist() == [50, 30, 60, 40]
+    away = FocalDatasetMapper(make_cfg(), True)
+    away.augmentations = T.AugmentationList([T.FixedSizeCrop((20, 20), pad=False)])
+    record["annotations"] = record["annotations"][1:]
+    sample = away(record)
+    assert "ignore_boxes" not in sample and len(sample["instances"]) == 0
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_no_key_without_crowds(record, is_train):
+    sample = FocalDatasetMapper(make_cfg(), is_train)(record)
+    assert "ignore_boxes" not in sample
+    del record["annotations"]
+    assert "ignore_boxes" not in FocalDatasetMapper(make_cfg(), is_train)(record)
+
+
 def test_not_in_evaluation(record):
     assert FocalDatasetMapper(make_cfg(TURN), False)(record)["image"].shape[1:] == (40, 60)
 
