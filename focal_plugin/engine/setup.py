@@ -14,6 +14,7 @@ from ..class_frequencies import fill_class_frequencies, needs_class_frequencies
 from ..config import add_focal_config
 from ..data import check_num_classes, register_local_datasets
 from ..registry import import_user_modules
+from ..safe_yaml import merge_from_file
 from .advice import advise
 from .console import off_screen
 
@@ -48,11 +49,14 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered; an empty
     ``MODEL.FOCAL.CLASS_FREQUENCIES`` is counted if a component needs it. Without a GPU, ``MODEL.DEVICE`` becomes
     ``cpu``.
+
+    Raises:
+        ConfigError: the file, or one that it is based on, is no YAML mapping or asks for code to be run.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
     if config_file:
-        cfg.merge_from_file(find_config(config_file))
+        merge_from_file(cfg, find_config(config_file))
     cfg.merge_from_list(list(opts))
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     import_user_modules(cfg)

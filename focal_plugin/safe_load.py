@@ -1,0 +1,244 @@
+"""Files of weights are read, and nothing in them is executed.
+
+A pickle is a program: it may import any function and call it. Files of PyTorch's are read with ``weights_only``, those
+of Detectron's model zoos (``.pkl``) by an unpickler that knows NumPy's arrays and plain containers. What else such a
+file asks for is refused and never imported. There is no switch that turns this off.
+"""
+
+import collections
+import io
+import math
+import pickle
+import pickletools
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from detectron2.utils.file_io import PathManager
+
+_CONVERT = (
+    "Nothing of it was run. Tensors, NumPy arrays in a .pkl, numbers, text and containers of them are what is read; if "
+    "you trust whoever made the file, load it in a program of your own and save its state_dict alone with torch.save."
+)
+
+
+class WeightsError(ValueError):
+    """A file that holds no weights, is damaged, or asks for more than data. The message names the file and why."""
+
+
+def load_torch(path: str) -> dict:
+    """What ``torch.save`` wrote to ``path``, a dict of tensors and plain values, on the CPU.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WeightsError: it is damaged, of another kind, or asks for anything but tensors and plain containers.
+    """
+    with PathManager.open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # PyTorch fails in many ways on what is not its own
+            if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+                raise WeightsError(f"{path} asks for {wanted[1]}, which is refused. {_CONVERT}") from error
+            problem = re.search(r"WeightsUnpickler error: (.+)", str(error))
+            problem = problem[1] if problem else _first_line(error)
+            raise WeightsError(f"{path} is damaged or no file of PyTorch's: {problem}") from error
+    return _need_dict(content, path)
+
+
+def load_zoo(path: str) -> dict:
+    """A file of Detectron2's model zoo, of Detectron's and Caffe2's (``.pkl``), or of pycls (``.pyth``).
+
+    Returns:
+        What Detectron2's checkpointer makes of them: ``model``, tensors or arrays by name; ``matching_heuristics``,
+        where the names are those of another project; ``__author__``, and whatever else the file has.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WeightsError: it is damaged, of another kind, or asks for anything but arrays and plain containers.
+    """
+    if path.endswith(".pyth"):
+        model = _need_dict(load_torch(path).get("model_state"), f"model_state of {path}")
+        model = {name: value for name, value in model.items() if not name.endswith("num_batches_tracked")}
+        return {"model": model, "__author__": "pycls", "matching_heuristics": True}
+    with PathManager.open(path, "rb") as file:
+        content = _need_dict(unpickle(file.read(), path), path)
+    if not ("model" in content and "__author__" in content):  # Detectron has "blobs"; ImageNet models have nothing
+        blobs = _need_dict(content.get("blobs", content), f"blobs of {path}")
+        model = {name: value for name, value in blobs.items() if not str(name).endswith("_momentum")}
+        content = {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+    for name, value in _need_dict(content["model"], f"model of {path}").items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise WeightsError(f"{path} has {type(value).__name__} for the weights {name!r}, expected a NumPy array.")
+    return content
+
+
+def unpickle(data: bytes, where: str) -> object:
+    """The value that a pickle of any protocol describes, of Python 2 or 3 and NumPy 1 or 2.
+
+    It may consist of NumPy arrays and scalars (of numbers, bools, bytes and text), numbers, text, bytes, None, and
+    dicts, lists, tuples and sets of them, none of which contains itself. OrderedDicts become dicts.
+
+    Args:
+        data: the pickle.
+        where: names it in messages.
+
+    Raises:
+        WeightsError: it asks for anything else, or is damaged.
+    """
+    if data.startswith(b"PK"):
+        raise WeightsError(f"{where} is no pickle of arrays but a file of PyTorch's: name it .pth.")
+    try:
+        _check_memo(data)
+        return _plain(_Unpickler(io.BytesIO(data), encoding="latin1").load(), {})
+    except WeightsError as error:
+        raise WeightsError(f"{where} {error}") from error
+    except Exception as error:  # a damaged pickle fails in any way
+        raise WeightsError(f"{where} is damaged or no pickle: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _need_dict(content: object, where: str) -> dict:
+    if not isinstance(content, dict):
+        raise WeightsError(f"{where} is of type {type(content).__name__}, expected a dict of weights by name.")
+    return content
+
+
+# Stand-ins for what the pickles of arrays call. NumPy's own take any state that a file gives them, and some states make
+# them read memory that is not theirs.
+
+
+class _Dtype:
+    """``numpy.dtype``."""
+
+    def __init__(self, code: str | bytes, align: object = False, copy: object = True):
+        code = code.decode("ascii") if isinstance(code, bytes) else code
+        if not isinstance(code, str) or not re.fullmatch(r"[biufcSU]\d{1,4}", code):
+            raise WeightsError(f"has an array of dtype {code!r}, expected numbers, bools or text.")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        byte_order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _Array:
+    """``numpy.ndarray``: its contents arrive after it was made, as its state."""
+
+    value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.value = _array(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _array(data: object, dtype: object, shape: object, order: object) -> np.ndarray:
+    """``numpy.core.numeric._frombuffer``: the array of these bytes, in this machine's byte order."""
+    if not isinstance(dtype, _Dtype) or not isinstance(shape, tuple) or order not in ("C", "F"):
+        raise WeightsError(f"has an array of dtype {dtype!r}, shape {shape!r} and order {order!r}, expected others.")
+    data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had one type for bytes and text
+    if math.prod(shape) * dtype.dtype.itemsize != len(data):
+        raise WeightsError(f"has {len(data)} bytes for an array of {dtype.dtype} of shape {shape}.")
+    array = np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
+    return array.astype(dtype.dtype.newbyteorder("="))  # a copy, which can be written to
+
+
+def _reconstruct(kind: object, shape: object, code: object) -> _Array:
+    """``numpy.core.multiarray._reconstruct``."""
+    if kind is not _Array:
+        raise WeightsError(f"has an array of type {kind!r}, expected numpy.ndarray.")
+    return _Array()
+
+
+def _scalar(dtype: object, data: object = b"") -> np.generic:
+    """``numpy.core.multiarray.scalar``."""
+    return _array(data, dtype, (), "C")[()]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """``_codecs.encode``, with which protocols before 3 write bytes."""
+    if encoding != "latin1":
+        raise WeightsError(f"encodes text as {encoding!r}, expected latin1.")
+    return text.encode("latin1")
+
+
+def _empty_bytes() -> bytes:
+    """``bytes()``, with which protocols before 3 write empty ones."""
+    return b""
+
+
+class _Callable:
+    """A function that a pickle may call and cannot change."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args: object) -> object:
+        return self.function(*args)
+
+    def __setstate__(self, state: object) -> None:
+        raise WeightsError("gives a function a state, which none has.")
+
+
+_KNOWN: dict[tuple[str, str], object] = {
+    ("numpy", "dtype"): _Callable(_Dtype),
+    ("numpy", "ndarray"): _Array,
+    ("_codecs", "encode"): _Callable(_encode),
+    ("collections", "OrderedDict"): collections.OrderedDict,
+}
+for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
+    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Callable(_reconstruct)
+    _KNOWN[f"{_core}.multiarray", "scalar"] = _Callable(_scalar)
+    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _Callable(_array)
+for _builtins in ("__builtin__", "builtins"):  # of Python 2 and 3
+    _KNOWN[_builtins, "bytes"] = _Callable(_empty_bytes)
+    _KNOWN[_builtins, "set"] = set
+    _KNOWN[_builtins, "frozenset"] = frozenset
+
+
+class _Unpickler(pickle.Unpickler):
+    """Imports nothing: knows its few names itself."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in _KNOWN:
+            raise WeightsError(f"asks for {module}.{name}, which is refused. {_CONVERT}")
+        return _KNOWN[module, name]
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a pickle that numbers its values beyond its own length: the unpickler makes room for so many."""
+    for opcode, argument, position in pickletools.genops(data):
+        if "PUT" in opcode.name and argument > position:
+            raise WeightsError(f"is damaged or no pickle: it numbers a value {argument} at byte {position}.")
+
+
+_UNDER_WAY = object()
+_PLAIN = (str, bytes, bytearray, bool, int, float, complex, type(None), np.generic, np.ndarray)
+
+
+def _plain(value: object, done: dict[int, tuple]) -> object:
+    """A copy of ``value`` with arrays for their stand-ins; ``done`` has the copies by the id of what they are of."""
+    if isinstance(value, _PLAIN):
+        return value
+    if id(value) in done:
+        copy = done[id(value)][0]
+        if copy is _UNDER_WAY:
+            raise WeightsError("has a container that contains itself.")
+        return copy
+    done[id(value)] = _UNDER_WAY, value
+    match value:
+        case dict():
+            copy = {_plain(key, done): _plain(item, done) for key, item in dict.items(value)}
+        case list() | tuple() | set() | frozenset():
+            copy = type(value)(_plain(item, done) for item in value)
+        case _Array(value=np.ndarray() as copy):
+            pass
+        case _:
+            raise WeightsError(f"has a value of type {type(value).__name__}, expected arrays and plain containers.")
+    done[id(value)] = copy, value
+    return copy

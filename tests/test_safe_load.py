@@ -1,0 +1,330 @@
+"""Weights in every format of the zoo load; what else a file asks for is refused, never imported."""
+
+import collections
+import os
+import pickle
+import pickletools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from focal_plugin.safe_load import WeightsError, load_torch, load_zoo, unpickle
+
+WEIGHTS = np.arange(6, dtype=np.float32).reshape(2, 3)
+VALUES = {
+    "array": WEIGHTS,
+    "fortran": np.asfortranarray(WEIGHTS),
+    "not contiguous": WEIGHTS[:, ::2],
+    "empty": np.zeros((0, 4), np.float16),
+    "no dimension": np.array(3, np.int64),
+    "big-endian": WEIGHTS.astype(">f4"),
+    "bools": np.array([True, False]),
+    "complex": np.array([1 + 2j]),
+    "bytes": np.array([b"ab", b"c"]),
+    "text": np.array(["ä", "bc"]),
+    "scalar": np.float64(0.5),
+    "integer scalar": np.int32(-7),
+    "text scalar": np.str_("abc"),
+    "plain": [1, 2.5, "ä", b"\xff", b"", None, True, 2**70, (), (1,), {1, 2}, frozenset("a"), {"a": {"b": [3]}}],
+    "ordered": collections.OrderedDict(b=WEIGHTS, a=1),
+    "shared": [WEIGHTS, WEIGHTS, (WEIGHTS,)],
+}
+
+
+def assert_same(found, expected):
+    """The same values of the same types, arrays in this machine's byte order."""
+    if isinstance(expected, np.ndarray):
+        assert type(found) is np.ndarray and found.dtype == expected.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(found, expected)
+        found[...] = found  # it can be written to
+        return
+    assert type(found) is (dict if isinstance(expected, dict) else type(expected))
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected):
+            assert_same(*pair)
+    else:
+        assert found == expected
+
+
+def numpy_1(data):
+    """The pickle as NumPy 1 would have written it."""
+    for name in (b"multiarray", b"numeric"):
+        data = data.replace(b"numpy._core." + name, b"numpy.core." + name)
+    for name in (b"multiarray", b"numeric"):  # from protocol 4 on, names come with their lengths
+        new = b"numpy.core." + name
+        data = data.replace(bytes([len(new) + 1]) + new, bytes([len(new)]) + new)
+    return data
+
+
+@pytest.mark.parametrize("write", [bytes, numpy_1], ids=["NumPy 2", "NumPy 1"])
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_values_come_back(value, protocol, write):
+    data = pickle.dumps(value, protocol)
+    if write is numpy_1 and protocol >= 4:  # a frame's length is that of its new contents
+        data = write(_unframed(data))
+    else:
+        data = write(data)
+    assert_same(unpickle(data, "a.pkl"), value)
+
+
+def _unframed(data):
+    """A pickle without its frames, which are 9 bytes each and optional."""
+    for opcode, _, position in reversed(list(pickletools.genops(data))):
+        if opcode.name == "FRAME":
+            data = data[:position] + data[position + 9 :]
+    return data
+
+
+def test_a_pickle_of_python_2():
+    """Bytes are text there: protocol 2, SHORT_BINSTRING, __builtin__. Detectron's model zoo has such files."""
+    data = (
+        b"\x80\x02}q\x01U\x05blobsq\x02}q\x03(U\x05fc1_wq\x04cnumpy.core.multiarray\n_reconstruct\nq\x05cnumpy\nndarray\n"
+        b"q\x06K\x00\x85U\x01b\x87Rq\x07(K\x01K\x02\x85cnumpy\ndtype\nq\x08U\x02f4K\x00K\x01\x87Rq\t(K\x03U\x01<NNNJ\xff"
+        b"\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08\x00\x00\x80?\x00\x00\x00\xbftbU\x0efc1_w_momentumq\nK\x00us."
+    )
+    assert pickle.loads(data, encoding="latin1")["blobs"]["fc1_w"].tolist() == [1.0, -0.5]
+    assert_same(unpickle(data, "a.pkl"), {"blobs": {"fc1_w": np.array([1, -0.5], np.float32), "fc1_w_momentum": 0}})
+
+
+class Detector(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = torch.nn.Linear(3, 2)
+
+
+FILES = {
+    "Detectron2": ("a.pkl", {"model": {"fc1.weight": WEIGHTS}, "__author__": "someone", "extra": [1]}),
+    "converted": ("a.pkl", {"model": {"fc1.weight": WEIGHTS}, "__author__": "x", "matching_heuristics": True}),
+    "Detectron": ("a.pkl", {"blobs": {"fc1_w": WEIGHTS, "fc1_w_momentum": WEIGHTS}, "cfg": "text"}),
+    "ImageNet": ("a.pkl", {"fc1_w": WEIGHTS, "fc1_b_momentum": WEIGHTS}),
+    "pycls": (
+        "a.pyth",
+        {"model_state": {"fc1.weight": torch.tensor(WEIGHTS), "num_batches_tracked": torch.zeros(1)}, "epoch": 3},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weights_only=False")
+@pytest.mark.parametrize(("name", "content"), FILES.values(), ids=FILES)
+def test_files_of_the_zoos_are_what_detectron2_makes_of_them(name, content, tmp_path):
+    path = tmp_path / name
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content, 2))
+    else:
+        torch.save(content, path)
+    found, expected = load_zoo(str(path)), DetectionCheckpointer(Detector())._load_file(str(path))
+    assert found.keys() == expected.keys()
+    for key in expected.keys() - {"model"}:
+        assert found[key] == expected[key]
+    assert found["model"].keys() == expected["model"].keys()
+    for key, value in expected["model"].items():
+        np.testing.assert_array_equal(found["model"][key], value)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before PyTorch 1.6"])
+def test_a_run_of_ones_own(tmp_path, old):
+    optimizer = torch.optim.SGD(Detector().parameters(), lr=0.1, momentum=0.9)
+    state = {"model": Detector().state_dict(), "optimizer": optimizer.state_dict(), "iteration": 3}
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    loaded = load_torch(str(tmp_path / "a.pth"))
+    assert loaded.keys() == state.keys() and loaded["optimizer"] == state["optimizer"]
+    torch.testing.assert_close(loaded["model"], state["model"])
+
+
+# What is refused
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A file that a hostile one would write."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "executed"
+
+
+class Call:
+    """Unpickled, it is what ``function(*arguments)`` returns."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_pickles():
+    touch = Call(os.system, "touch executed")
+    return {
+        "os.system": {"model": {"a": touch}, "__author__": "x"},
+        "eval": [Call(eval, "open('executed', 'w')")],
+        "exec": Call(exec, "open('executed', 'w')"),
+        "open": Call(open, "executed", "w"),
+        "getattr": Call(getattr, WEIGHTS, "tolist"),
+        "a method": Call("executed".join, ["a"]),
+        "a class": Fraction(1, 2),
+        "tensor": {"model": {"a": torch.zeros(2)}, "__author__": "x"},
+        "array of objects": np.array([touch, None], dtype=object),
+        "records": np.zeros(2, dtype=[("a", "f4"), ("b", "O")]),
+        "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+        "bytearray": bytearray(b"a"),
+        "defaultdict": collections.defaultdict(list),
+        "recarray": np.zeros(2).view(np.recarray),
+        "masked array": np.ma.zeros(2),
+        "range": range(10**9),
+    }
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("name", hostile_pickles())
+def test_a_hostile_pickle_is_refused(name, protocol, trap, tmp_path):
+    (tmp_path / "hostile.pkl").write_bytes(pickle.dumps(hostile_pickles()[name], protocol))
+    with pytest.raises(WeightsError) as error:
+        load_zoo("hostile.pkl")
+    assert "hostile.pkl" in str(error.value) and str(error.value).count("hostile.pkl") == 1
+    assert not trap.exists() and os.listdir(tmp_path) == ["hostile.pkl"]
+
+
+def test_the_refusal_says_what_was_asked_for_and_what_to_do(trap, tmp_path):
+    (tmp_path / "hostile.pkl").write_bytes(pickle.dumps(hostile_pickles()["os.system"]))
+    with pytest.raises(WeightsError, match=r"asks for posix\.system, which is refused.*save its state_dict"):
+        load_zoo("hostile.pkl")
+    torch.save(hostile_pickles()["os.system"], tmp_path / "hostile.pth")
+    with pytest.raises(WeightsError, match=r"hostile\.pth asks for posix\.system, which is refused.*state_dict"):
+        load_torch("hostile.pth")
+    assert not trap.exists()
+
+
+def test_the_trap_works(trap, tmp_path):
+    pickle.loads(pickle.dumps(hostile_pickles()["os.system"]))
+    assert trap.exists()
+
+
+CRAFTED = {
+    "dotted names": b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.fill\x93.",
+    "a name of ours": b"cfocal_plugin.safe_load\nunpickle\n.",
+    "persistent": b"Pmodel\n.",
+    "extension": b"\x80\x02\x82\x01.",
+    "dtype of objects": b"\x80\x02cnumpy\ndtype\n(U\x02O8K\x00K\x01tR.",
+    "dtype with the flags of another": (
+        b"\x80\x02cnumpy\ndtype\n(U\x02f4K\x00K\x01tR(K\x03U\x01<NN}K\x08K\x08K?tb."  # which NumPy takes
+    ),
+    "function with a state": b"cnumpy\ndtype\n}U\x08functionNsb.",
+    "function with slots": b"cnumpy\ndtype\nN}U\x08functionNs\x86b.",
+    "class with a state": b"cnumpy\nndarray\n}U\x05valueNsb.",
+    "array without a state": b"\x80\x02cnumpy\nndarray\n)\x81.",
+    "array of another type": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cbuiltins\nset\nK\x00\x85U\x01btR.",
+    "encoding": b"c_codecs\nencode\n(Va\nVrot13\ntR.",
+    "the type itself": b"cbuiltins\nset\n.",
+    "bytes of a size": b"c__builtin__\nbytes\n(K\x05tR.",
+    "list of itself": b"]q\x00h\x00a.",
+    "huge memo": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "huge memo in text": b"Np99999999999\n.",
+    "huge bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+    "unhashable key": b"}]Ns.",
+    "no stop": b"\x80\x02N",
+    "empty": b"",
+    "text": b"weights",
+    "frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fN.",
+    "deep": b"]" * 5000 + b"a" * 4999 + b".",
+    "a zip file": b"PK\x03\x04",
+}
+
+
+@pytest.mark.parametrize("data", CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_pickle_is_refused(data):
+    with pytest.raises(WeightsError, match=r"^a\.pkl "):
+        unpickle(data, "a.pkl")
+
+
+def test_arrays_of_another_size_than_their_bytes():
+    good = pickle.dumps(np.zeros(4, np.float32), 2)
+    (position,) = (at for opcode, value, at in pickletools.genops(good) if opcode.name == "BININT1" and value == 4)
+    for count in (0, 3, 5, 255):
+        bad = good[:position] + b"K" + bytes([count]) + good[position + 2 :]
+        with pytest.raises(WeightsError, match="16 bytes for an array of float32"):
+            unpickle(bad, "a.pkl")
+
+
+def test_lists_of_lists_that_would_fill_the_memory_are_shared():
+    """2^60 elements, written out."""
+    value = unpickle(b"]" + b"q\x00](h\x00h\x00e" * 60 + b".", "a.pkl")
+    assert value[0] is value[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.pkl", [1], "a.pkl is of type list"),
+        ("a.pkl", {"model": [], "__author__": "x"}, "model of a.pkl is of type list"),
+        ("a.pkl", {"blobs": 5}, "blobs of a.pkl is of type int"),
+        ("a.pkl", {"fc1_w": 5}, "has int for the weights 'fc1_w'"),
+        ("a.pkl", {7: WEIGHTS}, "for the weights 7"),
+        ("a.pyth", {"epoch": 3}, "model_state of a.pyth is of type NoneType"),
+        ("a.pth", torch.zeros(3), "a.pth is of type Tensor"),
+    ],
+)
+def test_files_without_weights(name, content, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name.endswith(".pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, name)
+    with pytest.raises(WeightsError, match=says.replace(".", r"\.")):
+        (load_torch if name.endswith(".pth") else load_zoo)(name)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before PyTorch 1.6"])
+def test_a_damaged_file(tmp_path, old):
+    path = tmp_path / "a.pth"
+    torch.save({"model": Detector().state_dict()}, path, _use_new_zipfile_serialization=not old)
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match=r"a\.pth is damaged"):
+            load_torch(str(path))
+    with pytest.raises(FileNotFoundError):
+        load_torch(str(tmp_path / "gone.pth"))
+
+
+# Any bytes at all
+
+SEEDS = [pickle.dumps(value, protocol) for value in VALUES.values() for protocol in (0, 2, 4)]
+OPCODES = sorted(opcode.code.encode("latin1") for opcode in pickletools.opcodes)
+NAMES = [
+    b"cnumpy\ndtype\n",
+    b"cnumpy\nndarray\n",
+    b"cnumpy.core.multiarray\nscalar\n",
+    b"cbuiltins\nset\n",
+    b"cos\nsystem\n",
+]
+
+
+@st.composite
+def damaged(draw):
+    """A good pickle with some bytes changed, dropped or inserted."""
+    data = draw(st.sampled_from(SEEDS))
+    for _ in range(draw(st.integers(1, 4))):
+        at, length = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
+        data = data[:at] + draw(st.one_of(st.binary(max_size=3), st.sampled_from(OPCODES))) + data[at + length :]
+    return data
+
+
+composed = st.lists(st.sampled_from([*OPCODES, *NAMES, b"K\x00", b"U\x02f4", b"]", b"("]), max_size=25)
+
+
+@given(st.one_of(damaged(), st.binary(max_size=30), composed.map(lambda parts: b"".join([*parts, b"."]))))
+@settings(max_examples=300)
+def test_any_bytes_are_values_or_refused(data):
+    try:
+        unpickle(data, "a.pkl")
+    except WeightsError as error:
+        assert str(error).startswith("a.pkl ")
