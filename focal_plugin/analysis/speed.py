@@ -184,9 +184,9 @@ def optimized(entry: Entry) -> Entry:
 def where(entries: Sequence[Entry]) -> str:
     """The devices of the models, in words."""
     devices = {next(entry.model.parameters()).device for entry in entries}
+    cpu = f"a CPU ({torch.get_num_threads()} threads)" if torch.get_num_threads() > 1 else "a CPU (1 thread)"
     names = [
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
-        for device in sorted(devices, key=str)
+        torch.cuda.get_device_name(device) if device.type == "cuda" else cpu for device in sorted(devices, key=str)
     ]
     return " and ".join(names)
 
@@ -243,7 +243,7 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 def draw(path: Path, rows: Sequence[dict], *, paper: bool, title: str) -> None:
     """Draw ms against AP to a PNG; bars from quartile to quartile; models without AP on the axis, hollow."""
-    figure, (axis,) = style.panels(1, width=7.5, height=4.6)
+    figure, (axis,) = style.panels(1, width=7.0, height=5.2)
     known = [row["AP"] for row in rows if row["AP"] is not None]
     drawn = known + [ap for _, aps in _PAPER.values() for ap in aps] * paper
     floor = min(drawn, default=0) - 0.12 * max(max(drawn, default=1) - min(drawn, default=0), 1)
@@ -269,5 +269,5 @@ def draw(path: Path, rows: Sequence[dict], *, paper: bool, title: str) -> None:
                 ms, aps, style.DASHES[i + 1], color=style.GRAY, marker=".", label=f"{name}: COCO test-dev, M40 GPU"
             )
     axis.set(xlabel="ms an image", ylabel="box AP (%)", title=title, xlim=(0, None), ylim=(floor, None))
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     style.save(figure, path)
