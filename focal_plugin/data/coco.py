@@ -7,7 +7,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from .records import Checker, DataError, check_box, check_image, class_id, join_inside, need, resolve
+from .records import Checker, DataError, are_coordinates, check_box, check_image, class_id, join_inside, need, resolve
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _read_json(path: str) -> dict:
     try:
         with PathManager.open(path, "r") as file:
             content = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("file that is not JSON", f"{path}: {error}") from error
     for key in ("images", "categories"):
         _value(content, key, list, path)
@@ -130,7 +130,7 @@ def _read_image(image: dict, folder: str, where: str) -> dict:
 
 def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict, where: str) -> dict:
     box = _value(annotation, "bbox", list, where)
-    if len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+    if len(box) != 4 or not are_coordinates(box):
         raise DataError("box that is not four numbers", f"{where} has bbox {box}.")
     category = _value(annotation, "category_id", int | str, where)
     if category not in categories:

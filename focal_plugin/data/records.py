@@ -1,7 +1,6 @@
 """What a record of a data set must be: the checks that both formats share, and what becomes of a record that fails."""
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 _ROTATED = (5, 6, 7, 8)  # values of the EXIF tag that swap width and height
 _EXIF_ORIENTATION = 274
+_FAR = 1e9  # pixels: beyond any image
 _ROUNDING = 1.0  # pixels that a box may reach outside its image: what tools that count from 0 or round are off by
 
 
@@ -110,6 +110,11 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
+def are_coordinates(values: Sequence[object]) -> bool:
+    """Whether all are numbers, finite and not beyond any image."""
+    return all(isinstance(value, int | float) and abs(value) <= _FAR for value in values)  # a NaN is not
+
+
 def check_box(box: Sequence[float], size: tuple[int, int], where: str) -> list[float]:
     """Check one box against its image and return it, clipped to the image.
 
@@ -122,7 +127,7 @@ def check_box(box: Sequence[float], size: tuple[int, int], where: str) -> list[f
         DataError: the box has a coordinate that is no finite number or no size, or reaches outside the image by more
             than the pixel that rounding and counting from 0 instead of 1 explain.
     """
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in box):
+    if not are_coordinates(box):
         raise DataError("box that is not four numbers", f"{where}: {list(box)}.")
     x0, y0, x1, y1 = box
     width, height = size

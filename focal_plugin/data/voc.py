@@ -59,8 +59,11 @@ class VocSet:
 
     def _image_ids(self, root: str) -> list[str]:
         path = join_inside(os.path.join(root, "ImageSets", "Main"), f"{self.split}.txt", f"split of {self.name!r}")
-        with PathManager.open(need(path, f"split of {self.name!r}")) as file:
-            return [line.strip() for line in file if line.strip()]
+        try:
+            with PathManager.open(need(path, f"split of {self.name!r}")) as file:
+                return [line.strip() for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError("split that is not text", f"{path}: {error}") from error
 
 
 def parse_xml(path: str) -> Element:
@@ -70,7 +73,7 @@ def parse_xml(path: str) -> Element:
             return parse(file).getroot()
     except FileNotFoundError:
         raise DataError("missing annotation", f"{path} does not exist.") from None
-    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:  # the last two: odd encodings
+    except (ParseError, DefusedXmlException, OSError, ValueError, LookupError) as error:  # the last two: odd encodings
         raise DataError("annotation that is not XML", f"{path}: {error}") from error
 
 

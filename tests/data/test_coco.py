@@ -47,6 +47,8 @@ def test_same_records_as_detectron2(coco_file):
         ((5, 5, 10), {}, "box that is not four numbers", "[5, 5, 10]"),
         ((5, 5, 10, "x"), {}, "box that is not four numbers", "'x'"),
         ((), {}, "box that is not four numbers", "[]"),
+        ((5, 5, 10, 10**400), {}, "box that is not four numbers", "0000"),
+        ((5, 1e300, 10, 1e308), {}, "box that is not four numbers", "1e+300"),
         (None, {}, "not COCO's format", "'bbox' is None"),
         ((5, 5, 9, 9), {"category_id": 9}, "unknown class", "category_id 9; the categories' ids are 1"),
         ((5, 5, 9, 9), {"category_id": [1]}, "not COCO's format", "'category_id'"),
@@ -77,6 +79,10 @@ def test_bad_box(coco_file, caplog, bbox, keys, kind, says):
     [
         ({"file_name": "gone.png"}, "missing image", "gone.png"),
         ({"file_name": "../1.png"}, "path outside its folder", "../1.png"),
+        ({"file_name": "a/../../1.png"}, "path outside its folder", "a/../../1.png"),
+        ({"file_name": "..\\1.png"}, "path outside its folder", "1.png"),
+        ({"file_name": "1.png\0"}, "image that does not open", "null"),
+        ({"file_name": ""}, "image that does not open", "images"),
         ({"file_name": "/etc/passwd"}, "path outside its folder", "/etc/passwd"),
         ({"file_name": 5}, "not COCO's format", "'file_name' is 5"),
         ({"width": 40, "height": 60}, "size that disagrees", "says 40×60"),
@@ -102,6 +108,7 @@ def test_bad_image(coco_file, caplog, keys, kind, says):
     ("content", "says"),
     [
         ("{", "file that is not JSON"),
+        ("[" * 100_000, "file that is not JSON"),
         ("[]", "'images' is None, expected list"),
         ('{"images": {}}', "'images' is {}, expected list"),
         ('{"images": [], "categories": []}', "no classes"),

@@ -99,6 +99,17 @@ def _external_entity(voc):
     (voc.root / "Annotations" / "bad.xml").write_text(text)
 
 
+def _laughs(voc):
+    entities = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10 if i else "ha"}">' for i in range(12))
+    text = f"<!DOCTYPE a [{entities}]><annotation><filename>&a11;</filename></annotation>"  # 2 TB, written out
+    (voc.root / "Annotations" / "bad.xml").write_text(text)
+
+
+def _folder_for_xml(voc):
+    _no_xml(voc)
+    (voc.root / "Annotations" / "bad.xml").mkdir()
+
+
 def _no_image(voc):
     (voc.root / "JPEGImages" / "bad.jpg").unlink()
 
@@ -149,6 +160,8 @@ def _split_escapes(voc):
         (_broken_xml, "annotation that is not XML", "bad.xml"),
         (_entities, "annotation that is not XML", "bad.xml"),
         (_external_entity, "annotation that is not XML", "bad.xml"),
+        (_laughs, "annotation that is not XML", "bad.xml"),
+        (_folder_for_xml, "annotation that is not XML", "bad.xml"),
         (_no_image, "missing image", "bad.jpg"),
         (_empty_image, "image that does not open", "bad.jpg"),
         (_text_image, "image that does not open", "bad.jpg"),
