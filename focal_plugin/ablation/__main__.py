@@ -18,8 +18,9 @@ from pathlib import Path
 from detectron2.config import get_cfg
 
 from .launch import LocalLauncher, SlurmLauncher, execute
+from .report import to_markdown, write_report
 from .rows import DATA, ROOT, find_base, find_table
-from .runs import count_images, plan, versions
+from .runs import Run, count_images, plan, versions
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,10 +86,21 @@ def main(argv: list[str] | None = None) -> int:
         launcher = make_launcher(args)
         if not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
-        images = count_images(runs)
+        images = {} if args.report_only else count_images(runs)
     except (FileNotFoundError, KeyError, ValueError) as error:
         print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 1
+    if not args.report_only and (code := run_all(args, runs, launcher, images)):
+        return code
+    summary = write_report(table, runs, base, args.opts, args.output)
+    print(to_markdown(summary))
+    print(f"Written: {args.output}/report.html, .md, .csv, .json and .png")
+    statuses = {run["status"] for row in summary["rows"] for run in row["runs"]}
+    return int(not args.report_only and not statuses <= {"finished", "diverged"})
+
+
+def run_all(args: argparse.Namespace, runs: list[Run], launcher, images: dict[str, int]) -> int:
+    """Run what is left, as the only one in the output folder. 0, or the exit code if the program ends here."""
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "runner.lock", "a") as lock:
         try:
@@ -97,14 +109,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.output}: the same program is at work here already.", file=sys.stderr)
             return 1
         # Both end it in the same way. Set here also for its children: a shell's background jobs ignore SIGINT.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+        ends = (signal.SIGINT, signal.SIGTERM)
+        former = [signal.signal(number, signal.default_int_handler) for number in ends]
         try:
             note_start(args.output / "ablation.json", images)
-            outcomes = execute(runs, launcher, args.train_net, {"versions": versions()})
+            execute(runs, launcher, args.train_net, {"versions": versions()})
         except KeyboardInterrupt:
             return 130
-    return int(any(outcome.status in ("failed", "unfinished", "not started") for outcome in outcomes.values()))
+        finally:
+            for number, handler in zip(ends, former):
+                signal.signal(number, handler)
+    return 0
 
 
 def note_start(path: Path, images: dict[str, int]) -> None:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 cloudpickle.register_pickle_by_value(job_module)  # so that a job does not import this package, and PyTorch with it
 
 POLL_SECONDS = 1.0
+_ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")  # of SLURM's states
 _A_YEAR = 60 * 24 * 365  # in minutes
 
 
@@ -83,7 +84,7 @@ class SlurmLauncher:
         note = folder / "slurm_job"
         if note.exists():
             earlier = submitit.SlurmJob(folder / "submitit", note.read_text())
-            if not earlier.done(force_check=True):
+            if earlier.watcher.get_state(earlier.job_id, mode="force") in _ALIVE:
                 return earlier
         executor = submitit.SlurmExecutor(folder=folder / "submitit")
         executor.update_parameters(**self.options)

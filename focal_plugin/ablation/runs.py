@@ -83,6 +83,8 @@ class Run:
         if not self.config_file.exists():
             taken = [name for name in ("metrics.json", "model_final.pth") if (self.folder / name).exists()]
             return f"has {' and '.join(taken)}, but no {CONFIG}" if taken else ""
+        if not (self.attempts() or self.series()):  # nothing has been run
+            return ""
         # OUTPUT_DIR may differ: a folder that was moved holds the same run.
         before, now = (
             {key: value for key, value in flat(yaml.safe_load(text)).items() if key != "OUTPUT_DIR"}
@@ -212,7 +214,7 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """What the runs are computed with: PyTorch, Detectron2, and this package's commit where it is a git checkout."""
-    found = {"torch": torch.__version__, "detectron2": detectron2.__version__}
+    found = {"torch": str(torch.__version__), "detectron2": str(detectron2.__version__)}  # of classes of their own
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found["focal_plugin"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,144 @@
+"""The report's pictures: results with their spread over the seeds, and curves of training."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+
+from .runs import Run
+
+_COLORS = matplotlib.colormaps["tab10"].colors
+_DARK = {
+    "axes.prop_cycle": cycler(color=[[0.7 * part + 0.3 for part in color] for color in _COLORS]),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#d6d9de"),
+    "grid.color": "#565b63",
+}
+_LIGHT = {"axes.prop_cycle": cycler(color=_COLORS), "axes.edgecolor": "#444444"}
+
+
+def save_picture(path: Path, summary: dict, runs: Sequence[Run]) -> None:
+    """Results and losses side by side, as a PNG."""
+    with matplotlib.rc_context(_LIGHT):
+        figure = Figure(figsize=(12, _height(summary)), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+        draw_results(left, summary)
+        draw_curves(right.subplots(), summary, runs, "total_loss")
+        figure.savefig(path, dpi=110)
+
+
+def themed_svgs(summary: dict, runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The figures of the page: each with a ``title`` and data URIs of an SVG for ``light`` and for ``dark``."""
+    figures = [("Results", lambda figure: draw_results(figure, summary))]
+    for series, title in (("total_loss", "Training loss"), ("bbox/AP", "AP on the test set along the way")):
+        if any(len(run.series().get(series, ([],))[0]) > 1 for run in runs):
+            figures.append((title, lambda figure, s=series: draw_curves(figure.subplots(), summary, runs, s)))
+    pages = []
+    for title, draw in figures:
+        page = {"title": title}
+        for theme, style in (("light", _LIGHT), ("dark", _DARK)):
+            with matplotlib.rc_context({**style, "svg.hashsalt": "focal_plugin"}):
+                figure = Figure(figsize=(6.2, _height(summary)), layout="constrained")
+                FigureCanvasAgg(figure)
+                draw(figure)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            page[theme] = _data_uri("image/svg+xml", buffer.getvalue())
+        pages.append(page)
+    return pages
+
+
+def _height(summary: dict) -> float:
+    return max(3.0, 0.36 * len(summary["rows"]) + 1.2)  # inches
+
+
+def draw_results(figure: Figure, summary: dict) -> None:
+    """The AP of each row: ours with its standard deviation and every seed's, and the paper's on an axis of its own."""
+    rows = summary["rows"]
+    has_paper = any(row["paper"] or row["paper_diverged"] for row in rows)
+    panels = figure.subplots(1, 2 if has_paper else 1, sharey=True, squeeze=False)[0]
+    for y, row in enumerate(rows):
+        color = _color(y)
+        seeds = [run["results"]["AP"] for run in row["runs"] if run["status"] == "finished"]
+        panels[0].plot(seeds, [y] * len(seeds), ".", color=color, alpha=0.5, markersize=5)
+        if "AP" in row["mean"]:
+            spread = row["std"].get("AP")
+            panels[0].errorbar(row["mean"]["AP"], y, xerr=spread, fmt="o", color=color, capsize=4, markersize=6)
+        else:
+            _say(panels[0], y, row["remark"])
+        if has_paper and "AP" in row["paper"]:
+            panels[1].plot(row["paper"]["AP"], y, "D", color=color, markersize=6)
+        elif has_paper and row["paper_diverged"]:
+            _say(panels[1], y, "diverged")
+    panels[0].set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
+    several = any(row["std"] for row in rows)
+    panels[0].set(title="Ours", xlabel="AP (%), mean ± std over seeds" if several else "AP (%)")
+    if has_paper:
+        panels[1].set(title="The paper's", xlabel="AP (%)")
+    for panel in panels:
+        _tidy(panel)
+        panel.margins(x=0.15)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> None:
+    """A series of metrics.json, a line for each run, a colour for each row."""
+    for index, row in enumerate(summary["rows"]):
+        label = row["label"]
+        for run in runs:
+            if run.row.name == row["row"] and series in (found := run.series()):
+                axes.plot(*found[series], color=_color(index), linewidth=1.2, alpha=0.8, label=label)
+                label = None  # once
+    is_loss = series == "total_loss"
+    axes.set(title="Training loss, all seeds" if is_loss else "AP on the test set (%), all seeds", xlabel="step")
+    if is_loss and axes.lines:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    _tidy(axes)
+
+
+def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
+    """The ``detections.png`` of each row's first run that has one, as a small JPEG in a data URI."""
+    pictures: dict[str, dict] = {}
+    for run in runs:
+        path = run.folder / "detections.png"
+        if path.exists() and run.row.name not in pictures and run.outcome().status == "finished":
+            with Image.open(path) as image:
+                small = image.convert("RGB")
+            small.thumbnail((width, 10 * width))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=65, optimize=True)
+            uri = _data_uri("image/jpeg", buffer.getvalue())
+            pictures[run.row.name] = {"row": run.row.name, "seed": run.seed, "uri": uri, "size": small.size}
+    return list(pictures.values())
+
+
+def _color(index: int) -> str:
+    return f"C{index % 10}"  # of the theme
+
+
+def _say(axes: Axes, y: int, text: str) -> None:
+    """Text in the place of a point, where there is no scale to put one on."""
+    axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8, style="italic")
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,176 @@
+"""The report's numbers against ones computed by hand, and its page in a browser."""
+
+import base64
+import csv
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from focal_plugin.ablation.report import write_report
+from focal_plugin.ablation.rows import find_base, find_table
+from focal_plugin.ablation.runs import plan
+
+# AP of the seeds 1, 2, 3. By hand: 40, 41, 45 has mean 42 and std √((4 + 1 + 9) / 2) = √7; 50, 53 has 51.5 and √4.5.
+GAMMA_0, GAMMA_1 = (40.0, 41.0, 45.0), (50.0, 53.0)
+PAPER = "row,AP,baseline,note\ngamma_0,31.0,x,\ngamma_1,33.5,,\ngamma_2,,,diverged\ngamma_5,30.0,,\n"
+
+
+ATTEMPT = {"processor": "Abacus 3000", "cores": 4, "gpus": [], "versions": {"torch": "9.9"}}
+
+
+def write_run(run, ap=None, exit_code=0, **files):
+    """A finished run of an AP, or the files of another one."""
+    run.prepare()
+    lines = [{"iteration": i, "total_loss": 2.0 - 0.1 * i, "time": 0.5} for i in range(4)]
+    if ap is not None:
+        values = {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2, "APs": float("nan"), "APm": ap, "APl": ap}
+        lines.append({"iteration": 4, **{f"bbox/{name}": value for name, value in values.items()}})
+    notes = json.dumps([{**ATTEMPT, "exit_code": exit_code}])
+    files = {"metrics.json": "\n".join(map(json.dumps, lines)), "job.json": notes, **files}
+    for name, text in files.items():
+        (run.folder / name).write_text(text)
+
+
+@pytest.fixture
+def reported(rows, tiny_config, tmp_path):
+    """A table of which all three seeds of the first row have finished, two of the second, none of the third."""
+    (rows.folder / "results.csv").write_text(PAPER)
+    output = tmp_path / "my table"
+    table, base = find_table([str(rows.folder)]), find_base(tiny_config)
+    runs = plan(table, base, ["SOLVER.BASE_LR", "0.5"], 3, output)
+    named = {(run.row.name, run.seed): run for run in runs}
+    for seed, ap in enumerate(GAMMA_0, 1):
+        write_run(named["gamma_0", seed], ap)
+    for seed, ap in enumerate(GAMMA_1, 1):
+        write_run(named["gamma_1", seed], ap)
+    write_run(named["gamma_1", 3], exit_code=9, **{"job.log": "a\nb <script>alert(1)</script>\n"})
+    record = json.dumps({"iteration": 3, "cause": "It starts in the losses."})
+    write_run(named["gamma_2", 1], **{"diverged.json": record})
+    noise = np.random.default_rng(0).integers(0, 255, (400, 1600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(named["gamma_0", 1].folder / "detections.png")
+    notes = {"images": {"shapes_train": 6, "shapes_test": 4}, "starts": [{"time": 0, "command": "python -m it rows"}]}
+    (output / "ablation.json").write_text(json.dumps(notes))
+    summary = write_report(table, runs, base, ["SOLVER.BASE_LR", "0.5"], output)
+    return SimpleNamespace(summary=summary, output=output, runs=named)
+
+
+def read(reported, name):
+    return (reported.output / name).read_text()
+
+
+def test_numbers(reported):
+    summary = json.loads(read(reported, "report.json"))
+    assert summary == reported.summary
+    first, second, third = summary["rows"]
+    assert (first["mean"]["AP"], first["std"]["AP"]) == pytest.approx((42.0, 7**0.5))
+    assert (second["mean"]["AP"], second["std"]["AP"]) == pytest.approx((51.5, 4.5**0.5))
+    assert (second["mean"]["AP50"], second["std"]["AP50"]) == pytest.approx((103.0, 2 * 4.5**0.5))
+    assert "APs" not in first["mean"]  # the set has no such boxes
+    assert third["mean"] == {} and third["difference"] is None
+    assert (first["difference"], second["difference"]) == (0.0, pytest.approx(9.5))
+    assert (second["paper_difference"], third["paper_difference"]) == (2.5, None)
+    assert first["minutes"] == pytest.approx(4 * 0.5 / 60)
+    assert [row["remark"] for row in summary["rows"]] == [
+        "",
+        "1 failed",
+        "1 of 3 diverged at step 3; 2 not started",
+    ]
+    assert [run["status"] for run in second["runs"]] == ["finished", "finished", "failed"]
+
+
+def test_a_model_that_finds_nothing_has_an_ap_of_zero(reported):
+    run = reported.runs["gamma_0", 1]
+    write_run(run, float("nan"))
+    assert (run.outcome().status, run.outcome().results["AP"], run.outcome().results["AP50"]) == ("finished", 0.0, 0.0)
+
+
+def test_one_seed_has_no_spread(rows, tiny_config, tmp_path):
+    runs = plan(find_table([str(rows.folder)]), find_base(tiny_config), [], 1, tmp_path / "table")
+    write_run(runs[0], 40.0)
+    summary = write_report(find_table([str(rows.folder)]), runs, None, [], tmp_path / "table")
+    assert summary["rows"][0]["std"] == {}
+    text = (tmp_path / "table/report.md").read_text()
+    assert "| gamma_0 (baseline) | 40.0 |  | 80.0 | 20.0 |" in text
+    assert "paper" not in text.partition("## What was not run")[0]
+
+
+def test_markdown(reported):
+    text = read(reported, "report.md")
+    lines = [line.strip("|") for line in text.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert table[0][:6] == ["row", "paper AP", "paper Δ", "AP", "Δ", "AP50"]
+    assert table[2][1:6] == ["31.0", "", "42.0 ± 2.6", "", "84.0 ± 5.3"]
+    assert table[3][1:5] == ["33.5", "+2.5", "51.5 ± 2.1", "+9.5"]
+    assert table[4][1:5] == ["diverged", "", "diverged", ""]
+    for fact in (
+        "shapes_train (6 images)",
+        "4 steps of 2 images (1.33 epochs)",
+        "SOLVER.BASE_LR 0.5",
+        "Seeds: 1, 2, 3",
+        "torch 9.9",
+        "Abacus 3000, 4 cores",
+        "python -m it rows",
+        "Rows of the paper's table: gamma_5",
+        "gamma_2 seed 2: not started",
+        "gamma_1 seed 3 failed: exit code 9",
+    ):
+        assert fact in text
+
+
+def test_csv(reported):
+    with (reported.output / "report.csv").open(newline="") as file:
+        first, second, third = csv.DictReader(file)
+    assert float(first["AP_std"]) == pytest.approx(7**0.5)
+    assert (first["baseline"], second["baseline"], second["failed"], second["finished"]) == ("x", "", "1", "2")
+    assert (third["paper_AP"], third["AP"], third["diverged"], third["not_started"]) == ("diverged", "", "1", "2")
+
+
+def test_the_page_needs_nothing_else(reported):
+    page = read(reported, "report.html")
+    links = re.findall(r"""(?:src|srcset|href|url)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
+    assert len(links) >= 5 and all(link.startswith("data:image/") for link in links)
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    (jpeg,) = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    assert len(base64.b64decode(jpeg)) < 300_000  # of noise, the worst there is
+    assert Image.open(reported.output / "report.png").size[0] > 1000
+
+
+def test_the_page_in_a_browser(reported, chromium, tmp_path):
+    """Light and dark, on a screen and on a phone: all is drawn, and nothing is wider than the screen."""
+    page = read(reported, "report.html")
+    probe = """<script>addEventListener('load', () => {
+        const images = [...document.images];
+        document.body.dataset.found = JSON.stringify({
+            broken: images.filter(image => !image.complete || !image.naturalWidth).length, images: images.length,
+            svg: images[0].currentSrc.slice(-3000), rows: document.querySelectorAll('.results tbody tr').length,
+            overflow: document.documentElement.scrollWidth - innerWidth,
+            color: getComputedStyle(document.body).backgroundColor, requests: performance.getEntriesByType('resource')
+                .filter(entry => !entry.name.startsWith('data:')).length});
+    });</script>"""
+    (tmp_path / "probed.html").write_text(page.replace('loading="lazy"', "").replace("</body>", f"{probe}</body>"))
+
+    def open_page(width, dark):
+        result = subprocess.run(
+            [
+                *[chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"],
+                *[f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}"],
+                *["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "probed.html").as_uri()],
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        (found,) = re.findall(r'data-found="([^"]*)"', result.stdout)
+        return json.loads(found.replace("&quot;", '"'))
+
+    light, dark = open_page(1200, False), open_page(500, True)
+    for found in (light, dark):
+        assert (found["broken"], found["images"], found["rows"], found["requests"]) == (0, 3, 3, 0)
+        assert found["overflow"] <= 0
+    assert light["color"] == "rgb(255, 255, 255)" and dark["color"] == "rgb(22, 24, 28)"
+    assert light["svg"] != dark["svg"]  # each theme has pictures of its own

@@ -1,0 +1,78 @@
+"""Finding rows, what the paper says of them, and composing their configs."""
+
+import pytest
+from detectron2.config import get_cfg
+
+from focal_plugin import add_focal_config
+from focal_plugin.ablation.rows import as_yaml, compose, find_base, find_table
+
+
+def test_a_folder_a_file_and_the_beginning_of_names(rows):
+    names = ["gamma_0", "gamma_1", "gamma_2"]
+    rows.add("other", "SEED: 1")
+    assert [row.name for row in find_table([str(rows.folder)]).rows] == [*names, "other"]
+    assert [row.name for row in find_table([str(rows.folder / "gamma")]).rows] == names
+    two = [str(rows.folder / "other.yaml"), str(rows.folder / "gamma_1.yaml")]
+    assert [row.name for row in find_table(two).rows] == ["other", "gamma_1"]
+    assert find_table(two).baseline == "other"
+    with pytest.raises(FileNotFoundError, match="delta"):
+        find_table([str(rows.folder / "delta")])
+    with pytest.raises(ValueError, match="other is there more than once"):
+        find_table([two[0], str(rows.folder)])
+
+
+def test_results_beside_the_rows(rows):
+    (rows.folder / "results.csv").write_text(
+        "row,AP,AP50,AP75,APs,APm,APl,ms,baseline,note\n"
+        "gamma_2,34.0,52.5,,,,,,x,\n"
+        "gamma_5,32.2,,,,,,,,\n"
+        "gamma_0,,,,,,,,,diverged\n"
+        "alpha_1,1,,,,,,,,\n"
+    )
+    table = find_table([str(rows.folder)])
+    assert [row.name for row in table.rows] == ["gamma_2", "gamma_0", "gamma_1"]  # the paper's order, then the others
+    assert [row.paper for row in table.rows] == [{"AP": 34.0, "AP50": 52.5}, {}, {}]
+    assert [row.diverged for row in table.rows] == [False, True, False]
+    assert table.baseline == "gamma_2"
+    assert table.missing == ["gamma_5"]  # of this table, and not alpha_1
+
+    (rows.folder / "results.csv").write_text("name,AP\ngamma_2,34.0\n")
+    with pytest.raises(ValueError, match="expected a column 'row'"):
+        find_table([str(rows.folder)])
+
+
+def test_a_row_on_a_base(rows, tiny_config):
+    """The base, the row's own keys, then the command line; the row's _BASE_ is not followed."""
+    table = find_table([str(rows.folder)])
+    cfg = compose(table.rows[1], find_base(tiny_config), ["SOLVER.MAX_ITER", "3"])
+    assert cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA == 1.0
+    assert cfg.MODEL.RETINANET.NUM_CONVS == 1
+    assert cfg.SOLVER.BASE_LR == 0.001  # not Base.yaml's
+    assert cfg.SOLVER.MAX_ITER == 3
+    alone = compose(table.rows[1], None, [])
+    assert (alone.SOLVER.BASE_LR, alone.SOLVER.MAX_ITER) == (7.0, get_cfg().SOLVER.MAX_ITER)
+
+
+def test_the_yaml_of_a_config_gives_it_again(rows, tiny_config, tmp_path):
+    cfg = compose(find_table([str(rows.folder)]).rows[0], find_base(tiny_config), ["SOLVER.STEPS", "(1, 2)"])
+    (tmp_path / "again.yaml").write_text(as_yaml(cfg))
+    again = get_cfg()
+    add_focal_config(again)
+    again.merge_from_file(str(tmp_path / "again.yaml"))
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    "text, word", [("SOLVER: {BASE_RL: 1}", "BASE_RL"), ("SOLVER: {MAX_ITER: [1]}", "MAX_ITER"), ("- 1", "list")]
+)
+def test_what_is_wrong_with_a_row(rows, tiny_config, text, word):
+    path = rows.add("wrong", "")
+    path.write_text(text)
+    (row,) = find_table([str(path)]).rows
+    with pytest.raises(ValueError, match=f"(?s){path}.*{word}"):
+        compose(row, find_base(tiny_config), [])
+
+
+def test_an_unknown_base():
+    with pytest.raises(FileNotFoundError, match="--data nowhere: expected quickstart, bccd"):
+        find_base("nowhere")

@@ -1,0 +1,295 @@
+"""The program from its command line: what is run, what is left alone, and what becomes of it when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+
+from focal_plugin.ablation.__main__ import parse
+from focal_plugin.ablation.job import TrainJob
+from focal_plugin.ablation.runs import versions
+
+TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
+
+
+@pytest.fixture
+def table(tmp_path):
+    return tmp_path / "table"
+
+
+def starts(table):
+    """How often each run was started."""
+    return {
+        str(path.parent.relative_to(table)): len(path.read_text().splitlines()) for path in table.glob("*/*/starts")
+    }
+
+
+def report(table):
+    """{row: mean AP} of the report."""
+    rows = json.loads((table / "report.json").read_text())["rows"]
+    return {row["row"]: row["mean"].get("AP") for row in rows}
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+def test_every_row_with_every_seed_once(ablation, table, capfd):
+    assert ablation("--seeds", 2) == 0
+    assert starts(table) == {f"gamma_{gamma}/seed{seed}": 1 for gamma in (0, 1, 2) for seed in (1, 2)}
+    assert report(table) == {"gamma_0": 2.5, "gamma_1": 12.5, "gamma_2": 22.5}  # 10γ + 1 and 10γ + 4
+    screen = capfd.readouterr()
+    assert "gamma_1 seed 2: AP 14.0" in screen.err
+    assert "24/24" in screen.err  # steps, in the bar
+    cores = len(os.sched_getaffinity(0))
+    expected = os.environ.get("OMP_NUM_THREADS") or max(1, cores // 3)
+    assert (table / "gamma_0/seed1/starts").read_text().split()[1] == str(expected)
+    (attempt,) = json.loads((table / "gamma_0/seed1/job.json").read_text())
+    assert attempt["exit_code"] == 0 and attempt["versions"]["torch"]
+
+    # Again: nothing is run, not even to add a seed to what is there.
+    assert ablation("--seeds", 3) == 0
+    assert set(starts(table).values()) == {1} and len(starts(table)) == 9
+    assert report(table)["gamma_0"] == pytest.approx((1 + 4 + 9) / 3)
+
+
+def test_a_job_starts_without_pytorch(tmp_path):
+    train = TrainJob(str(tmp_path), [sys.executable, "-c", "print('trained')"], str(tmp_path), {}, versions())
+    (tmp_path / "job.pkl").write_bytes(cloudpickle.dumps(train))
+    code = "import pickle, sys; pickle.load(open('job.pkl', 'rb'))(); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("False\n", "")
+    assert (tmp_path / "job.log").read_text() == "trained\n"
+
+
+def test_a_changed_config_is_never_run_over(ablation, table, tiny_config, capfd):
+    assert ablation() == 0
+    before = {path: path.read_bytes() for path in table.rglob("*") if path.is_file()}
+    for words in ([], ["--report-only"]):
+        assert ablation(*words, "SOLVER.MAX_ITER", 5) == 1
+        error = capfd.readouterr().err
+        assert f"{table}/gamma_2/seed1: SOLVER.MAX_ITER was 4 and is now 5" in error
+    assert {path: path.read_bytes() for path in table.rglob("*") if path.is_file()} == before
+    # Another spelling of the same is no change.
+    assert ablation("SOLVER.MAX_ITER", 4, "SOLVER.MOMENTUM", 0.9) == 0
+    assert set(starts(table).values()) == {1}
+
+
+def test_a_folder_that_is_someone_elses(ablation, table, capfd):
+    folder = table / "gamma_1" / "seed1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    assert ablation() == 1
+    assert f"{folder}: has metrics.json, but no config-ablation.yaml" in capfd.readouterr().err
+    assert not (table / "gamma_0").exists()
+
+
+def test_diverging_and_failing_are_told_apart(ablation, rows, table, capfd):
+    rows.add("diverging", "MODEL: {WEIGHTS: diverge}")
+    rows.add("failing", "MODEL: {WEIGHTS: fail}")
+    assert ablation() == 1
+    screen = capfd.readouterr()
+    assert "diverging seed 1: diverged at step 2. It starts in the losses." in screen.err
+    assert "failing seed 1: failed after 2 steps, exit code 1" in screen.err
+    assert "RuntimeError: no space left" in screen.err and f"{table}/failing/seed1/job.log" in screen.err
+    assert report(table) == {"diverging": None, "failing": None, "gamma_0": 1.0, "gamma_1": 11.0, "gamma_2": 21.0}
+    assert "diverged at step 2" in screen.out and "no space left" in screen.out
+
+    # What diverged is a result. What failed is tried again, and may go well now.
+    (rows.folder / "failing.yaml").unlink()
+    rows.add("failing", "MODEL: {WEIGHTS: ''}")
+    (table / "failing/seed1/job.json").unlink()
+    (table / "failing/seed1/metrics.json").unlink()
+    assert ablation() == 0
+    assert starts(table)["diverging/seed1"] == 1 and starts(table)["failing/seed1"] == 2
+
+
+def test_what_failed_goes_on(ablation, rows, table, train_net):
+    rows.add("failing", "MODEL: {WEIGHTS: fail}")
+    assert ablation() == 1
+    train_net.write_text(train_net.read_text().replace('end == "fail"', "False"))
+    assert ablation() == 0
+    lines = (table / "failing/seed1/metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2, 3, 4]
+    attempts = json.loads((table / "failing/seed1/job.json").read_text())
+    assert [attempt["exit_code"] for attempt in attempts] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "whole_machine",
+    [pytest.param(False, id="the runner"), pytest.param(True, id="all its processes", marks=pytest.mark.slow)],
+)
+def test_killed_and_started_again_it_finishes_the_same_table(
+    start_ablation, ablation, table, monkeypatch, whole_machine
+):
+    monkeypatch.setenv("PACE", "0.1")
+    runner = start_ablation("--jobs", 2, "SOLVER.MAX_ITER", 15)
+    wait_for(lambda: len(starts(table)) == 2)
+    first = set(starts(table))
+    if whole_machine:
+        os.killpg(runner.pid, signal.SIGKILL)
+    else:
+        runner.kill()
+    runner.wait()
+    assert len(starts(table)) == 2
+    assert ablation("--jobs", 2, "SOLVER.MAX_ITER", 15) == 0
+    assert report(table) == {"gamma_0": 1.0, "gamma_1": 11.0, "gamma_2": 21.0}
+    # Those that were running went on, unless they were killed too; the others ran once in any case.
+    expected = {name: 1 + (whole_machine and name in first) for name in starts(table)}
+    assert starts(table) == expected and len(expected) == 3
+    assert not list(table.rglob("twice"))
+    for path in table.rglob("metrics.json"):
+        assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == list(range(16))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_interrupted_it_stops_its_jobs_and_says_so(start_ablation, ablation, table, monkeypatch, how):
+    monkeypatch.setenv("PACE", "0.1")
+    runner = start_ablation("--jobs", 2, "SOLVER.MAX_ITER", 100)
+    wait_for(lambda: len(list(table.rglob("metrics.json"))) == 2)
+    runner.send_signal(how)
+    screen, _ = runner.communicate(timeout=30)
+    assert runner.returncode == 130
+    assert "2 running jobs were stopped; the same command goes on from their last checkpoints" in screen
+    for path in table.rglob("starts"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text().split()[0]), 0)
+    monkeypatch.setenv("PACE", "0")
+    assert ablation("SOLVER.MAX_ITER", 100) == 0
+    assert sorted(starts(table).values()) == [1, 2, 2]
+
+
+@pytest.mark.slow
+def test_two_runners_at_a_time(start_ablation, ablation, table, monkeypatch, capfd):
+    monkeypatch.setenv("PACE", "0.1")
+    runner = start_ablation("SOLVER.MAX_ITER", 1000)
+    wait_for(lambda: starts(table))
+    assert ablation("SOLVER.MAX_ITER", 1000) == 1
+    assert "at work here already" in capfd.readouterr().err
+    assert ablation("--report-only", "SOLVER.MAX_ITER", 1000) == 0  # reading is no harm
+    assert "unfinished" in capfd.readouterr().out
+    runner.send_signal(signal.SIGINT)
+    runner.wait(timeout=30)
+
+
+FAKE_SLURM = {
+    "sbatch": """
+        [ "$(grep -c 'partition=tiny' "$1")" = 1 ] || exit 9
+        grep -q 'time=10' "$1" || exit 9
+        cp "$1" "$SLURM_STATE/$$.sh"
+        SLURM_JOB_ID=$$ SLURM_PROCID=0 nohup bash "$SLURM_STATE/$$.sh" >"$SLURM_STATE/$$.log" 2>&1 &
+        echo $! >"$SLURM_STATE/$$"
+        echo "Submitted batch job $$"
+    """,
+    "srun": """
+        while [ "$1" != "${1#-}" ]; do case "$1" in --output|--error) shift;; esac; shift; done
+        exec "$@"
+    """,
+    "sacct": """
+        echo 'JobID|State|NodeList'
+        for job in "$SLURM_STATE"/*[0-9]; do
+            kill -0 "$(cat "$job")" 2>/dev/null && state=RUNNING || state=COMPLETED
+            echo "$(basename "$job")|$state|here"
+        done
+    """,
+}
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    """sbatch, srun and sacct of a cluster of one machine."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "slurm").mkdir()
+    for name, text in FAKE_SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STATE", str(tmp_path / "slurm"))
+    return ["--launcher", "slurm", "--slurm", "partition=tiny", "--slurm", "time=10"]
+
+
+def test_on_slurm(fake_slurm, ablation, table, capfd):
+    assert ablation("--launcher", "slurm") == 1
+    assert "--slurm time=240" in capfd.readouterr().err
+    assert ablation(*fake_slurm) == 0
+    assert report(table) == {"gamma_0": 1.0, "gamma_1": 11.0, "gamma_2": 21.0}
+    assert set(starts(table).values()) == {1}
+
+
+@pytest.mark.slow
+def test_on_slurm_jobs_outlive_the_runner(fake_slurm, start_ablation, ablation, table, monkeypatch, tmp_path):
+    monkeypatch.setenv("PACE", "0.2")
+    runner = start_ablation(*fake_slurm, "SOLVER.MAX_ITER", 20)
+    wait_for(lambda: len(starts(table)) == 3)
+    runner.send_signal(signal.SIGINT)
+    screen, _ = runner.communicate(timeout=30)
+    assert runner.returncode == 130 and "3 jobs stay in SLURM's queue" in screen
+    assert ablation(*fake_slurm, "SOLVER.MAX_ITER", 20) == 0
+    assert set(starts(table).values()) == {1}
+    assert len([path for path in (tmp_path / "slurm").iterdir() if path.name.isdigit()]) == 3  # none submitted twice
+
+
+def test_a_data_set_that_is_not_there_is_told_before_anything_runs(ablation, tiny_config, table, capfd):
+    (Path(tiny_config).parent / "shapes_test.json").unlink()
+    assert ablation() == 1
+    assert "shapes_test.json" in capfd.readouterr().err
+    assert not table.exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["SOLVER.MAX_ITER", "4"], "name the rows"),
+        (["rows", "SOLVER.MAX_ITER"], "an odd number"),
+        (["rows", "SEED", "4"], "SEED: each run has its own"),
+        (["rows", "--seeds", "0"], "expected 1 or more"),
+        (["rows", "--slurm", "time"], "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_command_line(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line():
+    args = parse(["configs/paper/table1b", "--data", "bccd", "SOLVER.MAX_ITER", "4", "SOLVER.BASE_LR", "-1"])
+    assert (args.rows, args.opts) == (["configs/paper/table1b"], ["SOLVER.MAX_ITER", "4", "SOLVER.BASE_LR", "-1"])
+    assert str(args.output) == "output/ablation/table1b-bccd"
+    assert str(parse(["a/x.yaml", "b", "--data", "c/mine.yaml"]).output) == "output/ablation/x-b-mine"
+
+
+def test_with_the_real_train_net(rows, ablation, table):
+    """One row finishes; the other one has a learning rate that makes it diverge."""
+    (rows.folder / "gamma_1.yaml").unlink()
+    (rows.folder / "gamma_2.yaml").unlink()
+    rows.add("too_fast", "SOLVER: {BASE_LR: 1.0e+30, WARMUP_ITERS: 0}")
+    assert ablation("--train-net", TRAIN_NET, "--jobs", 2) == 0
+    result = json.loads((table / "report.json").read_text())
+    finished, diverged = (row["runs"][0] for row in result["rows"])
+    assert finished["status"] == "finished" and 0 <= finished["results"]["AP"] <= 100
+    assert diverged["status"] == "diverged" and 1 <= diverged["step"] < 4 and diverged["reason"]
+    assert (table / "gamma_0/seed1/model_final.pth").exists()
+
+
+@pytest.mark.slow
+def test_killed_with_the_real_train_net(start_ablation, ablation, table):
+    words = ["--train-net", TRAIN_NET, "--jobs", 2, "SOLVER.MAX_ITER", 30, "SOLVER.CHECKPOINT_PERIOD", 5]
+    runner = start_ablation(*words)
+    wait_for(lambda: list(table.rglob("model_0000004.pth")), 120)
+    os.killpg(runner.pid, signal.SIGKILL)
+    runner.wait()
+    assert subprocess.run(["pgrep", "-f", str(table)], capture_output=True).returncode == 1
+    assert ablation(*words) == 0
+    assert all(isinstance(ap, float) for ap in report(table).values())
+    resumed = [path for path in table.rglob("log.txt") if "Starting training from iteration" in path.read_text()]
+    assert resumed
