@@ -13,13 +13,21 @@ import os
 import sys
 
 from focal_plugin.deploy import model_for_inference
-from focal_plugin.engine import Trainer, find_config, lazy, load_config, start_run
+from focal_plugin.engine import (
+    AtomicCheckpointer,
+    Trainer,
+    find_config,
+    launch,
+    lazy,
+    load_config,
+    settle_seed,
+    start_run,
+)
 
 # isort: split
 # After the plugin, which imports Detectron2 without its deprecation warnings.
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -31,6 +39,7 @@ def setup(args) -> CfgNode:
     if args.config_file:
         args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, args.opts)
+    settle_seed(cfg, args.resume or args.eval_only)
     cfg.freeze()
     start_run(cfg, args)
     return cfg
@@ -39,7 +48,7 @@ def setup(args) -> CfgNode:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         logger.warning(
             "No weights given: what follows is an untrained model. Add MODEL.WEIGHTS and a path, or --resume for the "

@@ -135,6 +135,9 @@ def _defaults() -> CN:
     # instructions for it, and float32 on another.
     cfg.SOLVER.AMP = CN()
     cfg.SOLVER.AMP.DTYPE = ""
+    # How many steps of a run may be skipped because a loss or a gradient is infinite or NaN, in any process; the next one
+    # stops the run. 0: the first one does. (float16's gradients that overflow are no such steps: their scale is lowered.)
+    cfg.SOLVER.MAX_SKIPS = 0
 
     # Pictures of the run in OUTPUT_DIR when it ends: curves.png, and detections.png with this many images of the first
     # test set beside their ground truth, and all detections of at least this score.

@@ -1,9 +1,27 @@
-"""Training and evaluation: Detectron2's trainer on any device, and what a run shows of itself."""
+"""Training and evaluation: Detectron2's trainer on any device, what a run shows of itself, and how it goes on."""
 
 from . import lazy
 from .advice import advise
-from .setup import find_config, load_config, start_run
+from .checkpoint import AtomicCheckpointer
+from .loader import TrainLoader, build_train_loader
+from .resume import CheckpointHook
+from .setup import find_config, load_config, settle_seed, start_run
+from .signals import launch
 from .step import StepTrainer
 from .trainer import Trainer
 
-__all__ = ["StepTrainer", "Trainer", "advise", "find_config", "lazy", "load_config", "start_run"]
+__all__ = [
+    "AtomicCheckpointer",
+    "CheckpointHook",
+    "StepTrainer",
+    "TrainLoader",
+    "Trainer",
+    "advise",
+    "build_train_loader",
+    "find_config",
+    "launch",
+    "lazy",
+    "load_config",
+    "settle_seed",
+    "start_run",
+]

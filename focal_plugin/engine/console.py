@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter
 
+from .metrics import MetricsWriter
+
 
 @contextmanager
 def off_screen(name: str) -> Iterator[None]:
@@ -37,6 +39,8 @@ def off_screen(name: str) -> Iterator[None]:
 class EarlyWriter(HookBase):
     """Writes after the first step of a run, to show that it lives, and after the fifth, when the time left is known.
 
+    A run that resumed writes then to all but metrics.json, which gets the lines of a run that was not interrupted.
+
     Args:
         writers: those that Detectron2's ``PeriodicWriter`` calls from then on.
     """
@@ -49,4 +53,5 @@ class EarlyWriter(HookBase):
         step = self.trainer.iter + 1
         if step - self.trainer.start_iter in (1, 5) and step < self.trainer.max_iter:
             for writer in self.writers:
-                writer.write()
+                if self.trainer.start_iter == 0 or not isinstance(writer, MetricsWriter):
+                    writer.write()

@@ -1,6 +1,7 @@
-"""What to say when a loss is infinite or NaN: which images, and where in the model it starts."""
+"""What to say, and to leave behind, when a loss or a gradient is infinite or NaN: which images, and where it starts."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,44 +11,35 @@ from dataclasses import dataclass
 import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .batch_file import save_batch
+from .window import split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DivergenceReport:
-    """One process's account of a step whose loss is not finite.
+    """One process's account of a step whose loss or gradient is not finite.
 
     Attributes:
         rank: the process.
         losses: the losses by name.
         images: the files of its batch.
         cause: the first place where a number is not finite.
+        batch_file: where its batch and the weights are, for ``engine.replay``; empty if nowhere.
     """
 
     rank: int
     losses: dict[str, float]
     images: list[str]
     cause: str
-
-    @classmethod
-    def of(
-        cls, losses: dict[str, float], model: nn.Module, batch: list[dict], forward: Callable
-    ) -> "DivergenceReport | None":
-        """The account of a step, or None if all its ``losses`` are finite: nothing is computed then.
-
-        Args:
-            losses: the losses by name.
-            model: the model they come from.
-            batch: the images, as the model takes them.
-            forward: computes the losses of a batch, to see the head's outputs once more.
-        """
-        if all(math.isfinite(loss) for loss in losses.values()):
-            return None
-        images = [str(image.get("file_name", image.get("image_id", "?"))) for image in batch]
-        return cls(comm.get_rank(), losses, images, find_cause(model, batch, forward))
+    batch_file: str = ""
 
 
 class Divergence(FloatingPointError):
-    """A step whose loss is infinite or NaN. The weights are still those of before the step.
+    """A step whose loss or gradient is infinite or NaN. The weights are still those of before the step.
 
     Args:
         iteration: the step, counted from 0 as in the log.
@@ -57,13 +49,17 @@ class Divergence(FloatingPointError):
 
     def __init__(self, iteration: int, learning_rate: float, reports: Sequence[DivergenceReport]):
         self.iteration, self.learning_rate, self.reports = iteration, learning_rate, list(reports)
-        lines = [f"Loss became infinite or NaN at iteration {iteration}, learning rate {learning_rate:g}."]
+        finite = all(math.isfinite(loss) for report in self.reports for loss in report.losses.values())
+        what = "A gradient" if finite else "Loss"
+        lines = [f"{what} became infinite or NaN at iteration {iteration}, learning rate {learning_rate:g}."]
         for report in self.reports:
             losses = ", ".join(f"{name} {loss:g}" for name, loss in report.losses.items())
             lines.append(f"Process {report.rank}: {losses}. {report.cause} Images: {', '.join(report.images)}.")
+            if report.batch_file:
+                lines.append(f"To compute it again: python -m focal_plugin.engine.replay {report.batch_file}")
         lines.append(
             "What helps, most often first: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, "
-            "SOLVER.CLIP_GRADIENTS.ENABLED True, SOLVER.AMP.ENABLED False."
+            "SOLVER.CLIP_GRADIENTS.ENABLED True, SOLVER.AMP.ENABLED False. SOLVER.MAX_SKIPS goes on without such steps."
         )
         super().__init__("\n".join(lines))
 
@@ -72,6 +68,7 @@ class Divergence(FloatingPointError):
         first = self.reports[0]
         losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in first.losses.items()}
         where = {"rank": first.rank, "losses": losses, "cause": first.cause, "images": first.images}
+        where["batch_file"] = first.batch_file
         with open(path, "w") as file:
             json.dump({"iteration": self.iteration, "learning_rate": self.learning_rate, **where}, file, indent=2)
 
@@ -80,7 +77,7 @@ class Divergence(FloatingPointError):
 def recorded_divergence(output_dir: str) -> Iterator[None]:
     """Inside, a run that diverges leaves ``diverged.json`` in ``output_dir``; that of an earlier attempt is removed.
 
-    The error goes on. Only the main process raises it, so that there is one file.
+    The error goes on, in all processes once the file is there.
     """
     path = os.path.join(output_dir, "diverged.json")
     if comm.is_main_process() and os.path.exists(path):
@@ -88,40 +85,109 @@ def recorded_divergence(output_dir: str) -> Iterator[None]:
     try:
         yield
     except Divergence as error:
-        error.save(path)
+        if comm.is_main_process():
+            error.save(path)
+        comm.synchronize()  # a process that fails has its launcher end the others
         raise
 
 
-def raise_if_diverged(
-    iteration: int, optimizer: torch.optim.Optimizer, reports: Sequence[DivergenceReport | None]
-) -> None:
-    """Raise if any process reports a loss that is not finite. The weights are still those of before the step.
+def explain(trainer, losses: dict[str, float], gradient: float, batch: list[dict]) -> list[DivergenceReport]:
+    """The accounts of the processes whose losses are not finite, or of all if it is a gradient. For all processes.
 
-    Raises:
-        Divergence: names the iteration, the losses, the images and where it starts, and says what helps.
+    Args:
+        trainer: a ``StepTrainer`` in the step, before the weights change. Its ``output_dir`` gets the batch.
+        losses: this process's.
+        gradient: its largest.
+        batch: its images.
     """
-    reports = [report for report in reports if report is not None]
-    if reports:
-        raise Divergence(iteration, optimizer.param_groups[0]["lr"], reports)
+    mine = not all(math.isfinite(loss) for loss in losses.values())
+    anywhere = any(comm.all_gather(mine))
+    model = trainer.model.module if isinstance(trainer.model, DistributedDataParallel) else trainer.model
+    scale = trainer.grad_scaler.get_scale() if trainer.grad_scaler.is_enabled() else 1.0
+    parts = split(batch, trainer.accumulate)
+    looking = mine or not anywhere
+    cause = find_cause(model, parts, trainer.forward) if looking else ""
+    # The losses may wait for other processes, so all compute them if one needs to.
+    if any(comm.all_gather(looking and not cause)):
+        later = find_cause_in_gradients(model, parts, trainer.forward, scale)
+        cause = cause or later
+    if not looking:
+        report = None
+    else:
+        images = [str(image.get("file_name", image.get("image_id", "?"))) for image in batch]
+        path = _save(trainer, model, batch, losses) if trainer.output_dir else ""
+        report = DivergenceReport(comm.get_rank(), losses, images, cause, path)
+    return [report for report in comm.all_gather(report) if report is not None]
+
+
+def _save(trainer, model: nn.Module, batch: list[dict], losses: dict[str, float]) -> str:
+    path = os.path.join(trainer.output_dir, f"diverged_{trainer.iter:07d}_process{comm.get_rank()}.pth")
+    try:
+        settings = {"iteration": trainer.iter, "accumulate": trainer.accumulate, "losses": losses}
+        save_batch(path, batch, model, precision=str(trainer.precision or "").removeprefix("torch."), **settings)
+    except (OSError, RuntimeError) as error:  # what is being told is worth more
+        logger.warning(f"The batch could not be saved: {error}")
+        return ""
+    return path
 
 
 @torch.no_grad()
-def find_cause(model: nn.Module, batch: list[dict], forward: Callable) -> str:
-    """Where the numbers stop being finite, in one sentence: the weights, an image, or the head's outputs."""
+def find_cause(model: nn.Module, parts: Sequence[list[dict]], forward: Callable) -> str:
+    """Where the numbers stop being finite, in one sentence: the weights, an image, a box, or the head's outputs.
+
+    Empty if all of these are finite. Waits for no other process.
+
+    Args:
+        model: the one that diverged, not in DistributedDataParallel.
+        parts: the batch, in the parts in which it was computed.
+        forward: the losses of a part by ``(model, part)``.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"The weight {name} is not finite: an earlier step was too large."
-    for image in batch:
+    for image in (image for part in parts for image in part):
         if not image["image"].isfinite().all():
-            return f"A pixel of {image.get('file_name', 'an image')} is not finite."
-    model = getattr(model, "module", model)
+            return f"A pixel of {_name(image)} is not finite."
+        boxes = getattr(getattr(image.get("instances"), "gt_boxes", None), "tensor", torch.zeros(0))
+        if not boxes.isfinite().all():
+            return f"A box of {_name(image)} is not finite."
     if isinstance(getattr(model, "head", None), nn.Module):
-        for kind, levels in zip(("logits", "deltas"), _head_outputs(model.head, lambda: forward(batch))):
-            num_channels = getattr(model, "num_classes", None) if kind == "logits" else 4
-            for level, values in enumerate(levels):
-                if not values.isfinite().all():
-                    return _describe(kind, level, values, num_channels)
-    return "Weights, images and the head's outputs are finite: it starts in the losses."
+        for part in parts:
+            for kind, levels in zip(("logits", "deltas"), _head_outputs(model.head, lambda: forward(model, part))):  # noqa: B023
+                for level, values in enumerate(levels):
+                    if not values.isfinite().all():
+                        return _describe(f"the head's {kind}", values, level, model, part)
+    return ""
+
+
+def find_cause_in_gradients(model: nn.Module, parts: Sequence[list[dict]], forward: Callable, scale: float) -> str:
+    """Where the gradients stop being finite, in one sentence, when all before the losses is: at an anchor or a weight.
+
+    Args:
+        model, parts, forward: as those of ``find_cause``.
+        scale: what the losses are multiplied by before the backward pass.
+    """
+    for part in parts:
+        seen: list = []
+        head = getattr(model, "head", None)
+        hook = head.register_forward_hook(lambda *args: seen.append(args[-1])) if isinstance(head, nn.Module) else None  # noqa: B023
+        try:
+            loss = sum(forward(model, part).values()) * scale
+        finally:
+            if hook is not None:
+                hook.remove()
+        logits = list(seen[0][0]) if seen else []
+        names, weights = zip(*((name, weight) for name, weight in model.named_parameters() if weight.requires_grad))
+        gradients = torch.autograd.grad(loss, [*logits, *weights], allow_unused=True)
+        for level, values in enumerate(gradients[: len(logits)]):
+            if values is not None and not values.isfinite().all():
+                return _describe("the class loss's gradient by the head's logits", values, level, model, part)
+        found = list(zip(names, gradients[len(logits) :]))[::-1]  # the backward pass sees the last ones first
+        for name, values in found:
+            if values is not None and not values.isfinite().all():
+                where = "the losses of the boxes" if "bbox" in name else "the backward pass"
+                return f"It starts in {where}: the gradient of the weight {name} is not finite."
+    return "Weights, images and the head's outputs are finite, and so are their gradients: it starts in the losses."
 
 
 class _Seen(Exception):
@@ -144,11 +210,16 @@ def _head_outputs(head: nn.Module, forward: Callable) -> tuple[list[Tensor], lis
     return [], []
 
 
-def _describe(kind: str, level: int, values: Tensor, num_channels: int | None) -> str:
-    """Where in the (N, A·C, H, W) outputs of a level the first number is that is not finite."""
+def _describe(what: str, values: Tensor, level: int, model: nn.Module, part: list[dict]) -> str:
+    """Where in the (N, A·C, H, W) numbers of a level the first is that is not finite."""
     image, channel, y, x = (~values.isfinite()).nonzero()[0].tolist()
-    what = f"channel {channel}"
+    deltas = what.endswith("deltas")
+    num_channels = 4 if deltas else getattr(model, "num_classes", None)
+    where = f"channel {channel}"
     if num_channels:
-        unit = "class" if kind == "logits" else "delta"
-        what = f"{unit} {channel % num_channels} of anchor {channel // num_channels}"
-    return f"It starts in the head's {kind}: level {level}, {what}, at ({y}, {x}) of image {image} of the batch."
+        where = f"{'delta' if deltas else 'class'} {channel % num_channels} of anchor {channel // num_channels}"
+    return f"It starts in {what}: level {level}, {where}, at ({y}, {x}) of {_name(part[image])}."
+
+
+def _name(image: dict) -> str:
+    return str(image.get("file_name", image.get("image_id", "an image")))

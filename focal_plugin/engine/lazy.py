@@ -1,25 +1,36 @@
 """``.py`` LazyConfigs: what Detectron2's tools/lazyconfig_train_net.py does with them, on any device."""
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from .checkpoint import AtomicCheckpointer, explained_full_disk
 from .console import EarlyWriter
 from .divergence import recorded_divergence
+from .loader import build_train_loader
+from .metrics import MetricsWriter
 from .report import log_report
+from .resume import CheckpointHook
 from .setup import find_config, start_logs, usable_device
 from .step import StepTrainer, amp_precision, data_parallel
-from .trainer import log_model, use_channels_last
+from .trainer import log_model, resumable_writers, use_channels_last
+
+_DETECTRON2_LOADERS = (
+    build_detection_train_loader,
+    "detectron2.data.build_detection_train_loader",
+    "detectron2.data.build.build_detection_train_loader",
+)
 
 
 def main(args) -> dict | None:
     """Train or evaluate the LazyConfig ``args.config_file``, changed by the ``path.key=value`` of ``args.opts``.
 
     The config's parts are those of Detectron2's: ``model``, ``dataloader.{train, test, evaluator}``, ``optimizer``,
-    ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate`` and ``channels_last``.
+    ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate``, ``max_skips`` and
+    ``channels_last``.
 
     Returns:
         The results of the last evaluation; None on other processes than the main one.
@@ -34,7 +45,7 @@ def main(args) -> dict | None:
     log_model(model)
     if args.eval_only:
         model = data_parallel(model)
-        DetectionCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         results = evaluate(cfg, model)
     else:
         results = train(cfg, model, args.resume)
@@ -58,6 +69,8 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     """Train ``model`` as the config says. The results of the last evaluation."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
+        cfg.dataloader.train._target_ = build_train_loader
     loader = instantiate(cfg.dataloader.train)
     model = data_parallel(model, **cfg.train.get("ddp", {}))
     amp = cfg.train.amp
@@ -67,8 +80,10 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         optimizer,
         precision=amp_precision(amp.enabled, amp.get("dtype", ""), cfg.train.device),
         accumulate=cfg.train.get("accumulate", 1),
+        max_skips=cfg.train.get("max_skips", 0),
+        output_dir=cfg.train.output_dir,
     )
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     results = {}
 
     def evaluate_now() -> dict:
@@ -76,17 +91,22 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         results.update(evaluate(cfg, model))
         return results
 
-    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
-    if comm.is_main_process():
-        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
-    trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, evaluate_now)])
+    tail = [hooks.EvalHook(cfg.train.eval_period, evaluate_now)]
+    metrics = None
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period), EarlyWriter(writers)])
+        writers = resumable_writers(writers, cfg.train.output_dir)
+        metrics = next(writer for writer in writers if isinstance(writer, MetricsWriter))
+        tail += [hooks.PeriodicWriter(writers, period=cfg.train.log_period), EarlyWriter(writers)]
+    save = CheckpointHook(
+        checkpointer, **cfg.train.checkpointer, model=model, loader=loader, metrics=metrics, tail=tail
+    )
+    schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
+    trainer.register_hooks([hooks.IterationTimer(), schedule, save, *tail])
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    with recorded_divergence(cfg.train.output_dir):
+    with explained_full_disk(cfg.train.output_dir), recorded_divergence(cfg.train.output_dir):
         trainer.train(start, cfg.train.max_iter)
     return results
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 
 import torch
@@ -68,6 +69,25 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
 def usable_device(device: str) -> str:
     """``device``, or ``cpu`` where it is a GPU and there is none."""
     return "cpu" if torch.device(device).type == "cuda" and not torch.cuda.is_available() else device
+
+
+def settle_seed(cfg: CfgNode, again: bool) -> None:
+    """Give a run without a ``SEED`` one, the same in all processes, in place.
+
+    Each run leaves it in the ``config.yaml`` of ``OUTPUT_DIR``, so that it can be resumed exactly, and run again.
+
+    Args:
+        cfg: the whole config, not frozen.
+        again: whether to take that of the run in ``OUTPUT_DIR``, if there is one.
+    """
+    if cfg.SEED >= 0:
+        return
+    seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if again and comm.is_main_process() and os.path.exists(path):
+        with open(path) as file:
+            found = re.search(r"^SEED: (\d+)$", file.read(), re.MULTILINE)
+        seed = int(found[1]) if found else seed
+    cfg.SEED = comm.all_gather(seed)[0]
 
 
 def start_run(cfg: CfgNode, args) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import time
 from contextlib import nullcontext
 
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..deploy import fast_dtype
-from .divergence import DivergenceReport, raise_if_diverged
+from .divergence import Divergence, explain
 from .window import counted_together, divide_gradients, split
 
 logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_LEAST_SCALE = 1.0  # of float16's gradients; what is too large without any scaling is so for another reason
 
 
 def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
@@ -61,7 +63,9 @@ def data_parallel(model: nn.Module, *, broadcast_buffers: bool = False, **kwargs
 class StepTrainer(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` and ``AMPTrainer`` in one, on GPUs and CPUs; their checkpoints load.
 
-    Every step's losses of every process are checked before the weights change: see ``raise_if_diverged``.
+    The losses of every process and the gradients are looked at in every step, before the weights change. One that is
+    not finite stops the run or skips the step (see ``Divergence``); but in float16 gradients that overflow only lower
+    their scale, down to 1.
 
     Args:
         model: returns a dict of losses (or one loss) for a batch, in training mode; may be a DistributedDataParallel.
@@ -70,14 +74,28 @@ class StepTrainer(SimpleTrainer):
         precision: float16 or bfloat16 to compute under autocast, with a gradient scaler for float16; None, as is.
         accumulate: into how many parts a batch is split. A model with a ``normalizer`` gets the gradients of the whole
             batch, exactly (but for padding and batch norm, which see a part); another one the mean over its images.
+        max_skips: how many steps of a run may be skipped, before one that is not finite stops it.
+        output_dir: where to leave the batch of a step that is not finite, for ``engine.replay``; empty for nowhere.
     """
 
-    def __init__(self, model, data_loader, optimizer, *, precision: torch.dtype | None = None, accumulate: int = 1):
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        *,
+        precision: torch.dtype | None = None,
+        accumulate: int = 1,
+        max_skips: int = 0,
+        output_dir: str = "",
+    ):
         super().__init__(model, data_loader, optimizer)
         self.device_type = next(model.parameters()).device.type
         self.precision = precision
         self.accumulate = accumulate
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
+        self.max_skips, self.skips = max_skips, 0
+        self.output_dir = output_dir
 
     def run_step(self) -> None:
         """Take a batch, compute its gradients, write its metrics, update the weights."""
@@ -85,22 +103,31 @@ class StepTrainer(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if self.max_skips else []
 
         self.optimizer.zero_grad()
-        if self.accumulate == 1:
-            losses = self._forward(batch)
-            self._backward(losses)
-        else:
-            losses = self._forward_backward_in_parts(batch)
+        losses = self.forward_backward(batch)
         self.after_backward()
 
-        self._write(losses, data_time, batch)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        if self._write(losses, data_time, batch):
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:  # running statistics, and the normaliser's
+            for buffer, before in zip(self.model.buffers(), buffers):
+                buffer.copy_(before)
 
-    def _forward(self, batch: list[dict]) -> dict[str, Tensor]:
+    def forward_backward(self, batch: list[dict]) -> dict[str, Tensor]:
+        """The losses of a batch; its gradients are added to the parameters'."""
+        if self.accumulate > 1:
+            return self._forward_backward_in_parts(batch)
+        losses = self.forward(self.model, batch)
+        self._backward(losses)
+        return losses
+
+    def forward(self, model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
+        """The losses that ``model`` has for a batch, computed in this trainer's precision."""
         with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
-            losses = self.model(batch)
+            losses = model(batch)
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
@@ -116,7 +143,7 @@ class StepTrainer(SimpleTrainer):
                 with self.model.no_sync() if parallel and not last else nullcontext():
                     if last and window is not None:
                         window.closing = True
-                    losses = self._forward(part)
+                    losses = self.forward(self.model, part)
                     if window is None:
                         losses = {name: loss * (len(part) / len(batch)) for name, loss in losses.items()}
                     elif last:  # its own losses are divided already; all before it wait for this number
@@ -126,28 +153,53 @@ class StepTrainer(SimpleTrainer):
                 totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
         return totals
 
-    def _write(self, losses: dict[str, Tensor], data_time: float, batch: list[dict]) -> None:
-        """Put the losses, averaged over processes, where Detectron2's writers look for them."""
-        # The one place where a step waits for the GPU: all losses in one transfer.
-        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+    def _write(self, losses: dict[str, Tensor], data_time: float, batch: list[dict]) -> bool:
+        """Put the losses, averaged over processes, where Detectron2's writers look for them.
+
+        Returns:
+            Whether they and the gradients are finite, in every process.
+
+        Raises:
+            Divergence: they are not, and no more steps may be skipped.
+        """
+        # The one place where a step waits for the GPU: all losses and the gradients' size in one transfer.
+        values = [loss.detach().float() for loss in losses.values()]
+        *values, gradient = torch.stack([*values, largest_gradient(self.model)]).tolist()
         mine = dict(zip(losses, values))
-        report = DivergenceReport.of(mine, self.model, batch, self._forward)
         storage = get_event_storage()
         storage.put_scalar("rank_data_time", data_time)
-        everyone = comm.gather((mine, data_time, report))
-        if not comm.is_main_process():
-            return
-        all_losses, data_times, reports = zip(*everyone)
-        raise_if_diverged(self.iter, self.optimizer, reports)
-        mean = {name: sum(each[name] for each in all_losses) / len(all_losses) for name in mine}
-        storage.put_scalar("data_time", max(data_times))
-        storage.put_scalar("total_loss", sum(mean.values()))
-        if len(mean) > 1:
-            storage.put_scalars(**mean)
+        all_losses, gradients, data_times = zip(*comm.all_gather((mine, gradient, data_time)))
+        if comm.is_main_process():
+            storage.put_scalar("data_time", max(data_times))
+        if not all(math.isfinite(loss) for each in all_losses for loss in each.values()) or (
+            not all(map(math.isfinite, gradients)) and not self._scale_may_fall()
+        ):
+            self._skip_or_stop(mine, gradient, batch)
+            return False
+        if comm.is_main_process():
+            mean = {name: sum(each[name] for each in all_losses) / len(all_losses) for name in mine}
+            storage.put_scalar("total_loss", sum(mean.values()))
+            if len(mean) > 1:
+                storage.put_scalars(**mean)
+        return True
+
+    def _scale_may_fall(self) -> bool:
+        """Whether gradients that overflow are no more than the scaler's sign to lower its scale."""
+        return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > _LEAST_SCALE
+
+    def _skip_or_stop(self, losses: dict[str, float], gradient: float, batch: list[dict]) -> None:
+        reports = explain(self, losses, gradient, batch)
+        error = Divergence(self.iter, self.optimizer.param_groups[0]["lr"], reports)
+        if self.skips >= self.max_skips:
+            raise error
+        self.skips += 1
+        logger.warning(f"{error}\nThis step is skipped, the {self.skips}. of {self.max_skips} (SOLVER.MAX_SKIPS).")
 
     def state_dict(self) -> dict:
-        """As Detectron2's ``AMPTrainer``; without float16 as its ``SimpleTrainer``."""
+        """As Detectron2's ``AMPTrainer``, without float16 as its ``SimpleTrainer``; and the skipped steps, if any."""
         state = super().state_dict()
+        if self.skips:
+            state["skips"] = self.skips
         if self.grad_scaler.is_enabled():
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
@@ -155,5 +207,14 @@ class StepTrainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state saved at any precision: the scaler starts anew if it was saved without one."""
         super().load_state_dict(state_dict)
+        self.skips = state_dict.get("skips", 0)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def largest_gradient(model: nn.Module) -> Tensor:
+    """The largest absolute value in the gradients of ``model``, a float32 scalar: finite if all of them are."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=next(model.parameters()).device)
+    return nn.utils.get_total_norm(gradients, norm_type=math.inf).float()

@@ -5,23 +5,27 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data import FocalDatasetMapper
 from .balance import BalanceHook
+from .checkpoint import AtomicCheckpointer, explained_full_disk
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
+from .loader import build_train_loader
+from .metrics import MetricsWriter
 from .report import draw_curves, draw_detections, log_report
+from .resume import CheckpointHook
 from .step import StepTrainer, amp_precision, data_parallel
 
 logger = logging.getLogger(__name__)
@@ -32,7 +36,8 @@ class Trainer(DefaultTrainer):
 
     It also runs on CPUs, in one process or many; computes in mixed precision there too (``SOLVER.AMP``), in parts
     (``SOLVER.ACCUMULATE``) and channels-last (``MODEL.FOCAL.CHANNELS_LAST``); evaluates each test set by its kind; and
-    ends with the results, pictures (``VIS``) and what it wrote. Checkpoints go back and forth between the two.
+    ends with the results, pictures (``VIS``) and what it wrote. Checkpoints go back and forth between the two. With
+    them a run resumes exactly (see ``CheckpointHook``), and SIGTERM and SIGINT end it after its step is saved.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -54,11 +59,13 @@ class Trainer(DefaultTrainer):
             optimizer,
             precision=amp_precision(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE),
             accumulate=cfg.SOLVER.ACCUMULATE,
+            max_skips=cfg.SOLVER.MAX_SKIPS,
+            output_dir=cfg.OUTPUT_DIR,
         )
         if is_dense:  # there, and not with the hooks below, since Detectron2 calls after_backward nowhere else
             self._trainer.register_hooks([BalanceHook(model)])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -75,7 +82,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
-        with recorded_divergence(self.cfg.OUTPUT_DIR):
+        with explained_full_disk(self.cfg.OUTPUT_DIR), recorded_divergence(self.cfg.OUTPUT_DIR):
             super().train()
         if not comm.is_main_process():
             return None
@@ -102,15 +109,25 @@ class Trainer(DefaultTrainer):
         log_report(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, and one that shows the first signs of life."""
-        hooks = super().build_hooks()
+        """Detectron2's with another one that saves, and one that shows the first signs of life."""
+        self.writers: list[EventWriter] = []
+        hooks = [hook for hook in super().build_hooks() if not isinstance(hook, PeriodicCheckpointer)]
         if comm.is_main_process():
             hooks.append(EarlyWriter(self.writers))
-        return hooks
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        checkpoints = CheckpointHook(
+            self.checkpointer,
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            model=self.model,
+            loader=self.data_loader,
+            metrics=next((writer for writer in self.writers if isinstance(writer, MetricsWriter)), None),
+            tail=hooks[place:],
+        )
+        return [*hooks[:place], checkpoints, *hooks[place:]]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's: the screen, metrics.json and TensorBoard."""
-        self.writers = super().build_writers()
+        self.writers += resumable_writers(super().build_writers(), self.cfg.OUTPUT_DIR)
         return self.writers
 
     @classmethod
@@ -124,14 +141,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's, with the mapper that knows ``INPUT.AUGMENTATIONS``."""
-        return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+        """Detectron2's, with the mapper that knows ``INPUT.AUGMENTATIONS``, as a ``TrainLoader``."""
+        args = build_detection_train_loader.from_config(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+        return build_train_loader(**args)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Detectron2's, without a page on the screen at each evaluation."""
+        """Detectron2's, without a page on the screen at each evaluation, with the mapper that names broken images."""
         with off_screen("detectron2"):
-            return super().build_test_loader(cfg, dataset_name)
+            return build_detection_test_loader(cfg, dataset_name, mapper=FocalDatasetMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -157,6 +175,17 @@ class Trainer(DefaultTrainer):
             f"{dataset_name!r} of DATASETS.TEST is of evaluator type {kind!r}; expected coco, lvis or pascal_voc. "
             "For others, override build_evaluator of focal_plugin.engine.Trainer."
         )
+
+
+def resumable_writers(writers: list[EventWriter], output_dir: str) -> list[EventWriter]:
+    """Detectron2's ``writers``, with one of metrics.json that a resumed run goes on with."""
+    ours = []
+    for writer in writers:
+        if isinstance(writer, JSONWriter):
+            writer.close()
+            writer = MetricsWriter(os.path.join(output_dir, "metrics.json"))
+        ours.append(writer)
+    return ours
 
 
 def use_channels_last(model: nn.Module) -> None:

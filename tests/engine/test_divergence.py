@@ -1,12 +1,14 @@
-"""The account of a loss that is not finite names where it starts."""
+"""The account of a loss or gradient that is not finite names where it starts."""
 
+import json
 import math
 
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from focal_plugin.engine.divergence import DivergenceReport, find_cause, raise_if_diverged
+from focal_plugin.engine.divergence import Divergence, DivergenceReport, find_cause, find_cause_in_gradients
 
 
 class Head(nn.Module):
@@ -38,41 +40,91 @@ class Detector(nn.Module):
 def batch():
     return [
         {"image": torch.zeros(3, 8, 8), "file_name": "/images/a.png"},
-        {"image": torch.zeros(3, 8, 8), "image_id": 7},
+        {"image": torch.zeros(3, 8, 8), "image_id": 7, "instances": Instances((8, 8), gt_boxes=Boxes(torch.ones(1, 4)))},
     ]
+
+
+def forward(model, part):
+    return model(part)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_where_it_starts(batch, bad):
     model = Detector()
     model.head.deltas[0][1, 5, 3, 2] = bad
-    assert "deltas: level 0, delta 1 of anchor 1, at (3, 2) of image 1" in find_cause(model, batch, model)
+    assert "deltas: level 0, delta 1 of anchor 1, at (3, 2) of 7" in find_cause(model, [batch], forward)
     model.head.logits[1][0, 4, 1, 0] = bad
-    assert "logits: level 1, class 1 of anchor 1, at (1, 0) of image 0" in find_cause(model, batch, model)
+    assert "logits: level 1, class 1 of anchor 1, at (1, 0) of /images/a.png" in find_cause(model, [batch], forward)
+    batch[1]["instances"].gt_boxes.tensor[0, 2] = bad
+    assert find_cause(model, [batch[:1], batch[1:]], forward) == "A box of 7 is not finite."
     batch[0]["image"][0, 0, 0] = bad
-    assert "/images/a.png" in find_cause(model, batch, model)
+    assert find_cause(model, [batch], forward) == "A pixel of /images/a.png is not finite."
     with torch.no_grad():
         model.weight[1] = bad
-    assert "weight" in find_cause(model, batch, model)
+    assert "The weight weight is not finite" in find_cause(model, [batch], forward)
 
 
-def test_in_the_losses(batch):
+def test_nothing_before_the_losses(batch):
     model = Detector()
-    assert "starts in the losses" in find_cause(model, batch, model)
+    assert find_cause(model, [batch], forward) == ""
     assert not model.head._forward_pre_hooks
-    assert "starts in the losses" in find_cause(nn.Linear(1, 1), batch, lambda batch: None)  # no head to look at
+    assert find_cause(nn.Linear(1, 1), [batch], lambda model, part: None) == ""  # no head to look at
 
 
-def test_nothing_is_computed_while_all_is_well(batch):
-    assert DivergenceReport.of({"loss_cls": 1.0, "loss_box_reg": 0.0}, None, batch, None) is None
+class Root(nn.Module):
+    """A detector whose class loss is the sum of the square roots of 6-channel logits: of 0 its gradient is infinite."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((6,), 4.0))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.head = Levels()
+
+    def forward(self, batch):
+        logits, _ = self.head([self.bias, self.bias], self.zero)
+        return {"loss_cls": sum(level.sqrt().sum() for level in logits), "loss_box_reg": (self.scale * 0).sqrt()}
 
 
-def test_what_is_raised(batch):
-    model = Detector()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    raise_if_diverged(3, optimizer, [None, None])
-    report = DivergenceReport.of({"loss_cls": math.nan, "loss_box_reg": 0.5}, model, batch, model)
-    with pytest.raises(FloatingPointError) as error:
-        raise_if_diverged(3, optimizer, [None, report])
-    for text in ("iteration 3", "learning rate 0.01", "loss_cls nan, loss_box_reg 0.5", "/images/a.png, 7", "BASE_LR"):
-        assert text in str(error.value)
+class Levels(nn.Module):
+    def forward(self, biases, zero):
+        logits = [bias.view(1, 6, 1, 1) * torch.ones(2, 6, 3, 3) for bias in biases]
+        if zero is not None:
+            level, where = zero
+            mask = torch.ones(2, 6, 3, 3)
+            mask[where] = 0
+            logits[level] = logits[level] * mask
+        return logits, None
+
+
+def test_in_the_gradients(batch):
+    model = Root()
+    model.zero = 1, (0, 5, 2, 1)
+    assert all(loss.isfinite() for loss in model(batch).values())
+    found = find_cause_in_gradients(model, [batch], forward, 1.0)
+    assert "gradient by the head's logits: level 1, class 2 of anchor 1, at (2, 1) of /images/a.png" in found
+    model.zero = None
+    assert "the gradient of the weight scale is not finite" in find_cause_in_gradients(model, [batch], forward, 1.0)
+    assert not model.head._forward_hooks
+
+
+def test_not_in_the_gradients(batch):
+    model = nn.Linear(1, 1)
+    found = find_cause_in_gradients(model, [batch], lambda model, part: {"loss": model.weight.sum()}, 1.0)
+    assert "it starts in the losses" in found
+
+
+def test_what_is_raised(tmp_path):
+    images = ["/images/a.png", "7"]
+    report = DivergenceReport(1, {"loss_cls": math.nan, "loss_box_reg": 0.5}, images, "It starts here.", "/out/b.pth")
+    error = Divergence(3, 0.01, [report])
+    assert isinstance(error, FloatingPointError)
+    for text in ("Loss", "iteration 3", "learning rate 0.01", "loss_cls nan, loss_box_reg 0.5", "/images/a.png, 7"):
+        assert text in str(error)
+    assert "python -m focal_plugin.engine.replay /out/b.pth" in str(error) and "BASE_LR" in str(error)
+    assert "A gradient became" in str(Divergence(3, 0.01, [DivergenceReport(0, {"loss_cls": 0.5}, images, "")]))
+    error.save(str(tmp_path / "diverged.json"))
+    saved = json.loads((tmp_path / "diverged.json").read_text())
+    assert saved["iteration"] == 3 and saved["losses"] == {"loss_cls": "nan", "loss_box_reg": 0.5}
+    assert saved["images"] == images and saved["cause"] == "It starts here."

@@ -1,0 +1,173 @@
+"""Checkpoints that are whole or not there at all, and resuming from the last one that is whole."""
+
+import errno
+import glob
+import logging
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED = ".part"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """Detectron2's ``DetectionCheckpointer``, for machines that fail.
+
+    A checkpoint, and the file ``last_checkpoint`` that names it, is written under another name, synced to the disk and
+    renamed. Before a run resumes from one, all of the file is checked against its checksums; one that is broken is left
+    where it is and said to be, and the one before it is used.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As fvcore's ``Checkpointer.save``.
+
+        Raises:
+            OSError: it could not be written. Earlier checkpoints are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:  # not a file system, so nothing to rename
+            super().save(name, **kwargs)
+            return
+        content = {"model": self.model.state_dict()}
+        content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()} | kwargs
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info(f"Saving checkpoint to {path}")
+        replace_file(path, lambda file: torch.save(content, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the checkpoint to resume from."""
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        replace_file(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As fvcore's ``Checkpointer.resume_or_load``, from the last checkpoint that is whole.
+
+        Raises:
+            OSError: there are checkpoints to resume from, and none is whole.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.last_whole_checkpoint())
+        return self.load(path, checkpointables=[])
+
+    def last_whole_checkpoint(self) -> str:
+        """The path of the checkpoint to resume from; what is passed over is logged.
+
+        Raises:
+            OSError: there is none.
+        """
+        if "://" in self.save_dir:
+            return self.get_checkpoint_file()
+        found, problems = "", []
+        if comm.is_main_process():
+            for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), f"*{_UNFINISHED}")):
+                os.remove(unfinished)  # of a save that was killed
+            for path in self._candidates():
+                problem = what_is_broken(path)
+                if not problem:
+                    found = path
+                    break
+                problems.append(f"{path}: {problem}")
+        found, problems = comm.all_gather((found, problems))[0]
+        listed = "\n  ".join(problems)
+        if not found:
+            raise OSError(
+                f"--resume: no checkpoint in {self.save_dir} is whole. Put a good one there and its name into "
+                f"last_checkpoint, or start anew without --resume.\n  {listed}"
+            )
+        if problems:
+            logger.warning(f"Broken, so not resumed from:\n  {listed}\nGoing on from the one before: {found}.")
+        return found
+
+    def _candidates(self) -> list[str]:
+        """The checkpoint that ``last_checkpoint`` names, then those before it, the latest first."""
+        last = self.get_checkpoint_file()
+        steps = {}
+        for path in glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")):
+            if match := re.fullmatch(r"model_(\d+|final)\.pth", os.path.basename(path)):
+                steps[path] = -1 if match[1] == "final" else int(match[1])  # one of a shorter run, if not the last
+        limit = math.inf if last.endswith("model_final.pth") else steps.get(last, math.inf)
+        before = sorted((path for path in steps if path != last and steps[path] < limit), key=steps.get, reverse=True)
+        return [last, *before]
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """What is in a checkpoint file, by its ending."""
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> Any:
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+
+def what_is_broken(path: str) -> str:
+    """Why the checkpoint ``path`` is not whole, by the checksums in it; empty if it is."""
+    if not os.path.isfile(path):
+        return "there is no such file"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        return f"{error} ({os.path.getsize(path)} bytes)"
+    return f"{part} in it is not what was written" if part else ""
+
+
+def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
+    """Let ``write`` make the file ``path`` anew: after a crash at any moment it is the old one or the new one, whole.
+
+    Raises:
+        OSError: it could not be written, and is as it was.
+    """
+    unfinished = path + _UNFINISHED
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _sync_folder(os.path.dirname(path) or ".")
+    except (OSError, RuntimeError) as error:  # PyTorch has its own errors for a disk that is full
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        cause = error
+        while not isinstance(cause, OSError) and cause is not None:
+            cause = cause.__cause__ or cause.__context__
+        number = getattr(cause, "errno", None)
+        raise OSError(number, f"{path} could not be written, and is as it was: {error}") from error
+
+
+@contextmanager
+def explained_full_disk(folder: str) -> Iterator[None]:
+    """Inside, an error of a disk that is full, whatever was being written, says what of the run is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"The disk of {folder} is full, or a quota or limit of file sizes is reached: {error}. The checkpoints are "
+            "whole. Make room, then go on with --resume.",
+        ) from error
+
+
+def _sync_folder(path: str) -> None:
+    """Have the names in a folder on the disk, as ``os.fsync`` does for a file's content."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,166 @@
+"""A training loader that can start anywhere, so that a resumed run goes on with the images that come next."""
+
+import itertools
+import logging
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from .rng import seeded
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(
+    dataset: Sequence[dict],
+    *,
+    mapper: Callable[[dict], dict] | None,
+    sampler: Iterable[int] | None = None,
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    collate_fn: Callable | None = None,
+    **kwargs,
+) -> Iterable[list[dict]]:
+    """Detectron2's ``build_detection_train_loader``, as a ``TrainLoader``; its arguments, and any of a DataLoader's.
+
+    A data set that is not a list of records gets Detectron2's own loader, which starts anew when a run resumes.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes, or a record has no size to group it by.
+    """
+    if not isinstance(dataset, list):
+        logger.warning(f"The data set is a {type(dataset).__name__}: with --resume its order starts anew.")
+        return build_detection_train_loader(
+            dataset,
+            mapper=mapper,
+            sampler=sampler,
+            total_batch_size=total_batch_size,
+            aspect_ratio_grouping=aspect_ratio_grouping,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            **kwargs,
+        )
+    processes = comm.get_world_size()
+    if total_batch_size < processes or total_batch_size % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {total_batch_size}; expected a multiple of {processes}, the processes."
+        )
+    groups = [_is_wide(record) for record in dataset] if aspect_ratio_grouping else None
+    sampler = sampler or TrainingSampler(len(dataset))
+    records = DatasetFromList(dataset, copy=False)
+    return TrainLoader(
+        records if mapper is None else MapDataset(records, mapper),
+        sampler,
+        total_batch_size // processes,
+        seed=comm.shared_random_seed(),
+        groups=groups,
+        num_workers=num_workers,
+        collate_fn=collate_fn or trivial_batch_collator,
+        **kwargs,
+    )
+
+
+def _is_wide(record: dict) -> bool:
+    try:
+        return record["width"] > record["height"]
+    except KeyError:
+        raise ValueError(
+            f"The record of {record.get('file_name', 'an image')} has no width and height. Add them, or set "
+            "DATALOADER.ASPECT_RATIO_GROUPING False."
+        ) from None
+
+
+class TrainLoader:
+    """Batches without end, in the order of Detectron2's training loader without workers.
+
+    The sampler alone decides the order. What the mapper draws depends on the seed and on the place of an image in that
+    order. So any number of workers gives the same batches, and the loader can start at any of them.
+
+    Args:
+        dataset: gives the mapped image of an index.
+        sampler: gives the indices for this process, without end, the same ones each time it is iterated.
+        batch_size: images of this process in a batch.
+        seed: of what the mapper draws; the same in all processes.
+        groups: a group for each index: only images of one group come in a batch. None: all are one group.
+        kwargs: of PyTorch's ``DataLoader``.
+
+    Attributes:
+        position: how many batches have been taken.
+        failed: whether taking the next one has failed.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Iterable[int],
+        batch_size: int,
+        *,
+        seed: int,
+        groups: Sequence | None = None,
+        **kwargs,
+    ):
+        self.dataset, self.sampler, self.batch_size, self.seed, self.groups = dataset, sampler, batch_size, seed, groups
+        self.kwargs = kwargs
+        self.position = 0
+        self.failed = False
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        loader = DataLoader(
+            _Seeded(self.dataset, self.seed),
+            batch_sampler=itertools.islice(self._batches(), self.position, None),
+            generator=torch.Generator(),  # or each start would draw from the generator that the model uses
+            worker_init_fn=_leave_signals,
+            **self.kwargs,
+        )
+        try:
+            for batch in loader:
+                self.position += 1
+                yield batch
+        except Exception:
+            self.failed = True
+            raise
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Each batch's images as (place in the order of all processes, index)."""
+        rank, processes = comm.get_rank(), comm.get_world_size()
+        waiting: dict = {}
+        for number, index in enumerate(self.sampler):
+            batch = waiting.setdefault(self.groups[index] if self.groups else None, [])
+            batch.append((number * processes + rank, index))
+            if len(batch) == self.batch_size:
+                yield batch[:]
+                batch.clear()
+
+    def state_dict(self) -> dict:
+        """The seed, and how many images all processes have taken."""
+        return {"seed": self.seed, "images": self.position * self.batch_size * comm.get_world_size()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after so many images: exactly so with the same batch size and number of processes."""
+        self.seed = state["seed"]
+        self.position = state["images"] // (self.batch_size * comm.get_world_size())
+
+
+class _Seeded(Dataset):
+    """Gives the image of an index, with random numbers that depend on the seed and its place alone."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, where: tuple[int, int]) -> dict:
+        place, index = where
+        with seeded(self.seed, place):
+            return self.dataset[index]
+
+
+def _leave_signals(worker_id: int) -> None:
+    """In a worker: what ends a run may reach all its processes, and the step that is to be finished needs data."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

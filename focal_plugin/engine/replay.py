@@ -1,0 +1,67 @@
+"""Computes again the batch of a step whose loss or gradient was not finite, from the file that the run left of it:
+
+    python -m focal_plugin.engine.replay OUTPUT_DIR/diverged_0001234_process0.pth [KEY VALUE ...]
+
+The model is that of config.yaml beside the file, changed by ``KEY VALUE`` pairs, with the weights of before the step.
+It prints each loss, the largest gradient and where the numbers stop being finite, and exits with 1 if they do.
+"""
+
+import argparse
+import math
+import os
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from .batch_file import load_batch
+from .divergence import find_cause, find_cause_in_gradients
+from .setup import load_config
+from .step import StepTrainer, largest_gradient
+from .window import split
+
+
+def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], float, str]:
+    """Compute the batch in the file ``path`` again.
+
+    Args:
+        path: what a run left as diverged_*.pth.
+        opts: ``KEY VALUE`` pairs that change the config.
+
+    Returns:
+        The losses by name, the largest absolute gradient, and where they stop being finite (empty if they do not).
+    """
+    content = load_batch(path)
+    cfg = load_config(os.path.join(os.path.dirname(path), "config.yaml"), opts or [])
+    model = build_model(cfg).train()
+    model.load_state_dict(content["model"])
+    precision = getattr(torch, content["precision"]) if content["precision"] else None
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = StepTrainer(model, [], sgd, precision=precision, accumulate=content["accumulate"])
+    trainer.grad_scaler = torch.amp.GradScaler(trainer.device_type, enabled=False)  # its scale was at its least
+    with EventStorage(content["iteration"]):
+        losses = {name: float(loss) for name, loss in trainer.forward_backward(content["batch"]).items()}
+        gradient = float(largest_gradient(model))
+        if all(map(math.isfinite, [*losses.values(), gradient])):
+            return losses, gradient, ""
+        parts = split(content["batch"], trainer.accumulate)
+        cause = find_cause(model, parts, trainer.forward)
+        return losses, gradient, cause or find_cause_in_gradients(model, parts, trainer.forward, 1.0)
+
+
+def main() -> int:
+    """The exit code: 1 if a number is not finite."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="diverged_*.pth of a run")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes of the config")
+    args = parser.parse_args()
+    losses, gradient, cause = replay(args.file, args.opts)
+    for name, loss in losses.items():
+        print(f"{name}: {loss:g}")
+    print(f"largest gradient: {gradient:g}")
+    print(cause or "All of it is finite.")
+    return int(bool(cause))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
