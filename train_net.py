@@ -5,6 +5,7 @@ As Detectron2's tools/train_net.py and lazyconfig_train_net.py, for YAML and .py
 
     train_net.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml --num-gpus 8
     train_net.py --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml MODEL.META_ARCHITECTURE FocalRetinaNet
+    train_net.py --config-file my.yaml --doctor
     train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
@@ -12,6 +13,7 @@ import logging
 import os
 import sys
 
+from focal_plugin.analysis.__main__ import main as analyse
 from focal_plugin.deploy import model_for_inference
 from focal_plugin.engine import (
     AtomicCheckpointer,
@@ -77,7 +79,12 @@ def main(args):
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # so that MODEL.FOCAL.IMPORTS finds modules of the folder it is run from
-    args = default_argument_parser(epilog=__doc__).parse_args()
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--doctor", action="store_true", help="check config, data and weights instead, on the CPU")
+    args = parser.parse_args()
+    if args.doctor:
+        resume = ["--resume"] * args.resume
+        sys.exit(analyse(["doctor", "--config-file", args.config_file, *resume, *args.opts]))
     launch(
         main,
         args.num_gpus,

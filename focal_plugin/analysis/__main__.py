@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import anchors, init, loss_cdf, speed
+from . import anchors, doctor, init, loss_cdf, speed
 from .common import UserError
 
-_WHAT = {"loss-cdf": loss_cdf, "init": init, "anchors": anchors, "speed": speed}
+_WHAT = {"doctor": doctor, "loss-cdf": loss_cdf, "init": init, "anchors": anchors, "speed": speed}
 
 
 def build_parser() -> argparse.ArgumentParser:

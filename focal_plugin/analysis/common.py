@@ -20,12 +20,13 @@ class UserError(ValueError):
     """Something that the user can put right. The message names the flag, the config key or the file."""
 
 
-def add_flags(parser: argparse.ArgumentParser, *, config_required: bool = True) -> None:
-    """The flags that every analysis has."""
+def add_flags(parser: argparse.ArgumentParser, *, config_required: bool = True, writes: bool = True) -> None:
+    """The flags that every analysis has; ``--output`` if it ``writes``."""
     parser.add_argument(
         "--config-file", metavar="FILE", required=config_required, help="a file, or a name of Detectron2's model zoo"
     )
-    parser.add_argument("--output", metavar="DIR", help="where to write; OUTPUT_DIR/analysis if not given")
+    if writes:
+        parser.add_argument("--output", metavar="DIR", help="where to write; OUTPUT_DIR/analysis if not given")
     parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="changes of the config, at the end")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling.backbone import build_backbone
+from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
 from tqdm import tqdm
@@ -105,14 +105,19 @@ def ratios_of(boxes: np.ndarray) -> np.ndarray:
 class FeatureGrid:
     """The levels of a config's backbone: their shapes, and how large their maps are for an image.
 
+    Args:
+        cfg: the config.
+        backbone: its backbone, if it is built already.
+
     Attributes:
         shapes: a ``ShapeSpec`` a level of ``MODEL.RETINANET.IN_FEATURES``.
     """
 
-    def __init__(self, cfg: CfgNode):
-        cfg = cfg.clone()
-        cfg.MODEL.FOCAL.TIMM.WEIGHTS = ""  # only its shape is asked for
-        backbone = build_backbone(cfg)
+    def __init__(self, cfg: CfgNode, backbone: Backbone | None = None):
+        if backbone is None:
+            cfg = cfg.clone()
+            cfg.MODEL.FOCAL.TIMM.WEIGHTS = ""  # only its shape is asked for
+            backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         self.shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
         self.divisor = max(backbone.size_divisibility, 1)

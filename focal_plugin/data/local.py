@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 
@@ -19,10 +20,14 @@ class LocalDataset:
     """What Detectron2's ``DatasetCatalog`` calls for the records of a local set.
 
     The first call reads and checks the files and completes the set's metadata; later ones return a copy of the same.
+
+    Attributes:
+        left_out: after the first call, how many images and boxes were left out, by ("image" or "box", what was wrong).
     """
 
     def __init__(self, entry: VocSet | CocoSet) -> None:
         self.entry = entry
+        self.left_out: Counter[tuple[str, str]] = Counter()
 
     def __call__(self) -> list[dict]:
         return pickle.loads(self._records)
@@ -38,6 +43,7 @@ class LocalDataset:
                 error.kind, f"in data set {self.entry.name!r}: {error.message}{hint}", error.unit
             ) from error
         checker.report(records)
+        self.left_out = checker.left_out
         if not records:
             raise DataError("no image", f"in data set {self.entry.name!r}: none is listed, or all were left out.")
         known = MetadataCatalog.get(self.entry.name)

@@ -1,12 +1,13 @@
-"""Mistakes in a config that Detectron2 accepts without a word. Each function looks at a config and changes nothing."""
+"""Mistakes in a config that Detectron2 accepts without a word. Each rule looks at a config and changes nothing."""
 
-import math
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode, get_cfg
 
 # The schedule of Detectron2's RetinaNet configs, which the paper's section 4.1 also uses.
-_REFERENCE_BATCH, _REFERENCE_LR = 16, 0.01
+_REFERENCE_BATCH, _REFERENCE_LR, _REFERENCE_WARMUP = 16, 0.01, 1000
+_TOO_HIGH = 2  # times the scaled rate; up to there other schedules than the reference's may be meant
+_SHORT_WARMUP = 100
 
 # Keys that two-stage models read under MODEL.ROI_HEADS and RetinaNet under MODEL.RETINANET.
 _TWINS = ("NUM_CLASSES", "SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IOU_THRESHOLDS", "IOU_LABELS")
@@ -14,25 +15,44 @@ _TWINS = ("NUM_CLASSES", "SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IOU_THRESHOLDS
 
 def advise(cfg: CfgNode) -> list[str]:
     """What is probably not meant in ``cfg``, each a message that names the key and says what to do instead."""
-    return [*_learning_rate(cfg), *_roi_heads_keys(cfg)]
+    return [message for rule in (learning_rate, warmup, roi_heads_keys) for message in rule(cfg)]
 
 
-def _learning_rate(cfg: CfgNode) -> Iterator[str]:
-    """The learning rate of 16 images a step, kept with fewer: the usual cause of a loss that becomes NaN."""
-    solver = cfg.SOLVER
-    batch, lr = solver.IMS_PER_BATCH, solver.BASE_LR
-    if solver.CLIP_GRADIENTS.ENABLED or batch >= _REFERENCE_BATCH or not math.isclose(lr, _REFERENCE_LR):
+def scaled_learning_rate(cfg: CfgNode) -> float:
+    """The reference's learning rate for the images that ``cfg`` has in a step, by linear scaling."""
+    return _REFERENCE_LR * cfg.SOLVER.IMS_PER_BATCH / _REFERENCE_BATCH
+
+
+def learning_rate(cfg: CfgNode) -> Iterator[str]:
+    """A learning rate for larger batches, without clipping: the usual cause of a loss that becomes NaN."""
+    solver, scaled = cfg.SOLVER, scaled_learning_rate(cfg)
+    if solver.CLIP_GRADIENTS.ENABLED or _TOO_HIGH * scaled * (1 - 1e-6) > solver.BASE_LR:
         return
-    scaled = lr * batch / _REFERENCE_BATCH
+    batch = solver.IMS_PER_BATCH
     yield (
-        f"SOLVER.BASE_LR {lr:g} is for {_REFERENCE_BATCH} images a step, and SOLVER.IMS_PER_BATCH is {batch}: the loss "
-        f"may become NaN. Linear scaling gives SOLVER.BASE_LR {scaled:g}, and {_REFERENCE_BATCH / batch:g} times the "
-        "MAX_ITER, STEPS and WARMUP_ITERS. (Or leave the batch as it was: SOLVER.REFERENCE_WORLD_SIZE 8 scales all of "
-        "them to the number of GPUs, and SOLVER.ACCUMULATE fits a large batch into little memory.)"
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} is {solver.BASE_LR / scaled:g} times what linear scaling gives for "
+        f"SOLVER.IMS_PER_BATCH {batch} ({_REFERENCE_LR:g} for {_REFERENCE_BATCH} images): the loss may become NaN. Set "
+        f"SOLVER.BASE_LR {scaled:g}, and take {_REFERENCE_BATCH / batch:g} times the MAX_ITER, STEPS and WARMUP_ITERS "
+        f"of {_REFERENCE_BATCH} images. (Or keep the rate: with SOLVER.CLIP_GRADIENTS.ENABLED True, or with a larger "
+        "batch, which SOLVER.ACCUMULATE fits into little memory. SOLVER.REFERENCE_WORLD_SIZE scales all of them to the "
+        "number of GPUs.)"
     )
 
 
-def _roi_heads_keys(cfg: CfgNode) -> Iterator[str]:
+def warmup(cfg: CfgNode) -> Iterator[str]:
+    """The whole learning rate within a few steps, without clipping."""
+    solver = cfg.SOLVER
+    if solver.CLIP_GRADIENTS.ENABLED or solver.WARMUP_ITERS >= _SHORT_WARMUP:
+        return
+    if scaled_learning_rate(cfg) * (1 - 1e-6) <= solver.BASE_LR:
+        yield (
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS} and gradients are not clipped: the first steps may diverge. "
+            f"Set SOLVER.WARMUP_ITERS {_REFERENCE_WARMUP}, as RetinaNet's schedules have it, or "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True with CLIP_TYPE norm and CLIP_VALUE 10.0."
+        )
+
+
+def roi_heads_keys(cfg: CfgNode) -> Iterator[str]:
     """Values set under MODEL.ROI_HEADS, which no RetinaNet reads."""
     model = cfg.MODEL
     if "RetinaNet" not in model.META_ARCHITECTURE:

@@ -25,7 +25,24 @@ def test_the_zoo_needs_no_advice(schedule):
 )
 def test_the_learning_rate_of_a_larger_batch(images, scaled, longer):
     (message,) = advise(config("SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", images))
-    assert f"SOLVER.BASE_LR {scaled}," in message and f"{longer} times" in message
+    assert f"SOLVER.BASE_LR 0.01 is {longer} times" in message
+    assert f"SOLVER.BASE_LR {scaled}," in message and f"take {longer} times" in message
+
+
+@pytest.mark.parametrize(("rate", "times"), [(0.005, 4), (0.1, 80)])
+def test_any_rate_far_above_linear_scaling(rate, times):
+    (message,) = advise(config("SOLVER.BASE_LR", rate, "SOLVER.IMS_PER_BATCH", 2))
+    assert f"is {times} times" in message and "SOLVER.BASE_LR 0.00125," in message
+
+
+@pytest.mark.parametrize(
+    ("opts", "count"), [([], 1), (["SOLVER.WARMUP_ITERS", 100], 0), (["SOLVER.BASE_LR", 0.009], 0)]
+)
+def test_a_start_at_the_whole_rate(opts, count):
+    start = ["SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.WARMUP_ITERS", 10]
+    messages = advise(config(*start, *opts))
+    assert len(messages) == count and all("SOLVER.WARMUP_ITERS 1000" in message for message in messages)
+    assert advise(config(*start, "SOLVER.CLIP_GRADIENTS.ENABLED", True)) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""Checks of what the config builds: the components, the weights they start from, the first loss."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils.file_io import PathManager
+
+from ...data import FocalDatasetMapper
+from ...retinanet import FocalRetinaNet
+from ..init import find_problems, first_step
+from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, percent
+from .settings import has_encoder_weights
+
+_FIRST_BATCH = 2  # images: enough for the loss of the first step, and few enough for a CPU
+_TOLERANCE = 0.25  # of the first loss, as of the analysis `init`
+
+
+def check_components(case: Case) -> Iterator[Finding]:
+    """Whether the model, the mapper, the optimiser and its schedule can be built."""
+    model, cfg = case.model, case.cfg
+    FocalDatasetMapper(cfg, is_train=True)
+    build_lr_scheduler(cfg, build_optimizer(cfg, model))
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    yield Finding(OK, f"{type(model).__name__} of {size:.1f}M parameters, mapper, optimiser and schedule are built")
+
+
+class WeightsProbe(DetectionCheckpointer):
+    """Loads weights as training does, and keeps what did not fit in place of logging it.
+
+    Attributes:
+        missing: names of the model's parameters and buffers that got nothing.
+        other_shapes: (name, shape in the file, shape in the model) of those that are of another shape.
+    """
+
+    missing: list[str]
+    other_shapes: list[tuple[str, tuple, tuple]]
+
+    def _load_model(self, checkpoint: Any) -> None:
+        found = super()._load_model(checkpoint)
+        self.missing, self.other_shapes = list(found.missing_keys), list(found.incorrect_shapes)
+
+
+def check_weights(case: Case) -> Iterator[Finding]:
+    """Whether ``MODEL.WEIGHTS`` loads, for as many classes, and whether something random is frozen."""
+    model, path = case.model, case.cfg.MODEL.WEIGHTS
+    if not path:
+        where = "the encoder's alone (MODEL.FOCAL.TIMM.WEIGHTS)" if has_encoder_weights(case.cfg) else "none: random"
+        yield from _frozen(case, [name for name, _ in model.named_parameters()]) or [Finding(OK, where)]
+        return
+    if "://" not in path and not PathManager.isfile(path):
+        yield Finding(ERROR, f"MODEL.WEIGHTS is {path}, which is no file. Give a path, a URL, or nothing for none.")
+        return
+    probe = WeightsProbe(model)
+    probe.load(path)
+    total = len(model.state_dict())
+    if len(probe.missing) == total:
+        yield Finding(
+            ERROR,
+            f"None of the model's {total} tensors has its name in {path}: nothing is loaded. Give weights of this "
+            "architecture, or set MODEL.WEIGHTS to nothing.",
+        )
+        return
+    findings = [_other_shapes(case, probe)] if probe.other_shapes else []
+    findings += _frozen(case, probe.missing)
+    loaded = total - len(probe.missing)
+    rest = "" if loaded == total else f"; the rest, such as {few(probe.missing, most=2)}, starts anew"
+    yield from findings or [Finding(OK, f"{percent(loaded, total)} of the model's tensors are in {path}{rest}")]
+
+
+def _other_shapes(case: Case, probe: WeightsProbe) -> Finding:
+    """Of another number of classes, most often."""
+    shapes = {name: (theirs, ours) for name, theirs, ours in probe.other_shapes}
+    others = f"{len(shapes)} tensors of MODEL.WEIGHTS have other shapes than the model's"
+    bias = shapes.get("head.cls_score.bias")
+    if bias and set(shapes) <= {"head.cls_score.bias", "head.cls_score.weight"}:
+        (theirs,), (ours,) = bias
+        num_classes = case.cfg.MODEL.RETINANET.NUM_CLASSES
+        classes = theirs * num_classes / ours
+        if classes == int(classes):
+            return Finding(
+                WARNING,
+                f"MODEL.WEIGHTS has a classifier for {int(classes)} classes, and MODEL.RETINANET.NUM_CLASSES is "
+                f"{num_classes}: head.cls_score starts anew, all else is loaded. Right for new classes; to go on with "
+                f"the old ones, set NUM_CLASSES {int(classes)}.",
+            )
+    listed = few((f"{name} {theirs} for {ours}" for name, (theirs, ours) in shapes.items()), most=2)
+    return Finding(WARNING, f"{others}, and start anew: {listed}. Give weights of this architecture.")
+
+
+def _frozen(case: Case, random: list[str]) -> list[Finding]:
+    """A finding if some of the ``random`` parameters are not trained."""
+    random = set(random)
+    if has_encoder_weights(case.cfg):
+        random = {name for name in random if not name.startswith("backbone.bottom_up.")}
+    frozen = [name for name, p in case.model.named_parameters() if name in random and not p.requires_grad]
+    if not frozen:
+        return []
+    keys = "MODEL.BACKBONE.FREEZE_AT 0 and a norm that trains, such as MODEL.RESNETS.NORM GN"
+    return [
+        Finding(
+            WARNING,
+            f"{len(frozen)} parameters are random and never trained, such as {frozen[0]}. Give MODEL.WEIGHTS that have "
+            f"them; or, from random weights, set {keys}.",
+        )
+    ]
+
+
+def check_first_loss(case: Case) -> Iterator[Finding]:
+    """The class loss of the first step against its closed form."""
+    if FocalRetinaNet.__name__ != case.cfg.MODEL.META_ARCHITECTURE:
+        yield Finding(SKIPPED, f"{case.cfg.MODEL.META_ARCHITECTURE} is no FocalRetinaNet")
+        return
+    step = first_step(_small(case.cfg))
+    observed, expected = f"{step.observed:.3g} a positive", f"{step.expected:.3g}"
+    trained = bool(case.cfg.MODEL.WEIGHTS) and step.bias_off is not None and step.bias_off > 1e-3
+    if trained and math.isfinite(step.observed):
+        yield Finding(OK, f"{observed}: MODEL.WEIGHTS has a trained classifier, a new one would start at {expected}")
+        return
+    problems = find_problems(step, _TOLERANCE)
+    yield from [Finding(ERROR, problem) for problem in problems] or [
+        Finding(OK, f"loss_cls is {observed}, by its closed form {expected} (prior {step.prior:.3g})")
+    ]
+
+
+def _small(cfg: CfgNode) -> CfgNode:
+    """The config for one small batch, always the same."""
+    cfg = cfg.clone()
+    cfg.SOLVER.IMS_PER_BATCH = min(_FIRST_BATCH, cfg.SOLVER.IMS_PER_BATCH)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = max(cfg.SEED, 0)
+    return cfg

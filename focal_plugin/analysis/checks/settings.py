@@ -1,0 +1,109 @@
+"""Checks of the config alone, and of the folder that the run writes to."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+
+from ...engine.advice import learning_rate, roi_heads_keys, scaled_learning_rate, warmup
+from .case import ERROR, OK, WARNING, Case, Finding, few
+
+_NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may be others when a run goes on
+
+
+def check_config(case: Case) -> Iterator[Finding]:
+    """Whether the config can be read, its modules imported and its data sets registered."""
+    imports = case.cfg.MODEL.FOCAL.IMPORTS
+    yield Finding(OK, f"{case.config_file or 'defaults'}{f', with {few(imports)} imported' if imports else ''}")
+
+
+def check_learning_rate(case: Case) -> Iterator[Finding]:
+    """``BASE_LR`` against ``IMS_PER_BATCH``, and a warm-up."""
+    solver = case.cfg.SOLVER
+    fine = (
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} with {solver.IMS_PER_BATCH} images a step (linear scaling: "
+        f"{scaled_learning_rate(case.cfg):g}), WARMUP_ITERS {solver.WARMUP_ITERS}"
+    )
+    yield from _by_rules(case, [learning_rate, warmup], fine)
+
+
+def check_clipping(case: Case) -> Iterator[Finding]:
+    """Whether gradients are clipped where that is needed."""
+    solver = case.cfg.SOLVER
+    if solver.CLIP_GRADIENTS.ENABLED:
+        clip = solver.CLIP_GRADIENTS
+        yield Finding(OK, f"clipped by {clip.CLIP_TYPE} at {clip.CLIP_VALUE:g}")
+    elif case.cfg.MODEL.WEIGHTS or has_encoder_weights(case.cfg):
+        yield Finding(OK, "not clipped, and trained from given weights")
+    else:
+        yield Finding(
+            WARNING,
+            "all weights are random (MODEL.WEIGHTS is empty) and gradients are not clipped: training may diverge. Set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True with CLIP_TYPE norm and CLIP_VALUE 10.0, or start from weights.",
+        )
+
+
+def check_two_stage_keys(case: Case) -> Iterator[Finding]:
+    """Thresholds and NUM_CLASSES set under ``MODEL.ROI_HEADS``."""
+    yield from _by_rules(case, [roi_heads_keys], "nothing set under MODEL.ROI_HEADS that the model does not read")
+
+
+def check_output_dir(case: Case) -> Iterator[Finding]:
+    """Whether another run's checkpoints are where this one will write."""
+    folder = case.cfg.OUTPUT_DIR
+    checkpointer = DetectionCheckpointer(None, folder)
+    if not checkpointer.has_checkpoint():
+        problem = "there is no run to --resume: it starts anew" if case.resume else ""
+        yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no checkpoints yet'}")
+        return
+    last = os.path.basename(checkpointer.get_checkpoint_file())
+    different = _differences(case.cfg, os.path.join(folder, "config.yaml"))
+    if case.resume and not different:
+        yield Finding(OK, f"OUTPUT_DIR {folder}: goes on from {last}")
+    elif case.resume:
+        yield Finding(
+            WARNING, f"OUTPUT_DIR {folder}: goes on from {last}, of a run with other values of {few(different)}."
+        )
+    elif different:
+        yield Finding(
+            ERROR,
+            f"OUTPUT_DIR {folder} holds another run ({last}), with other values of {few(different)}: its checkpoints "
+            "would be replaced. Set another OUTPUT_DIR.",
+        )
+    else:
+        yield Finding(
+            WARNING,
+            f"OUTPUT_DIR {folder} holds a run of this config ({last}), whose checkpoints would be replaced. Use "
+            "--resume to go on with it, or set another OUTPUT_DIR.",
+        )
+
+
+def has_encoder_weights(cfg: CfgNode) -> bool:
+    """Whether the backbone brings weights of its own."""
+    return cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and bool(cfg.MODEL.FOCAL.TIMM.WEIGHTS)
+
+
+def _by_rules(case: Case, rules: list[Callable], fine: str) -> Iterator[Finding]:
+    messages = [message for rule in rules for message in rule(case.cfg)]
+    yield from [Finding(WARNING, message) for message in messages] or [Finding(OK, fine)]
+
+
+def _differences(cfg: CfgNode, path: str) -> list[str]:
+    """The keys whose values in the config file ``path`` are others; ["config.yaml"] if it cannot be read."""
+    try:
+        with open(path) as file:
+            theirs = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError):
+        return ["config.yaml, which cannot be read"]
+    ours, theirs = dict(_leaves(yaml.safe_load(cfg.dump()))), dict(_leaves(theirs))
+    return sorted(key for key in {*ours, *theirs} - _NOT_THE_RUN if ours.get(key) != theirs.get(key))
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in (node if isinstance(node, dict) else {}).items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,98 @@
+"""What would go wrong with a run, found before it starts: a line for each check, and what to change.
+
+On the CPU and in less than a minute for 1,000 images: the config, the folder it writes to, the training set and what
+the anchors make of it, the components, the weights and the first loss. Nothing is written. The exit code is 1 if a
+check found an error.
+"""
+
+import argparse
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from ..engine.console import off_screen
+from .checks import data, model, settings
+from .checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check, Finding
+from .common import UserError, add_flags
+
+logger = logging.getLogger(__name__)
+
+CHECKS = (
+    Check("config", settings.check_config),
+    Check("learning rate", settings.check_learning_rate, needs=["config"]),
+    Check("gradient clipping", settings.check_clipping, needs=["config"]),
+    Check("two-stage keys", settings.check_two_stage_keys, needs=["config"]),
+    Check("output folder", settings.check_output_dir, needs=["config"]),
+    Check("training data", data.check_data, needs=["config"]),
+    Check("test data", data.check_test_data, needs=["config"]),
+    Check("classes", data.check_classes, needs=["training data", "test data"]),
+    Check("boxes", data.check_boxes, needs=["training data"]),
+    Check("empty images", data.check_empty_images, needs=["training data"]),
+    Check("crowds", data.check_crowds, needs=["training data"]),
+    Check("components", model.check_components, needs=["config"]),
+    Check("anchors", data.check_coverage, needs=["training data", "components"]),
+    Check("positives", data.check_positives, needs=["anchors"]),
+    Check("weights", model.check_weights, needs=["components"]),
+    Check("first loss", model.check_first_loss, needs=["classes", "positives", "weights"]),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    parser.add_argument(
+        "--weights", metavar="FILE", default="", help="what training starts from; MODEL.WEIGHTS if not given"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1000, help="that anchors are matched on; 0: all (default: 1000)"
+    )
+    parser.add_argument("--resume", action="store_true", help="the run goes on with the one in its OUTPUT_DIR")
+    add_flags(parser, writes=False)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check and print. 1 if there is an error."""
+    if args.config_file.endswith(".py"):
+        raise UserError(f"--config-file {args.config_file}: a LazyConfig; the checks read the keys of a YAML config.")
+    if args.num_images < 0:
+        raise UserError(f"--num-images is {args.num_images}; expected a number ≥ 0, where 0 stands for all.")
+    case = Case(args.config_file, args.opts, weights=args.weights, resume=args.resume, num_images=args.num_images)
+    start, counts = time.perf_counter(), Counter()
+    with off_screen("detectron2"), off_screen("focal_plugin"):
+        for check, finding in examine(case):
+            counts[finding.level] += 1
+            print(line(check, finding), flush=True)
+    levels = {ERROR: "errors", WARNING: "warnings", SKIPPED: "skipped", OK: "ok"}
+    listed = ", ".join(f"{counts[level]} {word}" for level, word in levels.items() if counts[level])
+    print(f"{listed}, in {time.perf_counter() - start:.0f} s")
+    return 1 if counts[ERROR] else 0
+
+
+def examine(case: Case, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[Check, Finding]]:
+    """What each of the ``checks`` finds, in their order."""
+    failed = set()
+    for check in checks:
+        if missing := [name for name in check.needs if name in failed]:
+            findings = [Finding(SKIPPED, f"needs {' and '.join(missing)}")]
+            failed.add(check.name)
+        else:
+            findings = _findings(check, case)
+        for finding in findings:
+            if finding.level == ERROR:
+                failed.add(check.name)
+            yield check, finding
+
+
+def _findings(check: Check, case: Case) -> Iterator[Finding]:
+    try:
+        yield from check.function(case)
+    except Exception as error:  # whatever stops a check would stop the training, and the other checks go on
+        logger.debug("The check %r failed.", check.name, exc_info=True)
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error  # without the quotes
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        yield Finding(ERROR, f"{kind}{text}")
+
+
+def line(check: Check, finding: Finding) -> str:
+    """A finding for the screen: the level, the check and the text."""
+    return f"{finding.level:8} {check.name:18} {' '.join(finding.text.split())}"
