@@ -72,8 +72,8 @@ def part(name):
 # What each part of the package may import from the others. Nothing is above `__init__`, which is not listed: it imports
 # what it offers.
 LEAVES = {
-    *{"_detectron2", "config", "frozen_norm", "normalizer", "octave_anchors", "registry", "safe_load", "safe_yaml"},
-    "structures",
+    *{"_detectron2", "config", "fast_dtype", "frozen_norm", "normalizer", "octave_anchors", "registry", "safe_load"},
+    *{"safe_yaml", "structures"},
 }
 COMPONENTS = {"backbones", "heads", "losses", "matchers"}
 BELOW = {
@@ -84,8 +84,8 @@ BELOW = {
     "data": {"structures"},
     "retinanet": {"frozen_norm", "ignore_regions", "normalizer", "registry", "structures"},
     "pipelines": {"normalizer", "registry", "structures"},
-    "deploy": LEAVES | {"data", "retinanet"},
-    "engine": LEAVES | {"class_frequencies", "data", "deploy", "retinanet"},
+    "engine": LEAVES | {"class_frequencies", "data", "retinanet"},
+    "deploy": LEAVES | {"data", "engine", "retinanet"},
     "analysis": LEAVES | COMPONENTS | {"data", "deploy", "engine", "pipelines", "retinanet"},
     "ablation": LEAVES | COMPONENTS | {"analysis", "data", "deploy", "engine", "pipelines", "retinanet"},
 }

@@ -12,6 +12,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
+from ..fast_dtype import fast_dtype
 from ..frozen_norm import FrozenNormConv2d, folded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,22 +69,6 @@ def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """``model``, or ``optimize_for_inference`` of it where ``MODEL.FOCAL.INFERENCE.{OPTIMIZE, COMPILE}`` ask for it."""
     wanted = cfg.MODEL.FOCAL.INFERENCE
     return optimize_for_inference(model, compile=wanted.COMPILE) if wanted.OPTIMIZE or wanted.COMPILE else model
-
-
-def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 if the device has instructions to multiply it, else float32.
-
-    That is a GPU of compute capability 8 or more, or an x86 processor with AMX or AVX512-BF16.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device)[0] >= 8
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _compiled(forward: Callable) -> Callable:

@@ -14,7 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..deploy import fast_dtype
+from ..fast_dtype import fast_dtype
 from .divergence import Divergence, explain
 from .window import counted_together, divide_gradients, split
 
