@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from focal_plugin.engine import AtomicCheckpointer
 from focal_plugin.safe_load import WeightsError, load_torch, load_zoo, unpickle
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -201,6 +202,31 @@ def test_the_refusal_says_what_was_asked_for_and_what_to_do(trap, tmp_path):
     with pytest.raises(WeightsError, match=r"hostile\.pth asks for posix\.system, which is refused.*state_dict"):
         load_torch("hostile.pth")
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pth", "pyth"])
+def test_a_run_starts_from_no_hostile_file(ending, trap, tmp_path):
+    path = tmp_path / f"hostile.{ending}"
+    content = {"model": {}, "model_state": {}, "__author__": Call(os.system, "touch executed")}
+    if ending == "pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(WeightsError, match=r"hostile.*posix\.system"):
+        AtomicCheckpointer(Detector()).resume_or_load(str(path), resume=False)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["Detectron2", "converted", "pycls"])
+def test_a_run_starts_from_files_of_the_zoos(name, tmp_path):
+    name, content = FILES[name]
+    if name.endswith(".pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(content, 2))
+    else:
+        torch.save(content, tmp_path / name)
+    model = Detector()
+    AtomicCheckpointer(model).load(str(tmp_path / name))
+    np.testing.assert_array_equal(model.fc1.weight.detach(), WEIGHTS)
 
 
 def test_the_trap_works(trap, tmp_path):

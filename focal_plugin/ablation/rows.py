@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_focal_config
 from ..engine import find_config
+from ..safe_yaml import merge_from_file
 
 ROOT = Path(__file__).parents[2]  # of the checkout
 
@@ -152,7 +153,7 @@ def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     add_focal_config(cfg)
     try:
-        cfg.merge_from_file(str(base or row.file))
+        merge_from_file(cfg, str(base or row.file))
         if base:
             cfg.merge_from_other_cfg(CfgNode(row.own_keys))
         cfg.merge_from_list(list(opts))

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..engine import Trainer, load_config
+from ..engine import AtomicCheckpointer, Trainer, load_config
 from ..retinanet import FocalRetinaNet
+from ..safe_load import WeightsError
 
 
 class UserError(ValueError):
@@ -88,11 +88,14 @@ def load_weights(model: nn.Module, path: str, where: str = "MODEL.WEIGHTS (or --
     """Load a checkpoint into ``model``.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it holds anything but weights.
     """
     if "://" not in path and not PathManager.isfile(path):
         raise UserError(f"{where} is {path}, which is no file (current folder: {os.getcwd()}).")
-    DetectionCheckpointer(model).load(path)
+    try:
+        AtomicCheckpointer(model).load(path)
+    except WeightsError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def build_focal_model(cfg: CfgNode, what: str) -> FocalRetinaNet:

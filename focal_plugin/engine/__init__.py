@@ -4,9 +4,9 @@ from . import lazy
 from .advice import advise
 from .checkpoint import AtomicCheckpointer
 from .loader import TrainLoader, build_train_loader
+from .processes import launch
 from .resume import CheckpointHook
 from .setup import find_config, load_config, settle_seed, start_run
-from .signals import launch
 from .step import StepTrainer
 from .trainer import Trainer
 

@@ -15,6 +15,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
+from ..safe_load import load_torch, load_zoo
+
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".part"
@@ -106,11 +108,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return [last, *before]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """What is in a checkpoint file, by its ending."""
-        return super()._load_file(filename)
+        """What is in a checkpoint file, by its ending; nothing in it is executed (see ``focal_plugin.safe_load``)."""
+        return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
-    def _torch_load(self, f: str) -> Any:
-        return torch.load(f, map_location="cpu", weights_only=True)
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return load_torch(f)
 
 
 def what_is_broken(path: str) -> str:

@@ -1,15 +1,11 @@
 """Ending a run from outside: SIGTERM and SIGINT let it finish its step and save."""
 
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 
-from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)  # of a run that has saved: 143 and 130
@@ -57,31 +53,3 @@ class StopSignals:
         elif comm.get_world_size() == 1 or time.monotonic() - self._since > _SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-
-def launch(main, num_gpus: int, **kwargs) -> None:
-    """Detectron2's ``launch``, which passes SIGTERM and SIGINT on to the processes it starts, and their exit code back.
-
-    Args:
-        main: what each process does.
-        num_gpus: processes on this machine.
-        kwargs: of Detectron2's ``launch``.
-    """
-    if num_gpus * kwargs.get("num_machines", 1) == 1:
-        detectron2_launch(main, num_gpus, **kwargs)
-        return
-
-    def pass_on(number: int, frame: object) -> None:
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        detectron2_launch(main, num_gpus, **kwargs)
-    except ProcessExitedException as error:
-        if error.exit_code in EXIT_CODES:
-            sys.exit(error.exit_code)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

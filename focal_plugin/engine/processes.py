@@ -1,0 +1,86 @@
+"""How a run comes to have its processes: those that it starts itself, or those that torchrun has started."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+from detectron2.engine import DEFAULT_TIMEOUT
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch import distributed
+from torch.multiprocessing import ProcessExitedException
+
+from .signals import EXIT_CODES, SIGNALS
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what it sets in the environment
+
+
+def launch(main: Callable, num_gpus: int, *, num_machines: int = 1, args: tuple = (), **kwargs) -> None:
+    """Do ``main(*args)`` in each process of a run.
+
+    Under torchrun this process is one of them. Otherwise it is Detectron2's ``launch``, which starts them, passes
+    SIGTERM and SIGINT on to them, and ends with their exit code if they have stopped for these.
+
+    Args:
+        main: what each process does.
+        num_gpus: processes on this machine.
+        num_machines: machines.
+        args: the arguments of ``main``.
+        kwargs: more of Detectron2's: ``machine_rank``, ``dist_url``, ``timeout``.
+
+    Raises:
+        ValueError: torchrun has started this process, and it is to start others; or there are too few GPUs.
+    """
+    if all(name in os.environ for name in _TORCHRUN):
+        _join_torchrun(main, args, num_gpus, num_machines)
+    elif num_gpus * num_machines == 1:
+        detectron2_launch(main, num_gpus, args=args, **kwargs)
+    else:
+        _start(main, num_gpus, num_machines=num_machines, args=args, **kwargs)
+
+
+def _join_torchrun(main: Callable, args: tuple, num_gpus: int, num_machines: int) -> None:
+    world_size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN[1:])
+    if num_gpus * num_machines != 1:
+        raise ValueError(
+            f"torchrun has started {world_size} processes, and --num-gpus {num_gpus} and --num-machines {num_machines} "
+            "ask each of them for more. Leave these two out, or start train_net.py without torchrun."
+        )
+    gpus = torch.cuda.device_count()
+    if gpus and local_size > gpus:
+        raise ValueError(
+            f"--nproc-per-node is {local_size}, and GPUs on this machine are {gpus}. To use the CPU alone, set "
+            "CUDA_VISIBLE_DEVICES to nothing in the environment."
+        )
+    if gpus:
+        torch.cuda.set_device(local_rank)
+    if world_size == 1:
+        main(*args)
+        return
+    distributed.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)  # where: by the environment
+    try:
+        comm.create_local_process_group(local_size)
+        comm.synchronize()  # or a process that is slow to start may find the others gone
+        main(*args)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _start(main: Callable, num_gpus: int, **kwargs) -> None:
+    def pass_on(number: int, frame: object) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        detectron2_launch(main, num_gpus, **kwargs)
+    except ProcessExitedException as error:
+        if error.exit_code in EXIT_CODES:
+            sys.exit(error.exit_code)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,62 @@
+"""What the two processes of tests/engine/test_processes.py do, and one process for comparison."""
+
+import os
+
+import torch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+
+from focal_plugin.engine import StepTrainer, Trainer, launch, load_config
+from focal_plugin.engine.step import data_parallel
+
+
+def start(rank, port, job, folder, *args):
+    """In a new process: be process ``rank`` of two, as torchrun would have it, and save what ``job`` returns."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    launch(lambda: torch.save(job(*args), f"{folder}/{rank}.pth"), 1)
+
+
+def batch(boxes):
+    """Images of 64 px with so many boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for number, count in enumerate(boxes):
+        sizes = torch.rand(count, 2, generator=generator) * 24 + 8
+        corners = torch.rand(count, 2, generator=generator) * (64 - sizes)
+        instances = Instances((64, 64))
+        instances.gt_boxes = Boxes(torch.cat([corners, corners + sizes], dim=1))
+        instances.gt_classes = torch.randint(2, (count,), generator=generator)
+        image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=generator)
+        images.append({"image": image, "instances": instances, "file_name": f"{number}.png"})
+    return images
+
+
+def step(config, opts, boxes):
+    """The losses and gradients of one step on this process's share of the images. The losses on the main process."""
+    cfg = load_config(config, opts)
+    torch.manual_seed(0)
+    model = data_parallel(Trainer.build_model(cfg))
+    share = batch(boxes)[comm.get_rank() :: comm.get_world_size()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = StepTrainer(model, [share], optimizer, accumulate=cfg.SOLVER.ACCUMULATE)
+    trainer.train(0, 1)
+    losses = {name: trainer.storage.history(name).latest() for name in LOSSES if comm.is_main_process()}
+    return losses, {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+LOSSES = ("total_loss", "loss_cls", "loss_box_reg")
+
+
+def steps(config, cases):
+    """``step`` for each case."""
+    return [step(config, *case) for case in cases]
+
+
+def evaluate(config, output):
+    """The results of an untrained model, written below ``output/<rank>``. {} on other processes than the main one."""
+    cfg = load_config(config, ["OUTPUT_DIR", f"{output}/{comm.get_rank()}"])
+    os.makedirs(cfg.OUTPUT_DIR)
+    torch.manual_seed(0)
+    return Trainer.test(cfg, Trainer.build_model(cfg))

@@ -1,0 +1,106 @@
+"""Two processes compute what one does, however they were started."""
+
+import json
+import multiprocessing
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from focal_plugin.engine import launch, processes
+from tests.engine import pair
+
+
+def run_pair(folder, job, *args):
+    """What ``job(*args)`` returns in each of two processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.engine.pair"])  # two processes for the price of one import
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    folder.mkdir()
+    processes = [
+        context.Process(target=pair.start, args=(rank, port, job, str(folder), *args), daemon=True) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
+
+
+def test_losses_and_gradients_are_those_of_the_joint_batch(tiny_config, tmp_path):
+    images = {"boxes": [2, 1, 3, 1], "no box on one": [2, 0, 3, 0], "one empty image": [2, 1, 0, 3], "none": [0] * 4}
+    opts = ["MODEL.FOCAL.NORMALIZER", "num_fg_sync", "SOLVER.ACCUMULATE"]
+    cases = [(name, parts) for name in images for parts in (1, 2)]
+    results = run_pair(tmp_path / "pair", pair.steps, tiny_config, [([*opts, n], images[name]) for name, n in cases])
+    for (name, parts), (losses, gradients), (_, others) in zip(cases, *results):
+        expected_losses, expected = pair.step(tiny_config, [*opts, 1], images[name])
+        case = f"{name}, in {parts} parts"
+        assert losses == pytest.approx(expected_losses, rel=1e-5, abs=1e-7), case
+        assert gradients.keys() == expected.keys() and any(gradient.any() for gradient in expected.values())
+        for parameter, gradient in expected.items():
+            for found in (gradients[parameter], others[parameter]):
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * scale, msg=f"{case}: {parameter}")
+
+
+def test_evaluation_takes_every_image_once(tiny_config, tmp_path):
+    path = tmp_path / "shapes_test.json"
+    content = json.loads(path.read_text())
+    last = content["images"].pop()["id"]  # three images for two processes
+    content["annotations"] = [box for box in content["annotations"] if box["image_id"] != last]
+    path.write_text(json.dumps(content))
+    results, nothing = run_pair(tmp_path / "pair", pair.evaluate, tiny_config, str(tmp_path / "two"))
+    expected = pair.evaluate(tiny_config, str(tmp_path / "one"))
+    assert nothing == {} and results["bbox"] == pytest.approx(expected["bbox"], nan_ok=True)
+    found, reference = (
+        torch.load(tmp_path / name / "0" / "inference" / "instances_predictions.pth", weights_only=True)
+        for name in ("two", "one")
+    )
+    assert [each["image_id"] for each in found] == [each["image_id"] for each in reference] == [0, 1, 2]
+    for mine, theirs in zip(found, reference):
+        assert len(mine["instances"]) == len(theirs["instances"]) > 0
+    assert list(Path(tmp_path / "two" / "1").iterdir()) == []  # the main process alone writes
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What ``launch`` hands to Detectron2's, which starts nothing, and what it does itself."""
+    calls = []
+    monkeypatch.setattr(processes, "detectron2_launch", lambda main, *args, **kwargs: calls.append((args, kwargs)))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def torchrun(monkeypatch, size):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_without_torchrun_detectron2_starts_them(calls, monkeypatch):
+    launch(print, 1, args=("a",), machine_rank=0)
+    monkeypatch.setenv("RANK", "0")  # as some schedulers set for a machine
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch(print, 2, num_machines=2, machine_rank=1, args=("a",))
+    assert calls[0] == ((1,), {"machine_rank": 0, "args": ("a",)})
+    assert calls[1] == ((2,), {"num_machines": 2, "machine_rank": 1, "args": ("a",)})
+
+
+def test_one_process_of_torchruns_needs_no_group(calls, monkeypatch):
+    torchrun(monkeypatch, 1)
+    launch(calls.append, 1, args=("run",))
+    assert calls == ["run"] and not torch.distributed.is_initialized()
+
+
+def test_processes_are_started_once(calls, monkeypatch):
+    torchrun(monkeypatch, 2)
+    with pytest.raises(ValueError, match=r"torchrun has started 2 processes, and --num-gpus 2"):
+        launch(calls.append, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"--nproc-per-node is 2, and GPUs on this machine are 1"):
+        launch(calls.append, 1)
+    assert calls == []
