@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,20 @@ import torch
 from focal_plugin.engine import launch, processes
 from tests.engine import pair
 
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
 
 def run_pair(folder, job, *args):
     """What ``job(*args)`` returns in each of two processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.pair"])  # two processes for the price of one import
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     folder.mkdir()
     processes = [
         context.Process(target=pair.start, args=(rank, port, job, str(folder), *args), daemon=True) for rank in (0, 1)
@@ -47,12 +56,16 @@ def test_losses_and_gradients_are_those_of_the_joint_batch(tiny_config, tmp_path
                 torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * scale, msg=f"{case}: {parameter}")
 
 
-def test_evaluation_takes_every_image_once(tiny_config, tmp_path):
-    path = tmp_path / "shapes_test.json"
+def leave_one_out(path):
+    """Three images for two processes."""
     content = json.loads(path.read_text())
-    last = content["images"].pop()["id"]  # three images for two processes
+    last = content["images"].pop()["id"]
     content["annotations"] = [box for box in content["annotations"] if box["image_id"] != last]
     path.write_text(json.dumps(content))
+
+
+def test_evaluation_takes_every_image_once(tiny_config, tmp_path):
+    leave_one_out(tmp_path / "shapes_test.json")
     results, nothing = run_pair(tmp_path / "pair", pair.evaluate, tiny_config, str(tmp_path / "two"))
     expected = pair.evaluate(tiny_config, str(tmp_path / "one"))
     assert nothing == {} and results["bbox"] == pytest.approx(expected["bbox"], nan_ok=True)
@@ -104,3 +117,53 @@ def test_processes_are_started_once(calls, monkeypatch):
     with pytest.raises(ValueError, match=r"--nproc-per-node is 2, and GPUs on this machine are 1"):
         launch(calls.append, 1)
     assert calls == []
+
+
+def run_together(*commands):
+    """Run command lines of train_net.py at the same time, as on a machine without a GPU; all must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, "cwd": ROOT}
+    processes = [subprocess.Popen([sys.executable, *map(str, command)], **pipes) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0, output
+        assert "Warning" not in output, output
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["torchrun", "two machines"])
+def test_train_net(way, tiny_config, tmp_path):
+    """Training and evaluation in two processes are those of one, and the main process alone writes."""
+    leave_one_out(tmp_path / "shapes_test.json")
+    words = ["--config-file", tiny_config, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.02]
+    words += ["INPUT.RANDOM_FLIP", "none", "MODEL.FOCAL.NORMALIZER", "num_fg_sync", "OUTPUT_DIR"]
+    folders = [tmp_path / name for name in ("main", "other")]
+    if way == "torchrun":
+        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+        outputs = run_together([*agent, "train_net.py", *words, folders[0]])
+    else:
+        machines = ["--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--machine-rank"]
+        outputs = run_together(*(["train_net.py", *machines, rank, *words, folders[rank]] for rank in (0, 1)))
+        assert [path.name for path in folders[1].iterdir()] == ["log.txt.rank1"]
+    assert "".join(outputs).count("Results on shapes_test") == 1 and "2 processes of 1 thread" in outputs[0]
+
+    run_together(["train_net.py", *words, tmp_path / "one"])
+    (metrics, weights), (expected_metrics, expected) = (outcome(folder) for folder in (folders[0], tmp_path / "one"))
+    assert [line["iteration"] for line in metrics] == [line["iteration"] for line in expected_metrics]
+    for line, reference in zip(metrics, expected_metrics):
+        names = [name for name in reference if name.startswith(("bbox/", "loss_", "total_loss"))]
+        assert names and [line[name] for name in names] == pytest.approx(
+            [reference[name] for name in names], rel=1e-3, nan_ok=True
+        )
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-6)
+
+
+def outcome(folder):
+    """The lines of metrics.json, and the last weights."""
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines], torch.load(folder / "model_final.pth", weights_only=True)["model"]
