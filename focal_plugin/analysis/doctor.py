@@ -62,8 +62,9 @@ def main(args: argparse.Namespace) -> int:
         for check, finding in examine(case):
             counts[finding.level] += 1
             print(line(check, finding), flush=True)
-    levels = {ERROR: "errors", WARNING: "warnings", SKIPPED: "skipped", OK: "ok"}
-    listed = ", ".join(f"{counts[level]} {word}" for level, word in levels.items() if counts[level])
+    plurals = {ERROR: "errors", WARNING: "warnings"}
+    found = [(level, counts[level]) for level in (ERROR, WARNING, SKIPPED, OK) if counts[level]]
+    listed = ", ".join(f"{count} {level if count == 1 else plurals.get(level, level)}" for level, count in found)
     print(f"{listed}, in {time.perf_counter() - start:.0f} s")
     return 1 if counts[ERROR] else 0
 

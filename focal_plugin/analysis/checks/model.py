@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.file_io import PathManager
 
 from ...data import FocalDatasetMapper
+from ...engine import AtomicCheckpointer
 from ...retinanet import FocalRetinaNet
 from ..init import find_problems, first_step
 from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, percent
@@ -28,7 +28,7 @@ def check_components(case: Case) -> Iterator[Finding]:
     yield Finding(OK, f"{type(model).__name__} of {size:.1f}M parameters, mapper, optimiser and schedule are built")
 
 
-class WeightsProbe(DetectionCheckpointer):
+class WeightsProbe(AtomicCheckpointer):
     """Loads weights as training does, and keeps what did not fit in place of logging it.
 
     Attributes:

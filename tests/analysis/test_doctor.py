@@ -1,0 +1,445 @@
+"""Each check is silent for a run that is right and names the mistake, and the key to change, in one that is not."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
+
+from focal_plugin.analysis.__main__ import main
+from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
+from focal_plugin.analysis.doctor import CHECKS, examine
+from focal_plugin.engine import load_config
+
+ROOT = Path(__file__).parents[2]
+FINE = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RETINANET.IN_FEATURES": "['p3', 'p4']",
+    "MODEL.ANCHOR_GENERATOR.SIZES": "[[12.0, 14.0, 16.0, 18.0, 20.0], [20.0, 22.0, 25.0, 28.0, 32.0]]",
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+}
+
+
+def options(*opts):
+    """``FINE`` with other values, as words of a command line."""
+    values = FINE | dict(zip(opts[::2], opts[1::2], strict=True))
+    return [str(word) for pair in values.items() for word in pair]
+
+
+@pytest.fixture
+def find(tiny_config):
+    """What one check finds: (level, text) of each finding."""
+
+    def find(name, *opts, **kwargs):
+        (check,) = [check for check in CHECKS if check.name == name]
+        found = [finding for _, finding in examine(Case(tiny_config, options(*opts), **kwargs), [check])]
+        assert found
+        return [(finding.level, finding.text) for finding in found]
+
+    return find
+
+
+@pytest.fixture
+def edit_data(tmp_path):
+    """Change the content of the training set's JSON file."""
+
+    def edit(change, name="shapes_train"):
+        path = tmp_path / f"{name}.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+@pytest.fixture
+def own_set(tiny_config):
+    """Register a data set of other boxes on the images of the tiny one; names it for DATASETS.TRAIN."""
+    load_config(tiny_config, ["MODEL.DEVICE", "cpu"])
+
+    def register(*annotations, classes=("square", "disc")):
+        records = DatasetCatalog.get("shapes_train")
+        defaults = {"bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+        records[0]["annotations"] += [{**defaults, **annotation} for annotation in annotations]
+        DatasetCatalog.register("own", lambda: records)
+        MetadataCatalog.get("own").thing_classes = list(classes)
+        return ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()"]
+
+    yield register
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if "own" in catalog.list() if hasattr(catalog, "list") else "own" in catalog:
+            catalog.remove("own")
+
+
+def test_nothing_is_wrong_with_a_run_that_is_right(tiny_config, tmp_path, capsys):
+    assert main(["doctor", "--config-file", tiny_config, *options()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [OK] * len(CHECKS), lines
+    assert [line[9:27].strip() for line in lines[:-1]] == [check.name for check in CHECKS]
+    assert lines[-1].startswith(f"{len(CHECKS)} ok, in ")
+    assert not (tmp_path / "output").exists()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("opts", "says"),
+    [
+        (["MODEL.FOCAL.NO_SUCH_KEY", 1], "MODEL.FOCAL.NO_SUCH_KEY"),
+        (["MODEL.FOCAL.IMPORTS", "['no_such_module']"], "MODEL.FOCAL.IMPORTS names 'no_such_module'"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["DATASETS.LOCAL", "[{'name': 'a', 'format': 'b'}]"], "DATASETS.LOCAL[0]"),
+    ],
+)
+def test_config(find, opts, says):
+    ((level, text),) = find("config", *opts)
+    assert level == ERROR and says in text
+
+
+def test_learning_rate(find):
+    unclipped = ["SOLVER.CLIP_GRADIENTS.ENABLED", False]
+    rate, start = find("learning rate", "SOLVER.BASE_LR", 0.01, *unclipped)
+    assert rate[0] == start[0] == WARNING
+    assert "SOLVER.BASE_LR 0.00125," in rate[1] and "SOLVER.WARMUP_ITERS is 1 " in start[1]
+    assert find("learning rate", *unclipped)[0][0] == OK
+
+
+def test_clipping(find):
+    unclipped = ["SOLVER.CLIP_GRADIENTS.ENABLED", False]
+    ((level, text),) = find("gradient clipping", *unclipped)
+    assert level == WARNING and "SOLVER.CLIP_GRADIENTS.ENABLED True" in text
+    assert find("gradient clipping", *unclipped, weights="a.pth")[0][0] == OK
+    timm = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone"]
+    assert find("gradient clipping", *unclipped, *timm)[0][0] == OK
+    assert find("gradient clipping", *unclipped, *timm, "MODEL.FOCAL.TIMM.WEIGHTS", "")[0][0] == WARNING
+
+
+def test_two_stage_keys(find):
+    found = find("two-stage keys", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "MODEL.ROI_HEADS.NUM_CLASSES", 2)
+    ((level, text),) = found  # the classes are 2 where it counts
+    assert level == WARNING and "MODEL.RETINANET.SCORE_THRESH_TEST" in text
+
+
+@pytest.fixture
+def earlier_run(tiny_config, tmp_path):
+    """The folder of a run of this config, with other values."""
+
+    def write(*opts, config=True):
+        folder = tmp_path / "output"
+        folder.mkdir(exist_ok=True)
+        (folder / "last_checkpoint").write_text("model_0000099.pth")
+        if config:
+            (folder / "config.yaml").write_text(load_config(tiny_config, options(*opts)).dump())
+
+    return write
+
+
+def test_output_folder(find, earlier_run):
+    assert "no checkpoints yet" in find("output folder")[0][1]
+    assert find("output folder", resume=True)[0][0] == WARNING
+
+    earlier_run()
+    ((level, text),) = find("output folder")
+    assert level == WARNING and "--resume" in text and "model_0000099.pth" in text
+    assert find("output folder", resume=True)[0][0] == OK
+
+    earlier_run("SOLVER.BASE_LR", 0.5, "MODEL.RETINANET.NUM_CLASSES", 7)
+    ((level, text),) = find("output folder")
+    assert level == ERROR and "MODEL.RETINANET.NUM_CLASSES, SOLVER.BASE_LR" in text and "another OUTPUT_DIR" in text
+    assert find("output folder", resume=True)[0][0] == WARNING
+
+
+def test_output_folder_without_a_config(find, earlier_run):
+    earlier_run(config=False)
+    ((level, text),) = find("output folder")
+    assert level == ERROR and "config.yaml, which cannot be read" in text
+
+
+# Data
+
+
+def test_training_data(find, edit_data, tmp_path):
+    ((level, text),) = find("training data", "DATASETS.TRAIN", "()")
+    assert level == ERROR and "DATASETS.TRAIN is empty" in text
+    ((level, text),) = find("training data", "DATASETS.TRAIN", "('nowhere',)")
+    assert level == ERROR and "'nowhere'" in text
+    (tmp_path / "shapes_train.json").unlink()
+    ((level, text),) = find("training data")
+    assert level == ERROR and "shapes_train.json" in text
+
+
+def test_no_boxes(find, edit_data):
+    edit_data(lambda content: content["annotations"].clear())
+    ((level, text),) = find("training data")
+    assert level == ERROR and "6 images, 0 boxes" in text
+
+
+def test_left_out(find, edit_data, tiny_config, tmp_path):
+    edit_data(lambda content: content["annotations"][0].update(bbox=[3, 3, 0, 9]))
+    ((level, text),) = find("training data")
+    assert level == ERROR and "box of no size" in text
+    for name in ("shapes_train", "shapes_test"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    entries = [
+        {"name": name, "format": "coco", "json": str(tmp_path / f"{name}.json"), "images": str(tmp_path / name)}
+        | {"on_error": "skip"}
+        for name in ("shapes_train", "shapes_test")
+    ]
+    ((level, text),) = find("training data", "DATASETS.LOCAL", entries)
+    assert level == OK and "1 × box of no size" in text
+
+
+def test_test_data(find, tmp_path):
+    ((level, text),) = find("test data", "DATASETS.TEST", "()")
+    assert level == OK and "nothing is evaluated" in text
+    (tmp_path / "shapes_test.json").unlink()
+    ((level, text),) = find("test data")
+    assert level == ERROR and "shapes_test.json" in text
+
+
+def test_classes(find):
+    ((level, text),) = find("classes", "MODEL.RETINANET.NUM_CLASSES", 80)
+    assert level == ERROR and "Set MODEL.RETINANET.NUM_CLASSES to 2" in text
+    ((level, text),) = find("classes", "MODEL.META_ARCHITECTURE", "NoSuchModel")
+    assert level == ERROR and "NoSuchModel" in text
+
+
+def test_background_counted_from_one(find, own_set):
+    ((level, text),) = find("classes", *own_set({"bbox": [3, 3, 20, 20], "category_id": 2}))
+    assert level == ERROR and "1 boxes have category_id 2; expected 0 to 1" in text and "background" in text
+
+
+@pytest.mark.parametrize("name", ["background", "__background__", "BG"])
+def test_background_as_a_class(find, own_set, name):
+    opts = own_set(classes=["square", "disc", name])
+    ((level, text),) = find("classes", *opts, "MODEL.RETINANET.NUM_CLASSES", 3)
+    assert level == WARNING and repr(name) in text
+
+
+def test_a_class_without_boxes(find, edit_data):
+    for name in ("shapes_train", "shapes_test"):
+        edit_data(lambda content: content["categories"].append({"id": 3, "name": "star"}), name)
+    ((level, text),) = find("classes", "MODEL.RETINANET.NUM_CLASSES", 3)
+    assert level == WARNING and "class star" in text
+
+
+@pytest.mark.parametrize(
+    ("annotation", "level", "says"),
+    [
+        ({"bbox": [3, 3, 0, 20]}, WARNING, "no area"),
+        ({"bbox": [30, 30, 20, 20], "bbox_mode": BoxMode.XYXY_ABS}, WARNING, "no area"),
+        ({"bbox": [30, 30, 40, 10]}, WARNING, "outside"),
+        ({"bbox": [-3, 30, 10, 10]}, WARNING, "outside"),
+        ({"bbox": [30, 30, 34.5, 10]}, OK, "all"),  # half a pixel
+        ({"bbox": [float("nan"), 3, 10, 20]}, ERROR, "not finite"),
+    ],
+)
+def test_boxes(find, own_set, annotation, level, says):
+    found, text = find("boxes", *own_set(annotation))[0]
+    assert found == level and says in text
+    assert level == OK or "0.png" in text
+
+
+def test_empty_images(find, edit_data):
+    def crowd_only(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] |= annotation["image_id"] == 1
+
+    def blank(content):
+        content["images"] += [{**content["images"][0], "id": 100 + i} for i in range(60)]
+
+    assert find("empty images")[0] == (OK, "none of 6")
+    edit_data(crowd_only)
+    DatasetCatalog["shapes_train"].__dict__.pop("_records", None)
+    ((level, text),) = find("empty images")
+    assert level == WARNING and "1 of 6 (16.7 %)" in text and "FILTER_EMPTY_ANNOTATIONS" in text
+    ((level, text),) = find("empty images", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    assert level == OK and "trained on" in text
+
+
+def test_crowds(find, edit_data):
+    edit_data(lambda content: content["annotations"][0].update(iscrowd=1))
+    ((level, text),) = find("crowds")
+    assert level == OK and text.startswith("1 of ")
+    ((level, text),) = find("crowds", "MODEL.FOCAL.MATCHER.IGNORE_IOA", 0.0)
+    assert level == WARNING and "MODEL.FOCAL.MATCHER.IGNORE_IOA is 0" in text
+    ((level, text),) = find("crowds", "MODEL.META_ARCHITECTURE", "RetinaNet")
+    assert level == WARNING and "FocalRetinaNet" in text
+
+
+# Anchors
+
+FAR_TOO_LARGE = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[300.0], [600.0]]"]
+
+
+def test_boxes_without_anchors(find):
+    ((level, text),) = find("anchors", *FAR_TOO_LARGE, "MODEL.FOCAL.MATCHER.LOW_QUALITY", "none")
+    assert level == WARNING and "(100.0 %)" in text and "get no anchor" in text
+    level, text = find("anchors", *FAR_TOO_LARGE)[-1]  # besides the boxes whose best anchors go to a better one
+    assert level == WARNING and "low-quality rule alone" in text and "MODEL.ANCHOR_GENERATOR" in text
+
+
+def test_not_a_dense_model(find):
+    opts = ["MODEL.META_ARCHITECTURE", "ProposalNetwork"]
+    for name in ("anchors", "positives", "first loss"):
+        assert find(name, *opts)[0][0] == SKIPPED
+
+
+def test_no_positives(find):
+    ((level, text),) = find("positives", *FAR_TOO_LARGE, "MODEL.FOCAL.MATCHER.LOW_QUALITY", "none")
+    assert level == ERROR and "loss_box_reg stays 0" in text
+
+
+def test_a_level_without_positives(find):
+    ((level, text),) = find("positives", "MODEL.ANCHOR_GENERATOR.SIZES", "[[10.0, 20.0], [600.0, 700.0]]")
+    assert level == WARNING and "p4 never has any" in text and "p3 " in text
+
+
+# Model
+
+
+@pytest.mark.parametrize(
+    ("opts", "says"),
+    [
+        (["MODEL.FOCAL.CLS_LOSS.NAME", "FocalLos"], "MODEL.FOCAL.CLS_LOSS.NAME is 'FocalLos'"),
+        (["MODEL.META_ARCHITECTURE", "NoSuchModel"], "NoSuchModel"),
+        (["INPUT.AUGMENTATIONS", "[{'name': 'RandomMagic'}]"], "INPUT.AUGMENTATIONS[0]"),
+        (["SOLVER.LR_SCHEDULER_NAME", "NoSuchSchedule"], "NoSuchSchedule"),
+        (["MODEL.FOCAL.MATCHER.IGNORE_IOA", 2.0], "MODEL.FOCAL.MATCHER.IGNORE_IOA"),
+    ],
+)
+def test_components(find, opts, says):
+    ((level, text),) = find("components", *opts)
+    assert level == ERROR and says in text
+
+
+def save_weights(tiny_config, folder, change=lambda model: None, *opts):
+    model = build_model(load_config(tiny_config, options(*opts)))
+    change(model)
+    DetectionCheckpointer(model, str(folder)).save("weights")
+    return str(folder / "weights.pth")
+
+
+def test_weights(find, tiny_config, tmp_path):
+    path = save_weights(tiny_config, tmp_path)
+    ((level, text),) = find("weights", weights=path)
+    assert level == OK and "(100.0 %)" in text
+    ((level, text),) = find("weights", weights=str(tmp_path / "nowhere.pth"))
+    assert level == ERROR and "nowhere.pth, which is no file" in text
+
+
+def test_weights_of_another_number_of_classes(find, tiny_config, tmp_path, caplog):
+    path = save_weights(tiny_config, tmp_path, lambda model: None, "MODEL.RETINANET.NUM_CLASSES", 7)
+    ((level, text),) = find("weights", weights=path)
+    assert level == WARNING and "for 7 classes" in text and "NUM_CLASSES is 2" in text
+    assert not caplog.records
+
+
+def test_weights_of_other_widths(find, tiny_config, tmp_path):
+    path = save_weights(tiny_config, tmp_path, lambda model: None, "MODEL.FPN.OUT_CHANNELS", 8)
+    ((level, text),) = find("weights", weights=path)
+    assert level == WARNING and "other shapes" in text and "backbone.fpn" in text
+
+
+def test_weights_of_another_model(find, tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
+    ((level, text),) = find("weights", weights=str(tmp_path / "other.pth"))
+    assert level == ERROR and "nothing is loaded" in text
+
+
+def test_weights_that_are_none(find, tmp_path):
+    (tmp_path / "broken.pth").write_bytes(b"nothing of the sort")
+    assert find("weights", weights=str(tmp_path / "broken.pth"))[0][0] == ERROR
+
+
+def test_random_and_frozen(find, tiny_config, tmp_path):
+    ((level, text),) = find("weights", "MODEL.BACKBONE.FREEZE_AT", 2)
+    assert level == WARNING and "never trained" in text and "backbone.bottom_up.stem" in text
+
+    def only_the_head(model):
+        del model.backbone
+
+    path = save_weights(tiny_config, tmp_path, only_the_head)
+    assert find("weights", "MODEL.BACKBONE.FREEZE_AT", 2, weights=path)[0][0] == WARNING
+    assert find("weights", weights=path)[0][0] == OK
+
+
+def test_first_loss(find, tiny_config, tmp_path):
+    ((level, text),) = find("first loss", "MODEL.RETINANET.PRIOR_PROB", 0.5)
+    assert level == ERROR and "PRIOR_PROB 0.01" in text
+
+    path = save_weights(tiny_config, tmp_path, lambda model: model.head.cls_score.bias.data.fill_(-2.0))
+    ((level, text),) = find("first loss", weights=path)
+    assert level == OK and "trained classifier" in text
+    assert find("first loss", "MODEL.META_ARCHITECTURE", "RetinaNet")[0][0] == SKIPPED
+
+
+# All of them
+
+
+def test_what_cannot_be_checked_is_skipped(tiny_config, tmp_path, capsys):
+    (tmp_path / "shapes_train.json").unlink()
+    assert main(["doctor", "--config-file", tiny_config, *options()]) == 1
+    levels = {line[9:27].strip(): line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert levels["training data"] == ERROR
+    assert {name for name, level in levels.items() if level == SKIPPED} == {
+        *("classes", "boxes", "empty images", "crowds", "anchors", "positives", "first loss")
+    }
+    assert levels["components"] == levels["weights"] == levels["learning rate"] == OK
+
+
+def test_a_config_that_cannot_be_read(tiny_config, capsys):
+    assert main(["doctor", "--config-file", tiny_config, "NO.SUCH.KEY", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(ERROR) and "NO.SUCH.KEY" in lines[0]
+    assert [line.split()[0] for line in lines[1:-1]] == [SKIPPED] * (len(CHECKS) - 1)
+
+
+def test_a_warning_is_no_error(tiny_config, capsys):
+    opts = options("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.1)
+    assert main(["doctor", "--config-file", tiny_config, *opts]) == 0
+    assert "1 warning, " in capsys.readouterr().out
+
+
+def test_every_check_needs_earlier_ones():
+    names = [check.name for check in CHECKS]
+    assert len(set(names)) == len(names)
+    assert all(set(check.needs) <= set(names[:i]) for i, check in enumerate(CHECKS))
+
+
+def test_a_check_that_breaks_stops_no_other(tiny_config):
+    def breaks(case):
+        raise RuntimeError("out of paper")
+
+    (_, broken), (_, fine) = examine(Case(tiny_config, options()), [Check("a", breaks), CHECKS[0]])
+    assert (broken.level, broken.text) == (ERROR, "RuntimeError: out of paper")
+    assert fine.level == OK
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--config-file", "a.py"], "a.py: a LazyConfig"), (["--config-file", "", "--num-images", "-1"], "--num-images")],
+)
+def test_mistakes(capsys, words, message):
+    assert main(["doctor", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("opts", "code"), [([], 0), (["MODEL.RETINANET.NUM_CLASSES", 3], 1)])
+def test_train_net(tiny_config, monkeypatch, capsys, opts, code):
+    words = ["train_net.py", "--doctor", "--config-file", tiny_config, *options(*opts)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__")
+    assert end.value.code == code
+    assert "first loss" in capsys.readouterr().out
