@@ -15,16 +15,17 @@ import subprocess
 import time
 from pathlib import Path
 
-from submitit.helpers import Checkpointable
+from submitit.helpers import Checkpointable, DelayedSubmission
 
-LOCK, NOTES, LOG = "job.lock", "job.json", "job.log"
+LOCK, PID, NOTES, LOG = "job.lock", "job.pid", "job.json", "job.log"
 
 
 class TrainJob(Checkpointable):
     """Runs ``command`` once for a folder. A job that SLURM ends for its time is queued again, and goes on.
 
     The process of ``command`` holds a lock in the folder as long as it lives, whatever becomes of those that started
-    it; while it is held, and after the run has ended well or diverged, another job there does nothing.
+    it; while it is held, and after the run has ended well or diverged, another job there does nothing. To end it, send
+    SIGTERM to that process, whose number is in the folder: the signals of a terminal do not reach it.
 
     Args:
         folder: of the run.
@@ -36,6 +37,7 @@ class TrainJob(Checkpointable):
 
     def __init__(self, folder: str, command: list[str], cwd: str, env: dict[str, str], facts: dict):
         self.folder, self.command, self.cwd, self.env, self.facts = folder, command, cwd, env, facts
+        self.process: subprocess.Popen | None = None
 
     def __call__(self) -> str:
         folder = Path(self.folder)
@@ -51,7 +53,7 @@ class TrainJob(Checkpointable):
             attempt |= {**machine(), **self.facts}
             _write(folder / NOTES, [*attempts, attempt])
             with open(folder / LOG, "a") as log:
-                code = subprocess.run(
+                self.process = subprocess.Popen(
                     self.command,
                     cwd=self.cwd,
                     env={**os.environ, **self.env},
@@ -59,9 +61,30 @@ class TrainJob(Checkpointable):
                     stdout=log,
                     stderr=log,
                     pass_fds=[lock.fileno()],
-                ).returncode
+                    start_new_session=True,
+                )
+            try:
+                (folder / PID).write_text(str(self.process.pid))
+                code = self.process.wait()
+            except BaseException:  # this process is told to end
+                self.stop()
+                raise
+            (folder / PID).unlink()
             _write(folder / NOTES, [*attempts, {**attempt, "ended": time.time(), "exit_code": code}])
         return f"exit code {code}"
+
+    def stop(self) -> None:
+        """Let the process save and end, and wait for it."""
+        if self.process is not None:
+            self.process.terminate()
+            # Not its wait(), which may be what a signal has interrupted, and holds a lock.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit calls when the job's time is nearly over: save, and be queued again."""
+        self.stop()
+        return DelayedSubmission(TrainJob(self.folder, self.command, self.cwd, self.env, self.facts))
 
 
 def machine() -> dict:

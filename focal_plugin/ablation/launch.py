@@ -2,9 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cloudpickle
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import job as job_module
-from .job import TrainJob
+from .job import PID, TrainJob
 from .runs import Outcome, Run
 
 logger = logging.getLogger(__name__)
@@ -50,15 +51,24 @@ class LocalLauncher:
         """Start a job."""
         executor = submitit.LocalExecutor(folder=folder / "submitit")
         executor.update_parameters(timeout_min=_A_YEAR)
-        return executor.submit(train)
+        # Ctrl+C in a terminal reaches all processes there, and is for this one alone: see interrupt.
+        former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return executor.submit(train)
+        finally:
+            signal.signal(signal.SIGINT, former)
 
-    def interrupt(self, jobs: Sequence[submitit.Job]) -> str:
-        """End the jobs, and say so."""
-        for job in jobs:
-            job.cancel()
-        while not all(job.done() for job in jobs):
+    def interrupt(self, jobs: Mapping[Run, submitit.Job | None], say: Callable[[str], None]) -> None:
+        """Let all running jobs save and end, and wait for them."""
+        say(f"Interrupted: {len(jobs)} running jobs save and stop. Ctrl+C again does not wait for them.")
+        told = set()
+        while left := [run for run, job in jobs.items() if not has_ended(run, job)]:
+            for run in left:
+                if run not in told and (pid := run.pid()):
+                    os.kill(pid, signal.SIGTERM)
+                    told.add(run)
             time.sleep(0.1)
-        return f"{len(jobs)} running jobs were stopped; the same command goes on from their last checkpoints."
+        say("They have stopped. The same command goes on from their last checkpoints.")
 
 
 class SlurmLauncher:
@@ -92,12 +102,12 @@ class SlurmLauncher:
         note.write_text(job.job_id)
         return job
 
-    def interrupt(self, jobs: Sequence[submitit.Job]) -> str:
+    def interrupt(self, jobs: Mapping[Run, submitit.Job | None], say: Callable[[str], None]) -> None:
         """Let the jobs go on, and say so."""
-        numbers = " ".join(job.job_id for job in jobs)
-        return (
-            f"{len(jobs)} jobs stay in SLURM's queue; the same command waits for them again, and `scancel {numbers}` "
-            "ends them."
+        numbers = " ".join(job.job_id for job in jobs.values() if job is not None)
+        say(
+            f"Interrupted: {len(jobs)} jobs stay in SLURM's queue. The same command waits for them again, and "
+            f"`scancel {numbers}` ends them."
         )
 
 
@@ -174,6 +184,8 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict
             launcher.environment(slots[run]),
             facts,
         )
+        if own:
+            (run.folder / PID).unlink(missing_ok=True)  # of a process that was killed
         jobs[run] = launcher.submit(run.folder, train) if own else None
         waiting.remove(run)
 
@@ -184,7 +196,7 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict
         while waiting or jobs:
             for run in list(jobs):
                 outcome = run.outcome()
-                ended = (jobs[run] is None or jobs[run].done()) and not run.is_running()
+                ended = has_ended(run, jobs[run])
                 if ended:
                     outcome = run.outcome()  # what it wrote at its end
                     del jobs[run], slots[run]
@@ -196,13 +208,16 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict
             if jobs:
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        own = [job for job in jobs.values() if job is not None]
-        others = f" {len(jobs) - len(own)} of an earlier start go on." if len(jobs) > len(own) else ""
-        progress.say(f"Interrupted. {launcher.interrupt(own)}{others}")
+        launcher.interrupt(jobs, progress.say)
         raise
     finally:
         progress.bar.close()
     return {run: run.outcome() for run in runs}
+
+
+def has_ended(run: Run, job: submitit.Job | None) -> bool:
+    """Whether a job is over, and nothing that it, or an earlier start of this program, has started trains any more."""
+    return (job is None or job.done()) and not run.is_running()
 
 
 def describe(outcome: Outcome) -> str:

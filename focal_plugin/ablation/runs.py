@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from detectron2.data import DatasetCatalog
 
 from ..data import register_local_datasets
 from ..engine.curves import read_metrics
-from .job import LOCK, LOG, NOTES
+from .job import LOCK, LOG, NOTES, PID
 from .rows import METRICS, ROOT, Row, Table, as_yaml, compose, flat
 
 CONFIG = "config-ablation.yaml"
+_TOLD_TO_END = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that a signal has ended
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,13 @@ class Run:
             return True
         return False
 
+    def pid(self) -> int | None:
+        """The process that is training in the folder, once it is known."""
+        try:
+            return int((self.folder / PID).read_text()) if self.is_running() else None
+        except (FileNotFoundError, ValueError):  # not yet, or not yet in full
+            return None
+
     def attempts(self) -> list[dict]:
         """What the jobs of this run have noted: when, where, with which versions, and how it ended."""
         notes = self.folder / NOTES
@@ -134,8 +143,9 @@ class Run:
         if results:
             return Outcome("finished", self.num_steps, results, seconds)
         attempts = self.attempts()
-        if attempts and attempts[-1].get("exit_code") is not None:
-            reason = f"exit code {attempts[-1]['exit_code']}; {self.folder / LOG} ends:\n{_tail(self.folder / LOG)}"
+        code = attempts[-1].get("exit_code") if attempts else None
+        if code is not None and code not in _TOLD_TO_END:
+            reason = f"exit code {code}; {self.folder / LOG} ends:\n{_tail(self.folder / LOG)}"
             return Outcome("failed", step, seconds=seconds, reason=reason)
         return Outcome("unfinished" if attempts or series else "not started", step, seconds=seconds)
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # each time it is started, and in `twice` if another one is at work in the same folder.
 # MODEL.WEIGHTS tells it how to end: "diverge" or "fail" at step 2.
 STAND_IN = """
-import fcntl, json, os, sys, time
+import fcntl, json, os, signal, sys, time
 from pathlib import Path
 import yaml
 
@@ -35,6 +35,10 @@ lines = (out / "metrics.json").read_text().splitlines() if (out / "metrics.json"
 steps, gamma = cfg["SOLVER"]["MAX_ITER"], cfg.get("MODEL", {}).get("RETINANET", {}).get("FOCAL_LOSS_GAMMA", 2.0)
 end = cfg["MODEL"].get("WEIGHTS")
 
+told = []
+signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
+
 def write(**values):
     with open(out / "metrics.json", "a") as file:
         print(json.dumps(values), file=file)
@@ -47,6 +51,9 @@ for step in range(len(lines), steps):
         raise FloatingPointError("Loss became infinite or NaN")
     if step == 2 and end == "fail":
         raise RuntimeError("no space left")
+    if told:
+        (out / "saved").write_text(f"{told}")
+        sys.exit(143)
     write(iteration=step, total_loss=2.0 / (step + 1), time=0.5, lr=0.1)
 ap = 10 * gamma + cfg["SEED"] ** 2
 write(iteration=steps, **{"bbox/AP": ap, "bbox/AP50": 2 * ap, "bbox/AP75": ap / 2, "bbox/APs": float("nan"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,13 @@ def test_what_failed_goes_on(ablation, rows, table, train_net):
     assert [attempt["exit_code"] for attempt in attempts] == [1, 0]
 
 
+def kill_all(runner, table):
+    """As a power cut does."""
+    os.killpg(runner.pid, signal.SIGKILL)
+    for path in table.rglob("job.pid"):
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     "whole_machine",
     [pytest.param(False, id="the runner"), pytest.param(True, id="all its processes", marks=pytest.mark.slow)],
@@ -135,10 +143,7 @@ def test_killed_and_started_again_it_finishes_the_same_table(
     runner = start_ablation("--jobs", 2, "SOLVER.MAX_ITER", 15)
     wait_for(lambda: len(starts(table)) == 2)
     first = set(starts(table))
-    if whole_machine:
-        os.killpg(runner.pid, signal.SIGKILL)
-    else:
-        runner.kill()
+    kill_all(runner, table) if whole_machine else runner.kill()
     runner.wait()
     assert len(starts(table)) == 2
     assert ablation("--jobs", 2, "SOLVER.MAX_ITER", 15) == 0
@@ -151,15 +156,25 @@ def test_killed_and_started_again_it_finishes_the_same_table(
         assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == list(range(16))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_interrupted_it_stops_its_jobs_and_says_so(start_ablation, ablation, table, monkeypatch, how):
+def terminal(runner):
+    os.killpg(runner.pid, signal.SIGINT)  # Ctrl+C is for all processes of the terminal
+
+
+def kill(runner):
+    runner.terminate()
+
+
+@pytest.mark.parametrize("how", [terminal, pytest.param(kill, marks=pytest.mark.slow)])
+def test_interrupted_it_lets_its_jobs_save_and_says_so(start_ablation, ablation, table, monkeypatch, how):
     monkeypatch.setenv("PACE", "0.1")
     runner = start_ablation("--jobs", 2, "SOLVER.MAX_ITER", 100)
     wait_for(lambda: len(list(table.rglob("metrics.json"))) == 2)
-    runner.send_signal(how)
+    how(runner)
     screen, _ = runner.communicate(timeout=30)
     assert runner.returncode == 130
-    assert "2 running jobs were stopped; the same command goes on from their last checkpoints" in screen
+    assert "2 running jobs save and stop" in screen and "goes on from their last checkpoints" in screen
+    assert "Traceback" not in screen
+    assert [path.read_text() for path in table.rglob("saved")] == [f"[{int(signal.SIGTERM)}]"] * 2  # told once
     for path in table.rglob("starts"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text().split()[0]), 0)
@@ -282,14 +297,21 @@ def test_with_the_real_train_net(rows, ablation, table):
 
 
 @pytest.mark.slow
-def test_killed_with_the_real_train_net(start_ablation, ablation, table):
-    words = ["--train-net", TRAIN_NET, "--jobs", 2, "SOLVER.MAX_ITER", 30, "SOLVER.CHECKPOINT_PERIOD", 5]
+@pytest.mark.parametrize("interrupted", [True, False], ids=["interrupted", "killed"])
+def test_going_on_with_the_real_train_net(start_ablation, ablation, table, interrupted):
+    """An interrupted run saves; a killed one has its last checkpoint."""
+    words = ["--train-net", TRAIN_NET, "--jobs", 2, "SOLVER.MAX_ITER", 60]
+    words += [] if interrupted else ["SOLVER.CHECKPOINT_PERIOD", 5]
     runner = start_ablation(*words)
-    wait_for(lambda: list(table.rglob("model_0000004.pth")), 120)
-    os.killpg(runner.pid, signal.SIGKILL)
-    runner.wait()
-    assert subprocess.run(["pgrep", "-f", str(table)], capture_output=True).returncode == 1
+    wait_for(lambda: list(table.rglob("metrics.json" if interrupted else "last_checkpoint")), 120)
+    if interrupted:
+        terminal(runner)
+    else:
+        kill_all(runner, table)
+    runner.communicate(timeout=60)
     assert ablation(*words) == 0
     assert all(isinstance(ap, float) for ap in report(table).values())
-    resumed = [path for path in table.rglob("log.txt") if "Starting training from iteration" in path.read_text()]
-    assert resumed
+    starts = [
+        re.findall(r"Starting training from iteration (\d+)", path.read_text()) for path in table.rglob("log.txt")
+    ]
+    assert any(0 < int(last) < 60 for *_, last in starts), starts

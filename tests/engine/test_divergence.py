@@ -8,7 +8,13 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from focal_plugin.engine.divergence import Divergence, DivergenceReport, find_cause, find_cause_in_gradients
+from focal_plugin.engine.divergence import (
+    Divergence,
+    DivergenceReport,
+    find_cause,
+    find_cause_in_gradients,
+    recorded_divergence,
+)
 
 
 class Head(nn.Module):
@@ -40,7 +46,11 @@ class Detector(nn.Module):
 def batch():
     return [
         {"image": torch.zeros(3, 8, 8), "file_name": "/images/a.png"},
-        {"image": torch.zeros(3, 8, 8), "image_id": 7, "instances": Instances((8, 8), gt_boxes=Boxes(torch.ones(1, 4)))},
+        {
+            "image": torch.zeros(3, 8, 8),
+            "image_id": 7,
+            "instances": Instances((8, 8), gt_boxes=Boxes(torch.ones(1, 4))),
+        },
     ]
 
 
@@ -128,3 +138,15 @@ def test_what_is_raised(tmp_path):
     saved = json.loads((tmp_path / "diverged.json").read_text())
     assert saved["iteration"] == 3 and saved["losses"] == {"loss_cls": "nan", "loss_box_reg": 0.5}
     assert saved["images"] == images and saved["cause"] == "It starts here."
+
+
+def test_what_is_left_behind(tmp_path):
+    (tmp_path / "diverged.json").write_text("of an earlier attempt")
+    report = DivergenceReport(0, {"loss_cls": math.nan, "loss_box_reg": 0.5}, ["/images/a.png"], "It starts there.")
+    with recorded_divergence(str(tmp_path)):
+        assert not (tmp_path / "diverged.json").exists()
+    with pytest.raises(Divergence), recorded_divergence(str(tmp_path)):
+        raise Divergence(3, 0.01, [report])
+    record = json.loads((tmp_path / "diverged.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert (record["iteration"], record["learning_rate"], record["cause"]) == (3, 0.01, "It starts there.")
+    assert record["losses"] == {"loss_cls": "nan", "loss_box_reg": 0.5}
