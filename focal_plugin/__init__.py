@@ -24,6 +24,7 @@ from .losses import (
 from .matchers import ATSSMatcher, IgnoreBandMatcher
 from .normalizer import EMANumPositives, NumPositives, build_normalizer
 from .octave_anchors import OctaveAnchorGenerator
+from .pipelines import FocalBoxPredictor, FocalCascadeROIHeads, FocalFCOS, FocalRes5ROIHeads, FocalROIHeads, FocalRPN
 from .registry import (
     ANCHOR_MATCHER_REGISTRY,
     BIAS_INIT_REGISTRY,
@@ -61,7 +62,13 @@ __all__ = [
     "DenseTargets",
     "EMANumPositives",
     "ElementwiseLoss",
+    "FocalBoxPredictor",
+    "FocalCascadeROIHeads",
+    "FocalFCOS",
     "FocalLossStar",
+    "FocalROIHeads",
+    "FocalRPN",
+    "FocalRes5ROIHeads",
     "FocalRetinaNet",
     "FocalRetinaNetHead",
     "GIoUBoxLoss",

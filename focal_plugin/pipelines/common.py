@@ -1,0 +1,68 @@
+"""What the pipelines share: a config as the components read it, and targets of boxes that stand on no grid."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from ..registry import import_user_modules
+from ..structures import Anchors, DenseTargets
+
+
+@contextmanager
+def components_config(cfg: CfgNode, **stand_ins: str) -> Iterator[CfgNode]:
+    """A copy of ``cfg`` to build components with, where other keys stand in for some of ``MODEL.RETINANET``.
+
+    User modules are imported first. An error that is raised inside gets a note that says which key stands in for which.
+
+    Args:
+        cfg: a config with the plugin's keys.
+        stand_ins: for a key of ``MODEL.RETINANET`` the whole name of the other: ``IOU_LABELS="MODEL.RPN.IOU_LABELS"``.
+
+    Raises:
+        KeyError: ``cfg`` has no ``MODEL.FOCAL``.
+    """
+    if "FOCAL" not in cfg.MODEL:
+        raise KeyError("The config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg().")
+    import_user_modules(cfg)
+    copy = cfg.clone()
+    copy.defrost()
+    for key, other in stand_ins.items():
+        copy.MODEL.RETINANET[key] = reduce(getattr, other.split("."), cfg)
+    try:
+        yield copy
+    except (KeyError, ValueError) as error:
+        for key, other in stand_ins.items():
+            error.add_note(f"{other} stands in for MODEL.RETINANET.{key} here.")
+        raise
+
+
+def row_targets(
+    boxes: Sequence[Tensor], labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], num_classes: int
+) -> DenseTargets:
+    """Targets of boxes in a row, as if each level were a grid R_l high and 1 wide with one anchor a location.
+
+    Args:
+        boxes: one (R_l, 4) tensor a level, the same for all images.
+        labels: one (N, R_l) int64 tensor a level: a class in [0, K), K for background, −1 for ignored.
+        gt_boxes: one (N, R_l, 4) tensor a level, the matched boxes; anything where there is none.
+        num_classes: K.
+    """
+    is_positive = [((level >= 0) & (level < num_classes)).flatten() for level in labels]  # L × (N·R_l,)
+    positives = [level.nonzero().squeeze(1) for level in is_positive]  # L × (P_l,)
+    return DenseTargets(
+        labels=[level[:, None, :, None].contiguous() for level in labels],  # L × (N, 1, R_l, 1)
+        num_classes=num_classes,
+        positives=positives,
+        anchors=torch.cat([level[index % max(len(level), 1)] for level, index in zip(boxes, positives)]),
+        gt_boxes=torch.cat([level.flatten(0, 1)[index] for level, index in zip(gt_boxes, positives)]),
+        grid=Anchors(list(boxes), [(len(level), 1) for level in boxes], [1] * len(boxes)),
+    )
+
+
+def rows_as_dense(predictions: Tensor) -> Tensor:
+    """(N, R, C) predictions for ``row_targets`` as an (N, 1, C, R, 1) view, the layout of the class losses."""
+    return predictions.transpose(1, 2)[:, None, :, :, None]

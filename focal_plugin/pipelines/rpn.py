@@ -1,0 +1,137 @@
+"""Detectron2's region proposal network, its objectness learnt from all anchors by any class loss of the registry."""
+
+from collections.abc import Callable
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
+
+from ..normalizer import build_normalizer
+from ..registry import build_bias_init, build_cls_loss, build_matcher
+from ..structures import IGNORED, Anchors, DenseTargets
+from .common import components_config
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class FocalRPN(RPN):
+    """RPN with one class, object: no sample of anchors is drawn, the loss copes with their imbalance.
+
+    ``loss_rpn_cls`` is the class loss over all anchors that are not ignored, divided by what the normaliser makes of
+    the number of positives. The rest is ``RPN``'s: parameters by the same names, proposals, and ``loss_rpn_loc``, a sum
+    over all positives, still divided by ``batch_size_per_image`` times the images.
+
+    From a config, the matcher's thresholds and labels are ``MODEL.RPN.IOU_{THRESHOLDS, LABELS}``. Numbers given for
+    each class (``CLASS_ALPHA``, ``CLASS_FREQUENCIES``) are the ROI heads': an object has no class yet.
+
+    Args:
+        anchor_matcher: an entry of ``ANCHOR_MATCHER_REGISTRY``.
+        cls_loss: an entry of ``CLS_LOSS_REGISTRY``; logits have K = 1.
+        normalizer: called with the batch's number of positives and the device.
+        bias_init: an entry of ``BIAS_INIT_REGISTRY``, for the head's ``objectness_logits``.
+        kwargs: the other arguments of ``RPN``. ``positive_fraction`` is not used.
+
+    Raises:
+        TypeError: the matcher is Detectron2's, which knows anchors only by their IoU.
+        ValueError: the head has no conv ``objectness_logits``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        anchor_matcher: Callable[[Anchors, Instances], tuple[Tensor, Tensor]],
+        cls_loss: Callable[[list[Tensor], DenseTargets], Tensor],
+        normalizer: Callable[[int, torch.device], Tensor],
+        bias_init: Callable[[torch.nn.Conv2d, int, int], None],
+        **kwargs,
+    ):
+        if isinstance(anchor_matcher, Matcher):
+            raise TypeError(
+                "FocalRPN calls its anchor_matcher with (Anchors, Instances), and Detectron2's Matcher takes a matrix. "
+                "Expected an entry of ANCHOR_MATCHER_REGISTRY, such as IgnoreBandMatcher(thresholds=[0.3, 0.7], "
+                "labels=[0, -1, 1])."
+            )
+        super().__init__(anchor_matcher=anchor_matcher, **kwargs)
+        self.cls_loss = cls_loss
+        self.normalizer = normalizer
+        if not hasattr(self.rpn_head, "objectness_logits"):
+            raise ValueError(
+                f"MODEL.RPN.HEAD_NAME (head) is {type(self.rpn_head).__name__}, which has no `objectness_logits`: "
+                "expected a head that calls its objectness conv so, as StandardRPNHead does, for the bias init."
+            )
+        bias_init(self.rpn_head.objectness_logits, self.rpn_head.objectness_logits.out_channels, 1)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        bands = {"IOU_THRESHOLDS": "MODEL.RPN.IOU_THRESHOLDS", "IOU_LABELS": "MODEL.RPN.IOU_LABELS"}
+        with components_config(cfg, **bands) as own:
+            own.MODEL.RETINANET.NUM_CLASSES = 1
+            own.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA = []
+            own.MODEL.FOCAL.CLASS_FREQUENCIES = [1.0]
+            args = super().from_config(cfg, input_shape)
+            args["loss_weight"]["loss_rpn_cls"] *= cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT
+            return {
+                **args,
+                "anchor_matcher": build_matcher(own),
+                "cls_loss": build_cls_loss(own),
+                "normalizer": build_normalizer(own),
+                "bias_init": build_bias_init(own),
+            }
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """As ``RPN.forward``: the proposals of each image, and in training ``loss_rpn_cls`` and ``loss_rpn_loc``."""
+        if not self.training:
+            return super().forward(images, features, gt_instances)
+        assert gt_instances is not None, "FocalRPN needs gt_instances in training."
+        maps = [features[name] for name in self.in_features]
+        logits, deltas = self.rpn_head(maps)  # L × (N, A, H, W), L × (N, A·4, H, W)
+        anchors = Anchors.from_generator(self.anchor_generator, maps)
+        matches = self.match(anchors, gt_instances)
+
+        # What Detectron2's methods take.
+        boxes = [Boxes(level) for level in anchors.boxes]
+        flat_logits = [permute_to_N_HWA_K(level, 1).squeeze(2) for level in logits]  # L × (N, H·W·A)
+        flat_deltas = [permute_to_N_HWA_K(level, 4) for level in deltas]  # L × (N, H·W·A, 4)
+        matched = [_boxes_of(index, gt) for (index, _), gt in zip(matches, gt_instances)]  # N × (R, 4)
+        losses = self.losses(boxes, flat_logits, [labels for _, labels in matches], flat_deltas, matched)
+
+        objects = [_as_one_class(gt) for gt in gt_instances]
+        targets = DenseTargets.from_matches(anchors, matches, objects, num_classes=1)
+        losses["loss_rpn_cls"] = self.objectness_loss(logits, deltas, targets)
+        return self.predict_proposals(boxes, flat_logits, flat_deltas, images.image_sizes), losses
+
+    @torch.no_grad()
+    def match(self, anchors: Anchors, gt_instances: list[Instances]) -> list[tuple[Tensor, Tensor]]:
+        """For each image the (R,) index of each anchor's box, and its (R,) label: IGNORED, NEGATIVE or POSITIVE."""
+        matches = [self.anchor_matcher(anchors, gt) for gt in gt_instances]
+        if self.anchor_boundary_thresh < 0:
+            return matches
+        boxes = Boxes(torch.cat(anchors.boxes))
+        inside = [boxes.inside_box(gt.image_size, self.anchor_boundary_thresh) for gt in gt_instances]
+        return [(index, labels.masked_fill(~kept, IGNORED)) for (index, labels), kept in zip(matches, inside)]
+
+    def objectness_loss(self, logits: list[Tensor], deltas: list[Tensor], targets: DenseTargets) -> Tensor:
+        """``loss_rpn_cls``, normalised and weighted. ``logits``: (N, A, H, W); ``deltas``: (N, A·4, H, W), by level."""
+        if getattr(self.cls_loss, "needs_quality", False):
+            rows = targets.gather(deltas).detach().float()  # (P, 4)
+            targets = targets.with_quality(self.box2box_transform.apply_deltas(rows, targets.anchors))
+        normalizer = self.normalizer(targets.num_positives, logits[0].device)
+        loss = self.cls_loss([level.unsqueeze(2) for level in logits], targets)  # of L × (N, A, 1, H, W)
+        return loss * (self.loss_weight.get("loss_rpn_cls", 1.0) / normalizer)
+
+
+def _boxes_of(matched: Tensor, gt: Instances) -> Tensor:
+    """The (R, 4) matched boxes; zeros in an image without boxes, as in Detectron2."""
+    boxes = gt.gt_boxes.tensor
+    return boxes[matched] if len(boxes) else boxes.new_zeros(len(matched), 4)
+
+
+def _as_one_class(gt: Instances) -> Instances:
+    classes = torch.zeros(len(gt), dtype=torch.int64, device=gt.gt_boxes.device)
+    return Instances(gt.image_size, gt_boxes=gt.gt_boxes, gt_classes=classes)
