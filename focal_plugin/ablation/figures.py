@@ -86,7 +86,7 @@ def draw_results(figure: Figure, summary: dict) -> None:
     for panel in panels:
         _tidy(panel)
         panel.margins(x=0.15)
-        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> None:

@@ -199,10 +199,14 @@ def plan(table: Table, base: Path | None, opts: Sequence[str], seeds: int, outpu
             if not cfg.DATASETS.TEST:
                 raise ValueError(f"{row.file}: DATASETS.TEST is empty, so that there would be no AP to report.")
             runs.append(Run(row, seed, folder, cfg))
-    if changed := [f"  {run.folder}: {changes}" for run in runs if (changes := run.changes())]:
+    changed: dict[str, list[str]] = {}
+    for run in runs:
+        if changes := run.changes():
+            changed.setdefault(changes, []).append(f"\n    {run.folder}")
+    if changed:
         raise ValueError(
             "These folders hold runs of another config, which are not overwritten. Delete them, or choose another "
-            "--output:\n" + "\n".join(changed)
+            "--output." + "".join(f"\n  {changes}:{''.join(folders)}" for changes, folders in changed.items())
         )
     return runs
 
