@@ -1,6 +1,16 @@
-"""Trained models at work: faster inference."""
+"""Trained models at work: prediction, faster inference, test-time augmentation."""
 
 from ..fast_dtype import fast_dtype
 from .optimize import model_for_inference, optimize_for_inference
+from .predictor import ImageError, Predictor
+from .tta import DenseTTA, with_tta
 
-__all__ = ["fast_dtype", "model_for_inference", "optimize_for_inference"]
+__all__ = [
+    "DenseTTA",
+    "ImageError",
+    "Predictor",
+    "fast_dtype",
+    "model_for_inference",
+    "optimize_for_inference",
+    "with_tta",
+]

@@ -1,0 +1,65 @@
+"""What to predict on: the images, videos and cameras that the words of a command line stand for."""
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+IMAGES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+
+
+class InputError(ValueError):
+    """A word that stands for nothing to predict on. The message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image, video or camera.
+
+    Attributes:
+        path: of the file; a camera's number.
+        kind: "image", "video" or "camera".
+    """
+
+    path: str
+    kind: str
+
+
+def find_sources(words: Sequence[str]) -> list[Source]:
+    """The sources that ``words`` stand for, in their order.
+
+    Each is a file; a folder, for the images right in it; a pattern such as ``imgs/**/*.jpg``, for the files that match,
+    in which ``**`` stands for any folders; or a number, for a camera. A file whose name ends as a video's does is one.
+
+    Raises:
+        InputError: there is no such file, no image in the folder, or no file that matches.
+    """
+    return [source for word in words for source in _find(word)]
+
+
+def _find(word: str) -> list[Source]:
+    if os.path.isdir(word):
+        # A file that cannot be read is found as well: it is for whoever reads it to say so.
+        paths = sorted(os.path.join(word, name) for name in os.listdir(word) if name.lower().endswith(IMAGES))
+        paths = [path for path in paths if not os.path.isdir(path)]
+        if not paths:
+            raise InputError(f"{word} is a folder without an image ({', '.join(IMAGES)}); its subfolders are not read.")
+        return [Source(path, "image") for path in paths]
+    if os.path.exists(word):
+        return [_of_file(word)]
+    if word.isdecimal():
+        return [Source(word, "camera")]
+    if glob.has_magic(word):
+        paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise InputError(f"No file matches {word} (current folder: {os.getcwd()}).")
+        return [_of_file(path) for path in paths]
+    raise InputError(
+        f"There is no {word} (current folder: {os.getcwd()}); expected an image, a folder, a pattern, a video, or the "
+        "number of a camera. Keys of the config follow after all of them, in pairs KEY VALUE."
+    )
+
+
+def _of_file(path: str) -> Source:
+    return Source(path, "video" if path.lower().endswith(VIDEOS) else "image")

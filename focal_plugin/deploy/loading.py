@@ -1,0 +1,127 @@
+"""A trained model from a config and its weights, with the names of its classes."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..config import add_focal_config
+from ..data import DataError
+from ..engine import AtomicCheckpointer, load_config
+from ..engine.setup import usable_device
+from ..safe_load import WeightsError
+
+logger = logging.getLogger(__name__)
+
+
+def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
+    """A config that is not frozen: a copy of a ``CfgNode``, or what ``load_config`` makes of a file.
+
+    Args:
+        config: a config; the path of a YAML file, or a name of Detectron2's model zoo.
+        opts: ``KEY VALUE`` pairs that change it.
+
+    Raises:
+        ValueError: it is a ``.py`` file.
+    """
+    if not isinstance(config, CfgNode):
+        path = os.fspath(config)
+        if path.endswith(".py"):
+            raise ValueError(f"{path} is a LazyConfig; expected a YAML config, such as a run's config.yaml.")
+        return load_config(path, opts)
+    cfg = config.clone()
+    cfg.defrost()
+    add_focal_config(cfg)
+    cfg.merge_from_list(list(opts))
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    return cfg
+
+
+def load_model(cfg: CfgNode) -> nn.Module:
+    """The model of a config with ``MODEL.WEIGHTS``, all of them, in eval mode on its device.
+
+    Raises:
+        FileNotFoundError: ``MODEL.WEIGHTS`` is empty or no file.
+        WeightsError: the file holds no weights, or not all of this model's in their shapes.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        raise FileNotFoundError("No weights: expected the path of a checkpoint (--weights, or MODEL.WEIGHTS).")
+    if "://" not in path and not PathManager.isfile(path.partition("?")[0]):
+        raise FileNotFoundError(f"The weights {path} are no file (current folder: {os.getcwd()}).")
+    model = build_model(cfg)
+    checkpointer = _Checkpointer(model)
+    checkpointer.load(path)
+    problems = checkpointer.problems
+    if problems:
+        listed = "\n  ".join(problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5))
+        raise WeightsError(
+            f"{path} has not the weights of this config's model; expected a checkpoint of training with it, with the "
+            f"same classes:\n  {listed}"
+        )
+    return model.eval()
+
+
+class _Checkpointer(AtomicCheckpointer):
+    """Remembers what of the model the weights it loaded left as it was initialised.
+
+    Attributes:
+        problems: a line for each parameter that was not there, or in another shape.
+    """
+
+    problems: Sequence[str] = ()
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        misshapen = {name for name, _, _ in incompatible.incorrect_shapes}
+        # Only training needs the running normaliser, which Detectron2's checkpoints do not have.
+        missing = [x for x in incompatible.missing_keys if x not in misshapen and not x.startswith("normalizer")]
+        self.problems = [f"{name} is missing" for name in missing] + [
+            f"{name} is {tuple(found)}, expected {tuple(expected)}"
+            for name, found, expected in incompatible.incorrect_shapes
+        ]
+        return incompatible
+
+
+def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
+    """The metadata of the first data set of ``DATASETS.TEST``, or else ``TRAIN``, that knows its ``thing_classes``.
+
+    A data set that knows them from its files is read for them. Without any, the classes go by their numbers.
+
+    Raises:
+        ValueError: the data set has another number of classes than the model.
+    """
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if name not in DatasetCatalog:
+            continue
+        metadata = MetadataCatalog.get(name)
+        try:
+            if metadata.get("thing_classes") is None:
+                DatasetCatalog.get(name)
+        except (DataError, OSError) as error:
+            logger.warning(f"The classes' names are not known from {name!r}: {error}")
+        classes = metadata.get("thing_classes")
+        if classes is None:
+            continue
+        expected = _num_classes(model)
+        if expected is not None and len(classes) != expected:
+            raise ValueError(
+                f"The model has {expected} classes, but {name!r} of the config's DATASETS has {len(classes)}: expected "
+                "the config that the weights were trained with."
+            )
+        return metadata
+    logger.warning("No data set of the config's DATASETS knows the names of the classes: they go by their numbers.")
+    return Metadata()
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    for part in (model, getattr(model, "roi_heads", None)):
+        if isinstance(number := getattr(part, "num_classes", None), int):
+            return number
+    return None

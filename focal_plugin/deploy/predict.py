@@ -1,0 +1,243 @@
+"""Detect objects in images, videos and the pictures of a camera: annotated copies, and all detections as JSON.
+
+    python -m focal_plugin.deploy.predict --config-file output/config.yaml --weights output/model_final.pth \\
+        street.jpg photos/ "more/**/*.png" drive.mp4 --output found
+
+An INPUT is an image, a folder (the images right in it), a pattern, a video, or the number of a camera, which Ctrl+C
+stops. In the output folder each gets a copy with its detections drawn on it, and all together detections.json, in
+COCO's format for results, with images.json, the images and categories that its ids stand for: pycocotools reads them
+with COCO("images.json").loadRes("detections.json"). Nothing is overwritten: a name that is taken gets a number.
+
+An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1. It is 2 if
+nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT, INPUT.MIN_SIZE_TEST, ...).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import Metadata
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import add_focal_config
+from .inputs import InputError, Source, find_sources
+from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
+from .predictor import ImageError, Predictor
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m focal_plugin.deploy.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config-file FILE [--weights FILE] INPUT ... --output DIR [options] [KEY VALUE ...]",
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="INPUT ... KEY VALUE", help="what to predict on, then changes of the config"
+    )
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="YAML, or a name of Detectron2's model zoo"
+    )
+    parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="leave out lower scores (default: %(default)s)")
+    parser.add_argument(
+        "--tile", type=int, default=0, metavar="SIZE", help="cut larger images into tiles of SIZE × SIZE pixels"
+    )
+    parser.add_argument("--overlap", type=int, metavar="PX", help="what neighbouring tiles share (default: SIZE / 5)")
+    parser.add_argument("--no-optimize", action="store_true", help="the model as it was trained, not the faster one")
+    parser.add_argument(
+        "--tta", action="store_true", help="test-time augmentation by the keys of TEST.AUG (MIN_SIZES, MAX_SIZE, FLIP)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Predict. 0; 1 if an input could not be read; 2 for what the user can put right before; 130 after Ctrl+C."""
+    args = build_parser().parse_intermixed_args(arguments)
+    try:
+        words, opts = split_words(args.words)
+        sources = find_sources(words)
+        predictor = Predictor(
+            args.config_file,
+            args.weights,
+            opts=opts,
+            score_thresh=args.score_thresh,
+            tile=args.tile,
+            overlap=args.overlap,
+            optimize=not args.no_optimize,
+            tta=args.tta or None,
+        )
+        os.makedirs(args.output, exist_ok=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    results = Results(predictor.metadata)
+    problems: list[str] = []
+    try:
+        predict(predictor, sources, args.output, results, problems)
+    except KeyboardInterrupt:
+        print("Stopped. What was done so far is kept.", file=sys.stderr)
+        return 130
+    finally:
+        written = results.save(args.output)
+        print(f"{len(results.images)} images, {len(results.detections)} detections. Written: {', '.join(written)}")
+        if problems:
+            print(f"{len(problems)} of {len(sources)} inputs not read:", *problems, sep="\n  ", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What to predict on, and the ``KEY VALUE`` pairs that follow, from the first word that is a key of the config.
+
+    Raises:
+        InputError: there is nothing to predict on, or a key has no value.
+    """
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    first = next((i for i, word in enumerate(words) if _is_key(cfg, word)), len(words))
+    inputs, opts = list(words[:first]), list(words[first:])
+    if not inputs:
+        raise InputError(f"Nothing to predict on before {opts[0]}: expected an image, a folder, a video or a camera.")
+    if len(opts) % 2:
+        raise InputError(f"{' '.join(opts)}: expected keys of the config, each with a value.")
+    return inputs, opts
+
+
+def _is_key(cfg: CfgNode, word: str) -> bool:
+    node = cfg
+    for name in word.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            return cfg.key_is_renamed(word) or cfg.key_is_deprecated(word)
+        node = node[name]
+    return True
+
+
+def predict(
+    predictor: Predictor, sources: Sequence[Source], folder: str, results: "Results", problems: list[str]
+) -> None:
+    """Predict on every source: write annotated copies to ``folder``, and add to ``results`` and ``problems``.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    with tqdm(total=len(sources), desc="Predicting", unit="image") as bar:
+        for source in sources:
+            try:
+                if source.kind == "image":
+                    predict_image(predictor, source.path, folder, results)
+                    bar.update()
+                else:
+                    predict_video(predictor, Video(source), folder, results, bar)
+            except (ImageError, VideoError) as error:
+                problems.append(str(error))
+            except KeyboardInterrupt:
+                if source.kind != "camera":
+                    raise
+
+
+def predict_image(predictor: Predictor, path: str, folder: str, results: "Results") -> None:
+    """Predict on an image file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        image = predictor.read(path)  # (H, W, C) in INPUT.FORMAT
+    except OSError as error:  # a link to nothing, or no permission
+        raise ImageError(f"{path} cannot be read: {error}") from error
+    (instances,) = predictor.detect([image])
+    drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), instances, predictor.metadata)
+    name, suffix = os.path.splitext(os.path.basename(path))
+    suffix = ".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png"
+    (written,) = free_paths(folder, f"{name}{suffix}")
+    Image.fromarray(drawn).save(written)
+    results.add(instances, file_name=path, annotated=os.path.basename(written))
+
+
+def predict_video(predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm) -> None:
+    """Predict on each frame of a video or camera.
+
+    Raises:
+        VideoError: there is no frame that can be read.
+    """
+    bar.total += (video.num_frames or 1) - 1
+    name = os.path.splitext(os.path.basename(video.name))[0]
+    paths = free_paths(folder, *(f"{name}{suffix}" for suffix in VIDEO_CODECS))
+    with closing(VideoOutput(paths, video.fps, predictor.metadata)) as output:
+        for number, frame in enumerate(video):
+            (instances,) = predictor.detect([predictor.read(frame)])
+            output.add(frame[:, :, ::-1], instances)
+            results.add(instances, file_name=video.name, frame_id=number, annotated=os.path.basename(output.path))
+            bar.update()
+
+
+def free_paths(folder: str, *names: str) -> list[str]:
+    """The paths of files in ``folder``, none of which is there: ``a.jpg``, or else ``a-2.jpg``, ``a-3.jpg`` and so on.
+
+    All of ``names`` get the same number.
+    """
+    parts = [os.path.splitext(os.path.join(folder, name)) for name in names]
+    number = 1
+    while True:
+        paths = [f"{stem}-{number}{suffix}" if number > 1 else f"{stem}{suffix}" for stem, suffix in parts]
+        if not any(map(os.path.lexists, paths)):
+            return paths
+        number += 1
+
+
+class Results:
+    """Detections in COCO's format for results, and the images and categories that their ids stand for.
+
+    Args:
+        metadata: the names of the classes, and the ids of their categories if the data set has its own; otherwise a
+            category's id is the index of its class.
+
+    Attributes:
+        images: an entry an image, whose id counts from 1. ``file_name`` is the path as it was given, ``annotated`` the
+            name of the annotated copy, and ``frame_id`` the number of a video's frame, from 0.
+        detections: an entry a detection.
+    """
+
+    def __init__(self, metadata: Metadata):
+        self.images: list[dict] = []
+        self.detections: list[dict] = []
+        self._names = metadata.get("thing_classes")
+        self._ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+
+    def add(self, instances: Instances, **image) -> None:
+        """Add an image with its detections, on the CPU; ``image`` is what else its entry says."""
+        height, width = instances.image_size
+        self.images.append({"id": len(self.images) + 1, **image, "height": height, "width": width})
+        for detection in instances_to_coco_json(instances, len(self.images)):
+            index = detection["category_id"]
+            self.detections.append({**detection, "category_id": self._ids.get(index, index)})
+
+    def save(self, folder: str) -> list[str]:
+        """Write detections.json and images.json, with the same number where one of the names is taken; their paths."""
+        found = sorted({detection["category_id"] for detection in self.detections})
+        names = dict(enumerate(self._names)) if self._names else {index: str(index) for index in found}
+        content = {
+            "info": {"description": "The images that the detections beside are of."},
+            "images": self.images,
+            "annotations": [],
+            "categories": [{"id": self._ids.get(index, index), "name": name} for index, name in names.items()],
+        }
+        paths = free_paths(folder, "detections.json", "images.json")
+        for path, value in zip(paths, (self.detections, content)):
+            with open(path, "x") as file:
+                json.dump(value, file)
+        return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

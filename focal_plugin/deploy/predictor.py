@@ -1,0 +1,183 @@
+"""A trained model that takes images as they are: files and arrays, of any size, in tiles, with augmentation."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy, read_image
+from detectron2.structures import Instances
+from PIL import Image
+
+from .loading import class_metadata, load_model, read_config
+from .optimize import optimize_for_inference
+from .tiles import Window, merge_tiles, tile_windows
+from .tta import with_tta
+
+
+class ImageError(ValueError):
+    """An image that cannot be read. The message names the file and why."""
+
+
+class Predictor:
+    """Detects objects in images: ``Predictor("config.yaml", "model_final.pth")("street.jpg")`` → ``Instances``.
+
+    Images are read, turned by their EXIF orientation and resized as in Detectron2's evaluation, so that a model finds
+    in a file what it finds there: ``INPUT.{FORMAT, MIN_SIZE_TEST, MAX_SIZE_TEST}``.
+
+    Args:
+        config: a config, the path of a YAML file, or a name of Detectron2's model zoo.
+        weights: of the model; empty, those of ``MODEL.WEIGHTS``.
+        opts: ``KEY VALUE`` pairs that change the config.
+        score_thresh: detections with a lower score are left out; None, those that the config leaves out
+            (``MODEL.RETINANET.SCORE_THRESH_TEST``).
+        tile: cut images that are larger into overlapping tiles with this side, in pixels; 0, never. Each tile is an
+            image for the network, resized as one; so is the image as a whole, for objects larger than the overlap,
+            unless ``INPUT.MIN_SIZE_TEST`` is 0, which leaves all in their size. How their detections become one set, of
+            boxes alone and of any number: ``focal_plugin.deploy.tiles.merge_tiles``.
+        overlap: the least number of pixels that neighbouring tiles share; None, a fifth of a tile.
+        optimize: use ``optimize_for_inference`` of the model; compiled, if ``MODEL.FOCAL.INFERENCE.COMPILE``.
+        tta: test-time augmentation by the keys of ``TEST.AUG``; None, as ``TEST.AUG.ENABLED`` says. Its copies are
+            resized from the image itself, not from that of ``INPUT.MIN_SIZE_TEST``.
+        batch_size: how many images, or tiles, or augmented copies, go through the network together.
+
+    Attributes:
+        cfg: the config. metadata: Detectron2's ``Metadata`` of the classes, whose names are its ``thing_classes``.
+        model: what images go through.
+
+    Raises:
+        FileNotFoundError: the config or the weights are no file.
+        ValueError: they do not belong together, or an option is out of range. ``WeightsError`` and ``ConfigError``, for
+            files that cannot be read, are ValueErrors.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode | str | os.PathLike,
+        weights: str | os.PathLike = "",
+        *,
+        opts: Sequence[str] = (),
+        score_thresh: float | None = None,
+        tile: int = 0,
+        overlap: int | None = None,
+        optimize: bool = True,
+        tta: bool | None = None,
+        batch_size: int = 1,
+    ):
+        overlap = tile // 5 if overlap is None else overlap
+        _check_options(score_thresh, tile, overlap, batch_size)
+        cfg = read_config(config, opts)
+        cfg.MODEL.WEIGHTS = os.fspath(weights) or cfg.MODEL.WEIGHTS
+        if score_thresh is not None:
+            cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_thresh
+        if tta is not None:
+            cfg.TEST.AUG.ENABLED = tta
+        cfg.freeze()
+
+        model = load_model(cfg)
+        self.metadata = class_metadata(cfg, model)
+        self._nms_thresh = getattr(model, "test_nms_thresh", cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST)
+        if optimize:
+            model = optimize_for_inference(model, compile=cfg.MODEL.FOCAL.INFERENCE.COMPILE)
+        if cfg.TEST.AUG.ENABLED:
+            model = with_tta(cfg, model, batch_size=batch_size)
+        self.cfg = cfg
+        self.model = model
+        self._resize = T.AugmentationList([] if cfg.TEST.AUG.ENABLED else build_augmentation(cfg, is_train=False))
+        self._score_thresh = score_thresh or 0.0
+        self._tile, self._overlap, self._batch_size = tile, overlap, batch_size
+
+    def __call__(self, images) -> Instances | list[Instances]:
+        """The detections in an image, or a list of those in several; best first, on the CPU.
+
+        Args:
+            images: an image or a sequence of them, each a path or an (H, W, 3) uint8 array in BGR, as OpenCV's are.
+
+        Returns:
+            ``Instances`` with ``pred_boxes`` (XYXY in pixels of the image), ``scores`` and ``pred_classes``, and what
+            else the model predicts.
+
+        Raises:
+            ImageError: a file that is no image, or is damaged.
+            FileNotFoundError: there is no such file.
+            ValueError: an array of another shape or dtype.
+        """
+        single = isinstance(images, np.ndarray | str | os.PathLike)
+        found = self.detect([self.read(image) for image in ([images] if single else images)])
+        return found[0] if single else found
+
+    def read(self, image: np.ndarray | str | os.PathLike) -> np.ndarray:
+        """An image, a path or an (H, W, 3) uint8 array in BGR, as the network wants it: (H, W, C) in ``INPUT.FORMAT``.
+
+        Raises:
+            ImageError, FileNotFoundError, ValueError: see ``__call__``.
+        """
+        if not isinstance(image, np.ndarray):
+            return read_file(os.fspath(image), self.cfg.INPUT.FORMAT)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"An image is an array of {image.dtype} and shape {image.shape}; expected uint8 and (H, W, 3) in BGR. "
+                "Others are converted by cv2.cvtColor, or read from their files."
+            )
+        if self.cfg.INPUT.FORMAT == "BGR":
+            return image
+        rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        return convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT)
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """The detections in each of some images that are as ``read`` returns them; see ``__call__``."""
+        windows = [self._windows(*image.shape[:2]) for image in images]
+        views = [(image, window) for image, here in zip(images, windows) for window in here]
+        found = []
+        for start in range(0, len(views), self._batch_size):
+            batch = [self._view(*view) for view in views[start : start + self._batch_size]]
+            found += [output["instances"].to("cpu") for output in self.model(batch)]
+        results = []
+        for image, here in zip(images, windows):
+            parts, found = found[: len(here)], found[len(here) :]
+            merged = merge_tiles(parts, here, image.shape[:2], self._nms_thresh) if len(here) > 1 else parts[0]
+            results.append(merged[merged.scores >= self._score_thresh])
+        return results
+
+    def _windows(self, height: int, width: int) -> list[Window]:
+        """The parts of an image that go through the network."""
+        whole = (0, 0, width, height)
+        if not self._tile or max(height, width) <= self._tile:
+            return [whole]
+        windows = tile_windows(height, width, self._tile, self._overlap)
+        return windows + [whole] * (self.cfg.TEST.AUG.ENABLED or self.cfg.INPUT.MIN_SIZE_TEST > 0)
+
+    def _view(self, image: np.ndarray, window: Window) -> dict:
+        """What the model gets of the part of an image."""
+        x0, y0, x1, y1 = window
+        view = T.AugInput(image[y0:y1, x0:x1])
+        self._resize(view)
+        tensor = torch.from_numpy(np.array(view.image.transpose(2, 0, 1), order="C"))  # (C, H, W)
+        return {"image": tensor, "height": y1 - y0, "width": x1 - x0}
+
+
+def read_file(path: str, image_format: str) -> np.ndarray:
+    """The image in a file as Detectron2 reads it: (H, W, C) in ``image_format``, turned by its EXIF orientation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: it is no image, or is damaged.
+    """
+    try:
+        return read_image(path, image_format)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow fails in many ways on what is damaged
+        raise ImageError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
+
+
+def _check_options(score_thresh: float | None, tile: int, overlap: int, batch_size: int) -> None:
+    if score_thresh is not None and not 0 <= score_thresh <= 1:
+        raise ValueError(f"score_thresh is {score_thresh}; expected a number in [0, 1].")
+    if tile < 0 or not 0 <= overlap < max(tile, 1):
+        raise ValueError(f"tile is {tile} and overlap {overlap}; expected tile ≥ 0, and 0 ≤ overlap < tile, in pixels.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
