@@ -12,9 +12,11 @@ from focal_plugin import (
     SigmoidFocalLoss,
     SmoothL1BoxLoss,
 )
+from focal_plugin.data import FocalDatasetMapper
 
 stock = get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
 dataloader, lr_multiplier, optimizer, train = stock.dataloader, stock.lr_multiplier, stock.optimizer, stock.train
+dataloader.train.mapper._target_ = FocalDatasetMapper  # keeps crowds, to ignore the anchors in them
 
 model = L(FocalRetinaNet)(
     backbone=stock.model.backbone,

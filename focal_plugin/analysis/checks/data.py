@@ -194,8 +194,8 @@ def check_coverage(case: Case) -> Iterator[Finding]:
     elif not without.any():
         yield Finding(
             OK,
-            f"all {total:,} boxes of {len(case.images):,} images have one, {low.mean():.1%} by the low-quality rule alone: "
-            f"{_by_level(case)}",
+            f"all {total:,} boxes of {len(case.images):,} images have one: {_by_level(case)}; {low.mean():.1%} by the "
+            "low-quality rule alone",
         )
 
 
