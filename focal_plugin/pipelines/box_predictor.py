@@ -62,14 +62,14 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg, input_shape):
         with components_config(cfg, NUM_CLASSES="MODEL.ROI_HEADS.NUM_CLASSES") as own:
-            args = super().from_config(cfg, input_shape)
-            args["loss_weight"]["loss_cls"] = cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT
-            return {
-                **args,
+            components = {
                 "cls_loss": build_cls_loss(own),
                 "normalizer": build_normalizer(own),
                 "bias_init": build_bias_init(own),
             }
+        args = super().from_config(cfg, input_shape)
+        args["loss_weight"]["loss_cls"] = cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT
+        return {**args, **components}
 
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         """``loss_cls`` and ``loss_box_reg``, weighted.

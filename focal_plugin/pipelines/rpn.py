@@ -72,15 +72,15 @@ class FocalRPN(RPN):
             own.MODEL.RETINANET.NUM_CLASSES = 1
             own.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA = []
             own.MODEL.FOCAL.CLASS_FREQUENCIES = [1.0]
-            args = super().from_config(cfg, input_shape)
-            args["loss_weight"]["loss_rpn_cls"] *= cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT
-            return {
-                **args,
+            components = {
                 "anchor_matcher": build_matcher(own),
                 "cls_loss": build_cls_loss(own),
                 "normalizer": build_normalizer(own),
                 "bias_init": build_bias_init(own),
             }
+        args = super().from_config(cfg, input_shape)
+        args["loss_weight"]["loss_rpn_cls"] *= cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT
+        return {**args, **components}
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
