@@ -3,7 +3,9 @@
 import focal_plugin  # noqa: F401  # before Detectron2, whose deprecation warnings it keeps away
 
 # isort: split
+import importlib.util
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -14,7 +16,10 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.utils.logger import setup_logger
 
+TRAIN_NET = Path(__file__).parents[1] / "train_net.py"
 CLASSES = ["square", "disc"]
 
 
@@ -90,3 +95,27 @@ def tiny_config(tmp_path):
         if entry["name"] in DatasetCatalog:
             DatasetCatalog.remove(entry["name"])
             MetadataCatalog.remove(entry["name"])
+
+
+@pytest.fixture
+def loggers():
+    """Take the handlers off again that a run adds: they write to its log file and to this test's screen."""
+    names = ("detectron2", "fvcore", "focal_plugin")
+    setup_logger.cache_clear()
+    yield
+    for name in names:
+        logging.getLogger(name).handlers.clear()
+    setup_logger.cache_clear()
+
+
+@pytest.fixture
+def train_net(tiny_config, loggers):
+    """Run the script's ``main`` on a config in this process; words of a command line after it."""
+    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*words, config=tiny_config):
+        return module.main(default_argument_parser().parse_args(["--config-file", config, *map(str, words)]))
+
+    return run

@@ -1,8 +1,6 @@
 """train_net.py from end to end, on a data set and a model of seconds."""
 
-import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,37 +10,11 @@ import cv2
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.logger import setup_logger
 
 from focal_plugin.engine import Trainer, load_config, trainer
 
 SCRIPT = Path(__file__).parents[1] / "train_net.py"
-
-
-@pytest.fixture(autouse=True)
-def loggers():
-    """Take the handlers off again that a run adds: they write to its log file and to this test's screen."""
-    names = ("detectron2", "fvcore", "focal_plugin")
-    setup_logger.cache_clear()
-    yield
-    for name in names:
-        logging.getLogger(name).handlers.clear()
-    setup_logger.cache_clear()
-
-
-@pytest.fixture
-def train_net(tiny_config):
-    """Run the script's ``main`` on a config in this process; words of a command line after it."""
-    spec = importlib.util.spec_from_file_location("train_net", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*words, config=tiny_config):
-        return module.main(default_argument_parser().parse_args(["--config-file", config, *map(str, words)]))
-
-    return run
 
 
 @pytest.fixture

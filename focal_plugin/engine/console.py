@@ -39,7 +39,7 @@ def off_screen(name: str) -> Iterator[None]:
 class EarlyWriter(HookBase):
     """Writes after the first step of a run, to show that it lives, and after the fifth, when the time left is known.
 
-    A run that resumed writes then to all but metrics.json, which gets the lines of a run that was not interrupted.
+    For metrics.json a run that was resumed begins where it first began.
 
     Args:
         writers: those that Detectron2's ``PeriodicWriter`` calls from then on.
@@ -51,7 +51,8 @@ class EarlyWriter(HookBase):
     def after_step(self) -> None:
         """Write, if it is one of the two steps and not the last one, which is written anyway."""
         step = self.trainer.iter + 1
-        if step - self.trainer.start_iter in (1, 5) and step < self.trainer.max_iter:
+        if step < self.trainer.max_iter:
             for writer in self.writers:
-                if self.trainer.start_iter == 0 or not isinstance(writer, MetricsWriter):
+                start = 0 if isinstance(writer, MetricsWriter) else self.trainer.start_iter
+                if step - start in (1, 5):
                     writer.write()

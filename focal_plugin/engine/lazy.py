@@ -105,7 +105,11 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     trainer.register_hooks([hooks.IterationTimer(), schedule, save, *tail])
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    start = 0
+    if resume and checkpointer.has_checkpoint():
+        start = trainer.iter + 1
+    elif resume:
+        save.start_again()
     with explained_full_disk(cfg.train.output_dir), recorded_divergence(cfg.train.output_dir):
         trainer.train(start, cfg.train.max_iter)
     return results

@@ -23,12 +23,12 @@ class MetricsWriter(EventWriter):
         self._last = -1
 
     def write(self) -> None:
-        """Write what is new since the last time, a line for each step, and sync it to the disk."""
+        """Write what is new since the last time, a line for each step in order, and sync it to the disk."""
         lines: dict[int, dict] = {}
         for name, (value, step) in get_event_storage().latest_with_smoothing_hint(WINDOW).items():
             if step > self._last:
                 lines.setdefault(step, {"iteration": step})[name] = value
-        self._file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in lines.values())
+        self._file.writelines(json.dumps(lines[step], sort_keys=True) + "\n" for step in sorted(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._last = max([self._last, *lines])
@@ -36,6 +36,10 @@ class MetricsWriter(EventWriter):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def clear(self) -> None:
+        """Begin the file anew."""
+        self.load_state_dict({"bytes": 0, "last": -1})
 
     def state_dict(self) -> dict:
         """How long the file is, and the last step in it."""

@@ -130,6 +130,11 @@ class CheckpointHook(HookBase):
         """Keep a state for when training starts."""
         self._loaded = state
 
+    def start_again(self) -> None:
+        """Forget an attempt that was ended before its first checkpoint: what it has written is written again."""
+        if self.metrics is not None:
+            self.metrics.clear()
+
     def _restore(self, state: dict) -> None:
         if "loader" in state and hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(state["loader"])

@@ -79,6 +79,8 @@ class Trainer(DefaultTrainer):
                 "with that run instead, use --resume; to keep it, set another OUTPUT_DIR."
             )
         super().resume_or_load(resume)
+        if resume and not self.checkpointer.has_checkpoint():
+            self.checkpoint_hook.start_again()
 
     def train(self) -> dict | None:
         """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
@@ -115,7 +117,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(EarlyWriter(self.writers))
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        checkpoints = CheckpointHook(
+        self.checkpoint_hook = CheckpointHook(
             self.checkpointer,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
             model=self.model,
@@ -123,7 +125,7 @@ class Trainer(DefaultTrainer):
             metrics=next((writer for writer in self.writers if isinstance(writer, MetricsWriter)), None),
             tail=hooks[place:],
         )
-        return [*hooks[:place], checkpoints, *hooks[place:]]
+        return [*hooks[:place], self.checkpoint_hook, *hooks[place:]]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's: the screen, metrics.json and TensorBoard."""

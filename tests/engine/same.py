@@ -1,0 +1,41 @@
+"""Whether two runs are the same, bit for bit."""
+
+import json
+
+import torch
+
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def final(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def assert_same(found, expected, where=""):
+    """Bit for bit, whatever it consists of."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found.nan_to_num(9.9e9), expected.nan_to_num(9.9e9)), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, (one, other) in enumerate(zip(found, expected)):
+            assert_same(one, other, f"{where}/{number}")
+    else:
+        assert found == expected or (found != found and expected != expected), where
+
+
+def assert_same_run(found, expected):
+    one, other = final(found), final(expected)
+    for state in (one, other):  # the length of metrics.json depends on its times, which are numbers of any length
+        del state["trainer"]["hooks"]["CheckpointHook"]["metrics"]["bytes"]
+    assert_same(one, other)
+    assert_same(metrics(found), metrics(expected))

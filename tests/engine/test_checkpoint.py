@@ -1,0 +1,218 @@
+"""A checkpoint is whole or not there, whatever happens while it is written; a broken one is passed over."""
+
+import errno
+import os
+import resource
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from focal_plugin.engine import AtomicCheckpointer
+from focal_plugin.engine import checkpoint as module
+from focal_plugin.engine.checkpoint import explained_full_disk, replace_file, what_is_broken
+
+
+class Counter:
+    """Something to keep beside the weights."""
+
+    def __init__(self, steps=0):
+        self.steps = steps
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def make(folder, steps=0):
+    model = nn.Linear(64, 64)
+    nn.init.constant_(model.weight, steps)
+    return AtomicCheckpointer(model, str(folder), counter=Counter(steps))
+
+
+def save(folder, steps):
+    make(folder, steps).save("model_final" if steps == 9 else f"model_{steps:07d}", iteration=steps)
+
+
+def resume(folder):
+    """The steps and weights that a run would go on with."""
+    checkpointer = make(folder)
+    rest = checkpointer.resume_or_load("", resume=True)
+    steps = checkpointer.checkpointables["counter"].steps
+    assert rest == {"iteration": steps} and bool((checkpointer.model.weight == steps).all())
+    return steps
+
+
+def test_the_last_one(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth", "model_0000002.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert resume(tmp_path) == 2
+    checkpointer = make(tmp_path)
+    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
+    assert checkpointer.model.weight.unique().item() == 1 and checkpointer.checkpointables["counter"].steps == 0
+
+
+def test_detectron2_reads_it(tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    save(tmp_path, 3)
+    theirs = DetectionCheckpointer(nn.Linear(64, 64), str(tmp_path))
+    assert theirs.resume_or_load("")["iteration"] == 3
+    assert theirs.model.weight.unique().item() == 3
+
+
+def test_nothing_to_resume_from(tmp_path):
+    checkpointer = make(tmp_path, 5)
+    assert checkpointer.resume_or_load("", resume=True) == {}
+    assert checkpointer.model.weight.unique().item() == 5
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    """One bit of the weights: PyTorch would load it."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["iteration"] > 0
+
+
+def lose(path):
+    path.unlink()
+
+
+def zeros(path):
+    """What some file systems make of a file whose content never reached the disk."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, lose, zeros])
+@pytest.mark.parametrize("last", [3, 9])
+def test_a_broken_one_is_passed_over(tmp_path, caplog, damage, last):
+    for steps in (1, 2, last):
+        save(tmp_path, steps)
+    path = tmp_path / ("model_final.pth" if last == 9 else "model_0000003.pth")
+    damage(path)
+    assert resume(tmp_path) == 2
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        str(path) in record.message and f"Going on from the one before: {tmp_path}/model_0000002.pth" in record.message
+    )
+    cut(tmp_path / "model_0000002.pth")
+    assert resume(tmp_path) == 1
+    cut(tmp_path / "model_0000001.pth")
+    with pytest.raises(OSError, match=r"no checkpoint in .* is whole") as error:
+        resume(tmp_path)
+    assert "model_0000001.pth" in str(error.value) and "model_0000002.pth" in str(error.value)
+
+
+def test_those_of_later_steps_are_of_another_run(tmp_path):
+    save(tmp_path, 8)  # left there by a run before
+    save(tmp_path, 9)
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    cut(tmp_path / "model_0000002.pth")
+    assert resume(tmp_path) == 1
+    cut(tmp_path / "model_0000001.pth")
+    assert resume(tmp_path) == 9  # of a shorter run, which this one went on with
+
+
+@pytest.mark.parametrize("name", ["", "\0" * 20, "nothing.pth"])
+def test_last_checkpoint_names_no_file(tmp_path, name):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "last_checkpoint").write_text(name)
+    assert resume(tmp_path) == 2
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def interrupt(monkeypatch, where, call):
+    """Let the ``call``-th call of a function of the operating system, or what follows it, not happen."""
+    name, _, after = where.partition(" ")
+    original, count = getattr(os, name), iter(range(1, 99))
+
+    def killed(*args):
+        if next(count) != call:
+            return original(*args)
+        if after:
+            original(*args)
+        raise Killed
+
+    monkeypatch.setattr(module.os, name, killed)
+
+
+@pytest.mark.parametrize("where", ["fsync", "fsync after", "replace", "replace after"])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_killed_while_saving(tmp_path, monkeypatch, where, call):
+    """At any of the steps of saving, there is the checkpoint from before or the new one."""
+    save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        interrupt(patched, where, call)
+        try:
+            save(tmp_path, 2)
+            done = True
+        except Killed:
+            done = False
+    named = (tmp_path / "last_checkpoint").read_text()
+    assert what_is_broken(str(tmp_path / named)) == ""
+    assert resume(tmp_path) == (2 if named == "model_0000002.pth" else 1)
+    if done:
+        assert named == "model_0000002.pth"
+    assert not list(tmp_path.glob("*.part"))  # what was left has been cleared away
+
+
+def test_killed_while_writing(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def write(file):
+        file.write(b"aft")
+        file.flush()
+        raise Killed
+
+    with pytest.raises(Killed):
+        replace_file(str(path), write)
+    assert path.read_text() == "before"
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 8 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room(tmp_path, request):
+    save(tmp_path, 1)
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match=r"model_0000002\.pth could not be written") as error:
+        save(tmp_path, 2)
+    assert error.value.errno == errno.EFBIG
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    assert resume(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("number", "explained"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_what_is_said_of_a_full_disk(number, explained):
+    with pytest.raises(OSError) as error, explained_full_disk("/out"):
+        raise OSError(number, os.strerror(number))
+    assert error.value.errno == number
+    assert ("Make room, then go on with --resume" in str(error.value)) == explained
