@@ -13,8 +13,8 @@ Heads of a dense detector: the two subnets of the paper's section 4.
 Built with ``(cfg, input_shape)``, where ``input_shape`` is a list of ``ShapeSpec``, one a level. Called with the
 features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one
 (N, A·4, H, W) tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
-A head whose ``forward`` has a second parameter named ``targets`` gets the batch's ``DenseTargets`` there in training, and
-its deltas are then those of the positives alone, (P, 4), in the order of ``targets.gt_boxes``.
+A head whose ``forward`` has a second parameter named ``targets`` gets the batch's ``DenseTargets`` there in training,
+and its deltas are then those of the positives alone, (P, 4), in the order of ``targets.gt_boxes``.
 """
 
 CLS_LOSS_REGISTRY = Registry("CLS_LOSS")
@@ -44,6 +44,7 @@ Rules that assign ground truth to anchors, built with ``(cfg)`` and called with 
 ``anchors``: an ``Anchors``; ``instances``: the ``Instances`` of one image, with ``gt_boxes``. The result is
 ``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box,
 and an int8 label in {IGNORED, NEGATIVE, POSITIVE}. ``matched`` is meaningful where the label is POSITIVE.
+Crowds are no concern of a matcher: ``FocalRetinaNet`` then ignores the negatives in them (``ignore_regions``).
 A matcher that needs nothing but IoU is also callable with one (G, R) matrix of it, as Detectron2's ``Matcher`` is, so
 that it serves stock models; another raises a TypeError that says so.
 """

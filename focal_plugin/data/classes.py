@@ -58,11 +58,20 @@ def _class_names(dataset: str, key: str) -> list[str] | None:
     return None if classes is None else list(classes)
 
 
+def is_dense_detector(architecture: str) -> bool:
+    """Whether this registered meta-architecture is a RetinaNet, Detectron2's or FocalRetinaNet, or of their kind.
+
+    Raises:
+        KeyError: it is not registered.
+    """
+    model = META_ARCH_REGISTRY.get(architecture)
+    return isinstance(model, type) and issubclass(model, DenseDetector)
+
+
 def _num_classes_key(architecture: str) -> str | None:
     if architecture == "GeneralizedRCNN":
         return "ROI_HEADS"
-    model = META_ARCH_REGISTRY.get(architecture)
-    return "RETINANET" if isinstance(model, type) and issubclass(model, DenseDetector) else None
+    return "RETINANET" if is_dense_detector(architecture) else None
 
 
 def _listed(classes: list[str], most: int = 10) -> str:

@@ -6,12 +6,12 @@ from functools import cached_property
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ...data import is_dense_detector
 from ...engine import load_config
 from ..common import read_records, spread
 from ..coverage import Coverage, FeatureGrid, Image, measure, read_images
@@ -74,10 +74,8 @@ class Case:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the model is a RetinaNet, Detectron2's or FocalRetinaNet, or derives from one's base."""
-        name = self.cfg.MODEL.META_ARCHITECTURE
-        model = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
-        return isinstance(model, type) and issubclass(model, DenseDetector)
+        """Whether the model is a RetinaNet or of its kind."""
+        return is_dense_detector(self.cfg.MODEL.META_ARCHITECTURE)
 
     @cached_property
     def records(self) -> list[dict]:
