@@ -83,9 +83,10 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         if getattr(self.cls_loss, "needs_quality", False):
             boxes = self.predict_boxes_for_gt_classes(predictions, proposals)  # N × (P_i, 4)
             targets = [image.with_quality(rows[image.positives[0]]) for image, rows in zip(targets, boxes)]
-        loss_cls = logits[:0].float().sum()
+        loss_cls = logits[:0].float().sum()  # with a gradient, 0, where no image has proposals
         for rows, image in zip(logits.split([len(image) for image in proposals]), targets):
-            loss_cls = loss_cls + self.cls_loss([rows_as_dense(rows[None])], image)
+            if len(rows):
+                loss_cls = loss_cls + self.cls_loss([rows_as_dense(rows[None])], image)
         normalizer = self.normalizer(sum(image.num_positives for image in targets), logits.device)
 
         gt_classes = _cat([image.gt_classes for image in proposals], logits.new_zeros(0, dtype=torch.int64))

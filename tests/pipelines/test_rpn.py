@@ -108,7 +108,14 @@ def test_inference_is_detectron2s(pair, draw_images):
 
 @pytest.mark.parametrize("alpha", [0.25, -1.0])
 def test_focal_loss_is_torchvisions(pair, draw_images, alpha):
-    words = ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", alpha, "MODEL.RPN.LOSS_WEIGHT", 3.0, "MODEL.FOCAL.CLS_LOSS.WEIGHT", 0.5]
+    words = [
+        "MODEL.RETINANET.FOCAL_LOSS_ALPHA",
+        alpha,
+        "MODEL.RPN.LOSS_WEIGHT",
+        3.0,
+        "MODEL.FOCAL.CLS_LOSS.WEIGHT",
+        0.5,
+    ]
     theirs, ours = pair(*words)
     batch = inputs(draw_images([3, 0]))
     labels, _, _ = expected_labels(theirs, *batch[1:])
