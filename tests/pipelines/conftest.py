@@ -18,17 +18,25 @@ SMALL_FPN = [
     *["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 16],
     *["MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]],
 ]
+# R50 is the smallest here: the head is its last stage.
+SMALL_C4 = ["MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
 
 
 @pytest.fixture
-def small_config():
+def small_words():
+    """The ``KEY, VALUE`` pairs that make the model of a config of the zoo small."""
+    return lambda name: [*SMALL, *(SMALL_C4 if "C4" in name else SMALL_FPN)]
+
+
+@pytest.fixture
+def small_config(small_words):
     """A config of the zoo with a small model and ``KEY, VALUE`` pairs; ``focal=False`` leaves our keys out."""
 
     def make(name, *opts, focal=True):
         cfg = model_zoo.get_config(name)
         if focal:
             add_focal_config(cfg)
-        cfg.merge_from_list([*SMALL, *([] if "C4" in name else SMALL_FPN), *opts])
+        cfg.merge_from_list([*small_words(name), *opts])
         return cfg
 
     return make

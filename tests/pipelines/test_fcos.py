@@ -74,15 +74,8 @@ def test_inference_is_detectron2s(config, draw_images):
 
 
 def test_bce_is_over_all_locations(config, draw_images):
-    words = [
-        "MODEL.FOCAL.CLS_LOSS.NAME",
-        "BCELoss",
-        "MODEL.FOCAL.NORMALIZER",
-        "num_fg",
-        "MODEL.FOCAL.CLS_LOSS.WEIGHT",
-        3,
-    ]
-    model, images = spread(build_model(config(*words))), draw_images([3, 0])
+    words = ["MODEL.FOCAL.CLS_LOSS.NAME", "BCELoss", "MODEL.FOCAL.CLS_LOSS.WEIGHT", 3.0]
+    model, images = spread(build_model(config(*words, "MODEL.FOCAL.NORMALIZER", "num_fg"))), draw_images([3, 0])
     features = model.backbone(model.preprocess_image(images).tensor)
     features = [features[name] for name in model.head_in_features]
     logits = torch.cat([x.flatten(2).transpose(1, 2) for x in model.head(features)[0]], dim=1)  # (N, R, K)
