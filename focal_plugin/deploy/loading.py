@@ -28,8 +28,15 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:
-        ValueError: it is a ``.py`` file.
+        ValueError: it is a ``.py`` file, or ``opts`` has a key that the config does not have.
     """
+    try:
+        return _read_config(config, opts)
+    except AssertionError as error:  # what a config raises for a key that it does not have
+        raise ValueError(f"{' '.join(map(str, opts))}: {error}") from error
+
+
+def _read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str]) -> CfgNode:
     if not isinstance(config, CfgNode):
         path = os.fspath(config)
         if path.endswith(".py"):

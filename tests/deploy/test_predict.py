@@ -1,0 +1,270 @@
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from focal_plugin.deploy import DenseTTA, Predictor, media, predict
+from focal_plugin.deploy.inputs import InputError, find_sources
+from focal_plugin.deploy.predict import main, split_words
+from focal_plugin.engine import load_config
+
+
+@pytest.fixture
+def run(tiny_config, weights, tmp_path):
+    """Calls the command with the tiny detector and the output folder ``out``, and returns its exit code."""
+
+    def call(*words):
+        return main(["--config-file", tiny_config, "--weights", weights, "--output", str(tmp_path / "out"), *words])
+
+    return call
+
+
+def load(folder, name="detections.json"):
+    return json.loads((folder / name).read_text())
+
+
+def files(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_a_folder_with_images_that_do_not_open(run, tmp_path, capsys):
+    images = tmp_path / "shapes_test"
+    (images / "broken.JPG").write_text("no image")
+    (images / "link.png").symlink_to("nothing")
+    (images / "notes.txt").write_text("not for us")
+    (images / "deeper.png").mkdir()
+    Image.open(images / "0.png").save(images / "first.jpg")
+    assert run(str(images)) == 1
+    pictures = ["0.png", "1.png", "2.png", "3.png", "first.jpg"]
+    assert files(tmp_path / "out") == sorted([*pictures, "detections.json", "images.json"])
+    listed = load(tmp_path / "out", "images.json")["images"]
+    assert [image["file_name"] for image in listed] == [str(images / name) for name in pictures]
+    stderr = capsys.readouterr().err
+    assert "2 of 7 inputs" in stderr and "broken.JPG" in stderr and "link.png" in stderr and "notes" not in stderr
+
+
+def test_the_json_is_cocos_and_the_pictures_show_it(run, tiny_config, weights, tmp_path, capsys):
+    """Of a data set whose category ids are not the indices of the classes."""
+    path = str(tmp_path / "shapes_test/1.png")
+    assert run(path, "--score-thresh", ".4", "--no-optimize") == 0
+    truth = COCO(str(tmp_path / "out/images.json"))
+    found = truth.loadRes(str(tmp_path / "out/detections.json"))
+    assert found.loadImgs([1]) == [{"id": 1, "file_name": path, "annotated": "1.png", "height": 64, "width": 64}]
+    assert truth.loadCats([1, 2]) == [{"id": 1, "name": "square"}, {"id": 2, "name": "disc"}]
+
+    expected = Predictor(tiny_config, weights, optimize=False, score_thresh=0.4)(path)
+    detections = found.loadAnns(found.getAnnIds([1]))
+    assert len(detections) == len(expected) > 3
+    assert [d["score"] for d in detections] == expected.scores.tolist()
+    assert [d["category_id"] - 1 for d in detections] == expected.pred_classes.tolist()
+    boxes = expected.pred_boxes.tensor.numpy()
+    np.testing.assert_allclose([d["bbox"] for d in detections], np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]))
+
+    drawn, plain = np.array(Image.open(tmp_path / "out/1.png")).astype(int), np.array(Image.open(path)).astype(int)
+    assert drawn.shape == plain.shape
+    changed = np.abs(drawn - plain).max(axis=2) > 30
+    assert 0.02 < changed.mean() < 0.98
+
+
+def test_nothing_is_overwritten(run, tmp_path):
+    path = str(tmp_path / "shapes_test/0.png")
+    assert run(path, path) == run(path) == 0
+    out = tmp_path / "out"
+    names = ["0-2.png", "0-3.png", "0.png", "detections-2.json", "detections.json", "images-2.json", "images.json"]
+    assert files(out) == names
+    assert [image["annotated"] for image in load(out, "images.json")["images"]] == ["0.png", "0-2.png"]
+    assert [image["annotated"] for image in load(out, "images-2.json")["images"]] == ["0-3.png"]
+    (out / "images.json").unlink()
+    assert run(path) == 0
+    assert {"detections-3.json", "images-3.json"} <= set(files(out))  # the two belong together
+
+
+def test_every_option_reaches_the_predictor(run, tmp_path, monkeypatch):
+    made = []
+
+    class Recorded(Predictor):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append((self, options))
+
+    monkeypatch.setattr(predict, "Predictor", Recorded)
+    path = str(tmp_path / "shapes_test/0.png")
+    options = ["--score-thresh", ".3", "--tile", "48", "--overlap", "8", "--no-optimize", "--tta"]
+    assert run(path, *options, "TEST.AUG.MIN_SIZES", "(32, 48)", "SEED", "-1", "MODEL.DEVICE", "cpu") == 0
+    predictor, found = made.pop()
+    expected = {"score_thresh": 0.3, "tile": 48, "overlap": 8, "optimize": False, "tta": True}
+    assert {key: found[key] for key in expected} == expected
+    assert isinstance(predictor.model, DenseTTA) and predictor.model.mapper.min_sizes == (32, 48)
+    assert predictor._windows(64, 64) == [(x, y, x + 48, y + 48) for y in (0, 16) for x in (0, 16)] + [(0, 0, 64, 64)]
+    assert all(detection["score"] >= 0.3 for detection in load(tmp_path / "out"))
+    assert run(path) == 0
+    predictor, found = made.pop()
+    expected = {"score_thresh": 0.5, "tile": 0, "overlap": None, "optimize": True, "tta": None}
+    assert {key: found[key] for key in expected} == expected
+    assert not isinstance(predictor.model, DenseTTA)
+
+
+def test_what_cannot_begin_is_an_error_and_leaves_nothing(run, tiny_config, tmp_path, capsys):
+    image = str(tmp_path / "shapes_test/0.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for words, expected in [
+        ([str(tmp_path / "none.png")], "none.png"),
+        ([str(tmp_path / "empty")], "without an image"),
+        ([str(tmp_path / "*.mp4")], "No file matches"),
+        (["MODEL.DEVICE", "cpu"], "Nothing to predict on"),
+        ([image, "MODEL.DEVICE"], "each with a value"),
+        ([image, "MODEL.DEVISE", "cpu"], "MODEL.DEVISE"),
+        ([image, "SEED", "1", "MODEL.DEVISE", "cpu"], "MODEL.DEVISE"),
+        ([image, "--score-thresh", "50"], "score_thresh is 50"),
+        ([image, "--overlap", "50"], "overlap 50"),
+        ([image, "--weights", str(tmp_path / "none.pth")], "none.pth"),
+        ([image, "--config-file", "none.yaml"], "none.yaml"),
+        ([image, "--output", str(tmp_path / "file")], str(tmp_path / "file")),
+    ]:
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and expected in error, words
+    assert not (tmp_path / "out").exists()
+
+
+# Videos and cameras
+
+
+@pytest.fixture
+def video(tmp_path):
+    """A video of twelve frames of 64 × 96 pixels, with a square that moves."""
+    path = str(tmp_path / "square.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 12.5, (96, 64))
+    if not writer.isOpened():
+        pytest.skip(f"OpenCV {cv2.__version__} was built without a codec that writes MJPG.")
+    for x in range(12):
+        frame = np.zeros((64, 96, 3), np.uint8)
+        frame[10:30, 4 * x : 4 * x + 20] = (40, 200, 90)
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def frames(path):
+    capture = cv2.VideoCapture(str(path))
+    while (read := capture.read())[0]:
+        yield read[1]
+
+
+def test_a_video(run, video, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    assert run(video, str(broken), "--score-thresh", ".6") == 1
+    (written,) = (tmp_path / "out").glob("square.*")
+    expected = list(frames(video))
+    drawn = list(frames(written))
+    assert [frame.shape for frame in drawn] == [(64, 96, 3)] * 12
+    assert cv2.VideoCapture(str(written)).get(cv2.CAP_PROP_FPS) == pytest.approx(12.5)
+    assert np.abs(drawn[5].astype(int) - expected[5]).mean() < 60  # the same frame, in the same order of colours
+    images = load(tmp_path / "out", "images.json")["images"]
+    assert [(image["file_name"], image["frame_id"], image["annotated"]) for image in images] == [
+        (video, number, written.name) for number in range(12)
+    ]
+    assert {detection["image_id"] for detection in load(tmp_path / "out")} <= set(range(1, 13))
+    assert run(video) == 0
+    assert (tmp_path / "out" / f"square-2{written.suffix}").exists()
+
+
+class Camera:
+    """Stands in for cv2.VideoCapture: three frames, then Ctrl+C."""
+
+    def __init__(self, number):
+        assert number == 3
+        self.frames = iter([np.full((64, 64, 3), value, np.uint8) for value in (0, 100, 200)])
+
+    def isOpened(self):
+        return True
+
+    def get(self, what):
+        return 0.0
+
+    def read(self):
+        frame = next(self.frames, None)
+        if frame is None:
+            raise KeyboardInterrupt
+        return True, frame
+
+    def release(self):
+        self.frames = None
+
+
+def test_a_camera_runs_until_it_is_stopped(run, video, tmp_path, monkeypatch):
+    monkeypatch.setattr(media.cv2, "VideoCapture", Camera)
+    assert run("3") == 0
+    images = load(tmp_path / "out", "images.json")["images"]
+    assert [(image["file_name"], image["frame_id"]) for image in images] == [("camera 3", i) for i in range(3)]
+    monkeypatch.undo()
+    (written,) = (tmp_path / "out").glob("camera 3.*")
+    assert len(list(frames(written))) == 3
+
+
+def test_a_build_of_opencv_without_codecs_says_so(video, tmp_path, monkeypatch):
+    class NoWriter:
+        def __init__(self, *args):
+            pass
+
+        def isOpened(self):
+            return False
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(media.cv2, "VideoWriter", NoWriter)
+    output = media.VideoOutput([str(tmp_path / "a.mp4"), str(tmp_path / "a.avi")], 25, predict.Metadata())
+    with pytest.raises(OSError, match=r"can write none of .*a\.mp4, .*a\.avi"):
+        output.add(np.zeros((8, 8, 3), np.uint8), None)
+
+
+def test_ctrl_c_keeps_what_was_done(run, tmp_path, monkeypatch, capsys):
+    detect = Predictor.detect
+
+    def interrupted(self, images):
+        if not hasattr(self, "done"):
+            self.done = True
+            return detect(self, images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "detect", interrupted)
+    assert run(str(tmp_path / "shapes_test")) == 130
+    assert len(load(tmp_path / "out", "images.json")["images"]) == 1
+
+
+# The command line's words
+
+
+def test_what_the_words_stand_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/2.png", "a/1.JPG", "a/b/3.webp", "a/film.MP4", "7"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for word, expected in {
+        "a": [("a/1.JPG", "image"), ("a/2.png", "image")],
+        "a/*": [("a/1.JPG", "image"), ("a/2.png", "image"), ("a/film.MP4", "video")],
+        "a/**/*.webp": [("a/b/3.webp", "image")],
+        "a/film.MP4": [("a/film.MP4", "video")],
+        "0": [("0", "camera")],
+        "7": [("7", "image")],  # a file of that name
+    }.items():
+        assert [(source.path, source.kind) for source in find_sources([word])] == expected
+    assert len(find_sources(["a", "0", "a/2.png"])) == 4
+    with pytest.raises(InputError, match="There is no b"):
+        find_sources(["a", "b"])
+
+
+def test_keys_of_the_config_follow_the_inputs(tiny_config):
+    assert split_words(["a.jpg", "IMG.JPG"]) == (["a.jpg", "IMG.JPG"], [])
+    words = ["a.jpg", "TEST.AUG.FLIP", "False", "MODEL.FOCAL.TIMM.TOP_BLOCK", "p5"]
+    assert split_words(words) == (["a.jpg"], words[1:])
+    assert split_words(["a.jpg", *words[3:]]) == (["a.jpg"], words[3:])  # a key that was renamed: the config says so
+    with pytest.raises(KeyError, match=r"renamed to MODEL\.FOCAL\.TOP_BLOCK"):
+        load_config(tiny_config, words[3:])
