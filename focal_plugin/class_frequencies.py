@@ -46,7 +46,8 @@ def fill_class_frequencies(cfg: CfgNode) -> None:
     if cfg.MODEL.FOCAL.CLASS_FREQUENCIES or not needs_class_frequencies(cfg) or not cfg.DATASETS.TRAIN:
         return
     if all(name in DatasetCatalog for name in cfg.DATASETS.TRAIN):
-        cfg.MODEL.FOCAL.CLASS_FREQUENCIES = count_boxes(cfg.DATASETS.TRAIN, cfg.MODEL.RETINANET.NUM_CLASSES)
+        key = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" else "RETINANET"
+        cfg.MODEL.FOCAL.CLASS_FREQUENCIES = count_boxes(cfg.DATASETS.TRAIN, cfg.MODEL[key].NUM_CLASSES)
 
 
 def needs_class_frequencies(cfg: CfgNode) -> bool:

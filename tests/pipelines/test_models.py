@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import ResNet
 
 from focal_plugin import FocalBoxPredictor, FocalFCOS, FocalRPN
+from focal_plugin.engine import load_config
 
 ROOT = Path(__file__).parents[2]
 FOCAL_RPN = ["MODEL.PROPOSAL_GENERATOR.NAME", "FocalRPN"]
@@ -95,6 +97,26 @@ def test_it_trains_and_is_evaluated_from_the_command_line(train_net, tmp_path):
 def test_fcos_trains_and_is_evaluated_from_the_command_line(train_net):
     words = ["MODEL.META_ARCHITECTURE", "FocalFCOS", "MODEL.FOCAL.CLS_LOSS.NAME", "HingeLoss", "SOLVER.MAX_ITER", 2]
     assert "AP50" in train_net(*words, "SOLVER.ACCUMULATE", 2)["bbox"]
+
+
+def test_class_frequencies_are_counted_for_the_roi_heads(tiny_config):
+    words = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    words += ["MODEL.RETINANET.NUM_CLASSES", 80, "MODEL.FOCAL.BIAS_INIT.NAME", "ClassFrequencyBiasInit"]
+    cfg = load_config(tiny_config, words)
+    counts = cfg.MODEL.FOCAL.CLASS_FREQUENCIES
+    assert len(counts) == 2 and min(counts) > 0
+    priors = FocalBoxPredictor(cfg, ShapeSpec(channels=4)).cls_score.bias.sigmoid()
+    assert priors.tolist() == pytest.approx([0.01 * count / sum(counts) for count in counts])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["Mask R-CNN", "FCOS"])
+def test_on_a_gpu(small_config, draw_images, which):
+    name, words = MODELS[which]
+    model = build_model(small_config(name, *words, "MODEL.DEVICE", "cuda"))
+    with torch.autocast("cuda", dtype=torch.float16):
+        train_two_steps(model, draw_images([3, 0]))
+    assert len(model.eval()(draw_images([0]))) == 1
 
 
 def test_parameters_are_those_of_detectron2(small_config):
