@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..fast_dtype import fast_dtype
 from .divergence import Divergence, explain
+from .small_maps import compute_top_blocks_in_float32
 from .window import counted_together, divide_gradients, split
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class StepTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.device_type = next(model.parameters()).device.type
         self.precision = precision
+        if self.device_type == "cpu" and precision is not None:
+            compute_top_blocks_in_float32(model)
         self.accumulate = accumulate
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
         self.max_skips, self.skips = max_skips, 0
