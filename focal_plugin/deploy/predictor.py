@@ -34,9 +34,9 @@ class Predictor:
         score_thresh: detections with a lower score are left out; None, those that the config leaves out
             (``MODEL.RETINANET.SCORE_THRESH_TEST``).
         tile: cut images that are larger into overlapping tiles with this side, in pixels; 0, never. Each tile is an
-            image for the network, resized as one; so is the image as a whole, for objects larger than the overlap,
-            unless ``INPUT.MIN_SIZE_TEST`` is 0, which leaves all in their size. How their detections become one set, of
-            boxes alone and of any number: ``focal_plugin.deploy.tiles.merge_tiles``.
+            image for the network, resized as one; so is the image as a whole, for objects larger than a tile, unless
+            ``INPUT.MIN_SIZE_TEST`` is 0, which leaves all in their size. How their detections become one set, of boxes
+            alone and of any number: ``focal_plugin.deploy.tiles.merge_tiles``.
         overlap: the least number of pixels that neighbouring tiles share; None, a fifth of a tile.
         optimize: use ``optimize_for_inference`` of the model; compiled, if ``MODEL.FOCAL.INFERENCE.COMPILE``.
         tta: test-time augmentation by the keys of ``TEST.AUG``; None, as ``TEST.AUG.ENABLED`` says. Its copies are

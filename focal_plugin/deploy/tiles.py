@@ -42,17 +42,25 @@ def merge_tiles(
     result has the best score of what it stands for. Two whole boxes are compared as in any NMS. So an object that fits
     into the overlap is found once and whole, and a larger one that two tiles agree on is put together.
 
+    The image as a whole may be one of the tiles. Of its boxes those count that no other tile holds whole: the objects
+    that are too large for a tile.
+
     Args:
         found: of each tile, in its own pixels, with ``pred_boxes``, ``scores`` and ``pred_classes``; others are lost.
-        windows: the tiles; one may be the whole image, which cuts nothing.
+        windows: the tiles.
         size: (height, width) of the image.
         nms_thresh: boxes of one class whose IoU is larger are the same object.
     """
-    counts = [len(instances) for instances in found]
-    windows = np.repeat(np.array(windows, dtype=np.float32).reshape(-1, 4), counts, axis=0)  # (D, 4), each box's tile
-    boxes = _joined([instances.pred_boxes.tensor for instances in found], (0, 4)) + np.tile(windows[:, :2], 2)  # (D, 4)
-    scores = _joined([instances.scores for instances in found], (0,))
-    classes = _joined([instances.pred_classes for instances in found], (0,))
+    windows = np.array(windows, dtype=np.float32).reshape(-1, 4)  # (T, 4)
+    of = np.repeat(np.arange(len(windows)), [len(instances) for instances in found])  # (D,), each box's tile
+    boxes = torch.cat([instances.pred_boxes.tensor.cpu() for instances in found]).numpy()  # (D, 4)
+    boxes = boxes + np.tile(windows[of, :2], 2)
+    scores = torch.cat([instances.scores.cpu() for instances in found]).numpy()
+    classes = torch.cat([instances.pred_classes.cpu() for instances in found]).numpy()
+    counts = ~_seen_better(boxes, of, windows, size)
+    boxes, of, scores, classes = boxes[counts], of[counts], scores[counts], classes[counts]
+
+    windows = windows[of]  # (D, 4)
     cut = _is_cut(boxes, windows, size)
     merged = []
     for k in np.unique(classes):
@@ -68,8 +76,14 @@ def merge_tiles(
     )
 
 
-def _joined(parts: list[torch.Tensor], empty_shape: tuple[int, ...]) -> np.ndarray:
-    return torch.cat([part.cpu() for part in parts]).numpy() if parts else np.zeros(empty_shape, np.float32)
+def _seen_better(boxes: np.ndarray, of: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which of the (D, 4) boxes are of the image as a whole and lie in a tile that is a part of it: (D,)."""
+    height, width = size
+    is_whole = (windows == np.array([0, 0, width, height])).all(axis=1)  # (T,)
+    better = np.zeros(len(boxes), dtype=bool)
+    for x0, y0, x1, y1 in windows[~is_whole]:
+        better |= (boxes >= [x0, y0, x0, y0]).all(axis=1) & (boxes <= [x1, y1, x1, y1]).all(axis=1)
+    return better & is_whole[of]
 
 
 def _is_cut(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:

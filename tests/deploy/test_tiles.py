@@ -121,6 +121,16 @@ def test_an_edge_of_the_image_cuts_nothing():
     assert as_rows(merged_pair(left, right)) == [[60, 60, 90, 99, 0]]
 
 
+def test_the_image_as_a_whole_counts_for_what_no_tile_holds():
+    """It sees an object in the left tile too, less well; one in neither; and one that only the tiles see in part."""
+    whole = detections((100, 180), [[10, 10, 40, 50], [20, 60, 160, 90]], [0.95, 0.6])
+    left = detections((100, 100), [[30, 10, 60, 50], [20, 61, 100, 91]], [0.7, 0.8])
+    right = detections((100, 100), [])
+    merged = merge_tiles([left, right, whole], [LEFT, RIGHT, (0, 0, 180, 100)], (100, 180), 0.5)
+    assert as_rows(merged) == [[20, 60, 160, 90, 0], [30, 10, 60, 50, 0]]
+    assert merged.scores.tolist() == pytest.approx([0.8, 0.7])
+
+
 def test_nothing_found():
     merged = merged_pair(detections((100, 100), []), detections((100, 100), []))
     assert len(merged) == 0
