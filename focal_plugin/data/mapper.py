@@ -1,7 +1,10 @@
 """Detectron2's mapper with more of Detectron2's own augmentations, by config, and with the crowds that it drops."""
 
 import inspect
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -9,6 +12,10 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import transform_instance_annotations
 from detectron2.structures import Boxes
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from .records import DataError
 
 # fvcore's vertical flip makes a tensor of an image that it only reads.
 warnings.filterwarnings(
@@ -22,6 +29,15 @@ class FocalDatasetMapper(DatasetMapper):
     Annotations with ``iscrowd``, which Detectron2 drops, become the image's ``ignore_boxes``: (M, 4) ``Boxes``, moved
     and clipped as the image is. An image without any has no such key.
     """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """As Detectron2's.
+
+        Raises:
+            DataError: the image cannot be read whole, or only by losing most of its values.
+        """
+        with readable_image(dataset_dict["file_name"]):
+            return super().__call__(dataset_dict)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -43,6 +59,29 @@ class FocalDatasetMapper(DatasetMapper):
         boxes = boxes[boxes.nonempty(threshold=1e-5)]  # as Detectron2 does with the others: cropped away
         if len(boxes):
             dataset_dict["ignore_boxes"] = boxes
+
+
+@contextmanager
+def readable_image(path: str) -> Iterator[None]:
+    """Around the reading of an image: what goes wrong names the file.
+
+    Raises:
+        DataError: the image is missing, broken or cut off, or has values that do not fit 8 bits.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            mode = image.mode
+        if mode.startswith(("I", "F")):  # PIL would keep the values to 255 and make the others white
+            raise DataError(
+                "image of more than 8 bits",
+                f"{path} has values of PIL's mode {mode}, which do not fit the 8 bits of a channel. Save it as 8 bits, "
+                "in a range of your choice.",
+            )
+        yield
+    except FileNotFoundError:
+        raise DataError("missing image", f"{path} does not exist (any more).") from None
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError("image that does not open", f"{path}: {error}") from error
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

@@ -2,7 +2,10 @@
 
 import itertools
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -116,15 +119,21 @@ class TrainLoader:
             _Seeded(self.dataset, self.seed),
             batch_sampler=itertools.islice(self._batches(), self.position, None),
             generator=torch.Generator(),  # or each start would draw from the generator that the model uses
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_outlive_signals,
             **self.kwargs,
         )
         try:
             for batch in loader:
                 self.position += 1
                 yield batch
-        except Exception:
+        except Exception as error:
             self.failed = True
+            # What it was to send may have been cut off before PyTorch sees that it is gone.
+            if isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker"):
+                raise RuntimeError(
+                    "A process that loads images has died: killed, perhaps, for lack of memory. Fewer of them "
+                    "(DATALOADER.NUM_WORKERS) need less."
+                ) from error
             raise
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
@@ -160,7 +169,18 @@ class _Seeded(Dataset):
             return self.dataset[index]
 
 
-def _leave_signals(worker_id: int) -> None:
-    """In a worker: what ends a run may reach all its processes, and the step that is to be finished needs data."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(worker_id: int) -> None:
+    """In a worker: obey the process that started it alone.
+
+    What ends a run may reach all its processes, and the step that is to be finished needs data.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
@@ -8,6 +10,7 @@ from PIL import Image
 
 from focal_plugin import add_focal_config
 from focal_plugin.data import FocalDatasetMapper, build_augmentations
+from focal_plugin.data.records import DataError
 
 
 def make_cfg(*augmentations):
@@ -130,3 +133,30 @@ def test_bad_entry(entry, says):
     with pytest.raises(ValueError, match=r"INPUT\.AUGMENTATIONS\[1\]") as error:
         build_augmentations(make_cfg(VFLIP, entry))
     assert says in str(error.value)
+
+
+def truncated(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path, format="JPEG")
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (truncated, "truncated"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "image that does not open"),
+        (lambda path: path.write_text("not an image"), "cannot identify"),
+        (lambda path: path.write_bytes(b""), "cannot identify"),
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: Image.fromarray(np.full((40, 60), 999, np.uint16)).save(path), "do not fit the 8 bits"),
+        (lambda path: Image.fromarray(np.full((40, 60), 9, np.int32)).save(path, format="TIFF"), "mode I"),
+        (lambda path: Image.fromarray(np.full((40, 60), 0.5, np.float32)).save(path, format="TIFF"), "mode F"),
+        (lambda path: Image.new("1", (20_000, 20_000)).save(path), "decompression bomb"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named(record, is_train, spoil, says):
+    spoil(Path(record["file_name"]))
+    with pytest.raises(DataError, match=says) as error:
+        FocalDatasetMapper(make_cfg(), is_train)(record)
+    assert record["file_name"] in str(error.value)

@@ -12,8 +12,8 @@ def metrics(folder):
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def final(folder):
-    return torch.load(folder / "model_final.pth", weights_only=True)
+def final(folder, name="model_final.pth"):
+    return torch.load(folder / name, weights_only=True)
 
 
 def assert_same(found, expected, where=""):
@@ -33,9 +33,12 @@ def assert_same(found, expected, where=""):
         assert found == expected or (found != found and expected != expected), where
 
 
-def assert_same_run(found, expected):
-    one, other = final(found), final(expected)
+def assert_same_run(found, expected, name="model_final.pth"):
+    """The last checkpoints, or those of a ``name``, and what is in metrics.json up to them."""
+    one, other = final(found, name), final(expected, name)
     for state in (one, other):  # the length of metrics.json depends on its times, which are numbers of any length
         del state["trainer"]["hooks"]["CheckpointHook"]["metrics"]["bytes"]
     assert_same(one, other)
-    assert_same(metrics(found), metrics(expected))
+    until = [line for line in metrics(expected) if name == "model_final.pth" or line["iteration"] < one["iteration"]]
+    assert_same(metrics(found)[: len(until)], until)
+    assert name != "model_final.pth" or len(metrics(found)) == len(until)

@@ -1,6 +1,7 @@
 """A step is Detectron2's step, on the CPU too, at any precision, at once or in parts."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from focal_plugin.engine import StepTrainer
-from focal_plugin.engine.step import amp_precision, data_parallel
+from focal_plugin.engine.batch_file import load_batch
+from focal_plugin.engine.step import amp_precision, data_parallel, largest_gradient
 
 
 class Model(nn.Module):
@@ -121,6 +123,106 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model, batches):
         run(trainer)
     assert "3.png" in str(error.value) and "SOLVER.BASE_LR" in str(error.value)
     torch.testing.assert_close(model.state_dict(), weights[-1])
+
+
+class Batch(nn.Module):
+    """Has running statistics, of the images and of a normaliser's kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 1)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, batch):
+        images = torch.stack([image["image"] for image in batch])
+        self.mean.mul_(0.9).add_(0.1 * len(batch))
+        out = self.last(self.norm(images))
+        return {"loss_cls": out.square().mean(), "loss_box_reg": (images[:, :1] * out).abs().mean()}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped(batches, bad, accumulate, caplog):
+    """As if its images had not been there; momentum, which goes on in a step of nothing, does not go on either."""
+    model = Batch()
+    twin = copy.deepcopy(model)
+    spoilt = copy.deepcopy(batches)
+    spoilt[1][0]["image"][2] = bad
+    spoilt[2][5]["image"][0] = bad
+    trainer = make(model, spoilt, max_skips=2, accumulate=accumulate)
+    storage = run(trainer)
+    run(make(twin, [batches[0], batches[3]], accumulate=accumulate), 2)
+    for (name, mine), reference in zip(model.state_dict().items(), twin.state_dict().values()):
+        assert torch.equal(mine, reference), name
+    assert [step for _, step in storage.history("total_loss").values()] == [0, 3]
+    skipped = [record.message for record in caplog.records if "is skipped" in record.message]
+    assert ["A pixel of 0.png" in message for message in skipped] == [True, False]
+    assert "A pixel of 5.png" in skipped[1] and "the 2. of 2" in skipped[1] and "iteration 2" in skipped[1]
+    assert trainer.state_dict()["skips"] == 2
+
+
+def test_no_more_steps_may_be_skipped(model, batches):
+    for batch in batches[1:]:
+        batch[0]["image"][:] = math.nan
+    trainer = make(model, batches, max_skips=2)
+    with pytest.raises(FloatingPointError, match="iteration 3"):
+        run(trainer)
+    resumed = make(model, batches[1:], max_skips=2)
+    resumed.load_state_dict(trainer.state_dict())
+    with pytest.raises(FloatingPointError, match="iteration 0"):
+        run(resumed, 1)
+
+
+class Root(Model):
+    """The square root of 0: its gradient is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(4))
+
+    def forward(self, batch):
+        roots = [(self.scale * image["image"]).sqrt().sum() for image in batch]
+        return {"loss_cls": self.layers[0].weight.sum() * 0 + sum(roots)}
+
+
+def test_a_gradient_that_is_not_finite(batches, tmp_path):
+    for image in batches[0]:
+        image["image"].abs_()
+    model = Root()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match="A gradient became infinite or NaN at iteration 0") as error:
+        run(make(model, batches, output_dir=str(tmp_path)), 1)
+    assert "the gradient of the weight scale is not finite" in str(error.value)
+    assert "loss_cls 0" in str(error.value) and "0.png, 1.png" in str(error.value)
+    torch.testing.assert_close(model.state_dict(), before)
+    content = load_batch(error.value.reports[0].batch_file)
+    assert [image["file_name"] for image in content["batch"]] == [f"{i}.png" for i in range(6)]
+    assert all(torch.equal(kept["image"], image["image"]) for kept, image in zip(content["batch"], batches[0]))
+    torch.testing.assert_close(content["model"], before)
+
+
+def test_float16_gradients_that_overflow_at_the_least_scale(batches):
+    """The scale falls while it can; what then overflows does so for another reason."""
+    for image in (image for batch in batches for image in batch):
+        image["image"].abs_()
+    trainer = make(Root(), batches, precision=torch.float16)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with pytest.raises(FloatingPointError, match="A gradient became infinite or NaN at iteration 2"):
+        run(trainer)
+    assert trainer.grad_scaler.get_scale() == 1.0
+
+
+@pytest.mark.parametrize("values", [[0.0, -3.0], [math.nan, 1.0], [math.inf], [-math.inf, 2.0], []])
+def test_the_largest_gradient(values):
+    model = nn.ParameterList([nn.Parameter(torch.zeros(())) for _ in [*values, 0]])
+    for parameter, value in zip(model, values):
+        parameter.grad = torch.tensor(value)
+    largest = float(largest_gradient(model))
+    if all(map(math.isfinite, values)):
+        assert largest == max(map(abs, values), default=0)
+    else:
+        assert not math.isfinite(largest)
 
 
 def test_eval_mode_is_refused(model, batches):
