@@ -14,7 +14,7 @@ import os
 import sys
 
 from focal_plugin.analysis.__main__ import main as analyse
-from focal_plugin.deploy import model_for_inference
+from focal_plugin.deploy import evaluate_with_tta, model_for_inference
 from focal_plugin.engine import (
     AtomicCheckpointer,
     Trainer,
@@ -59,6 +59,8 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     model = model_for_inference(cfg, model)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results |= evaluate_with_tta(cfg, model)
     if comm.is_main_process():
         Trainer.report(cfg, model, results)
         verify_results(cfg, results)

@@ -3,12 +3,13 @@
 from ..fast_dtype import fast_dtype
 from .optimize import model_for_inference, optimize_for_inference
 from .predictor import ImageError, Predictor
-from .tta import DenseTTA, with_tta
+from .tta import DenseTTA, evaluate_with_tta, with_tta
 
 __all__ = [
     "DenseTTA",
     "ImageError",
     "Predictor",
+    "evaluate_with_tta",
     "fast_dtype",
     "model_for_inference",
     "optimize_for_inference",

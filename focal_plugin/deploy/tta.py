@@ -1,5 +1,7 @@
 """Test-time augmentation for one-stage models, by Detectron2's ``TEST.AUG`` keys."""
 
+import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -10,6 +12,10 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import nn
+
+from ..engine import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class DenseTTA(nn.Module):
@@ -97,3 +103,19 @@ def with_tta(cfg: CfgNode, model: nn.Module, *, batch_size: int = 1) -> nn.Modul
     if isinstance(bare, GeneralizedRCNN):
         return GeneralizedRCNNWithTTA(cfg, bare, batch_size=batch_size).eval()
     return DenseTTA(cfg, bare, batch_size=batch_size).eval()
+
+
+def evaluate_with_tta(cfg: CfgNode, model: nn.Module) -> dict:
+    """The results of ``model`` with test-time augmentation on ``DATASETS.TEST``, each under its name and ``_TTA``.
+
+    As in Detectron2's tools/train_net.py, but augmented from the images' own size, not from ``INPUT.MIN_SIZE_TEST``.
+    What the evaluators write goes to ``inference_TTA`` in ``OUTPUT_DIR``.
+    """
+    logger.info("Evaluating with test-time augmentation (TEST.AUG) ...")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+    evaluators = [Trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    results = Trainer.test(cfg, with_tta(cfg, model), evaluators)
+    return {f"{name}_TTA": result for name, result in results.items()}

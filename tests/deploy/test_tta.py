@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+import train_net
 from focal_plugin.deploy import DenseTTA, Predictor, with_tta
 from focal_plugin.engine import load_config
 
@@ -145,6 +149,23 @@ def test_the_keys_of_test_aug_are_read(tiny_config, weights, tmp_path):
     predictor.model.model = BrightBoxes()
     predictor(image)
     assert predictor.model.model.seen == [[(32, 32)], [(64, 64)]]  # from the image's own size
+
+
+def test_eval_only_gives_the_results_with_and_without(tiny_config, weights):
+    """The only look being that of the plain evaluation, its results are the same."""
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights, "TEST.AUG.ENABLED", True, "TEST.AUG.FLIP", False]
+    cfg = load_config(tiny_config, [*opts, "TEST.AUG.MIN_SIZES", (64,)])
+    results = train_net.evaluate(cfg, resume=False)
+    assert sorted(results) == ["bbox", "bbox_TTA"]
+    assert results["bbox_TTA"] == pytest.approx(results["bbox"], nan_ok=True, abs=1e-3)
+    plain, augmented = (
+        json.loads((Path(cfg.OUTPUT_DIR) / folder / "coco_instances_results.json").read_text())
+        for folder in ("inference", "inference_TTA")
+    )
+    assert len(plain) > 10
+    assert [d["category_id"] for d in plain] == [d["category_id"] for d in augmented]
+    boxes, others = ([x for d in found for x in d["bbox"]] for found in (plain, augmented))
+    assert boxes == pytest.approx(others, abs=1e-3)
 
 
 def test_what_cannot_be_is_refused(tiny_config):
