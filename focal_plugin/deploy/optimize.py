@@ -47,11 +47,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None, *
             "use float32, not compiled."
         )
 
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        if type(module) in (Conv2d, FrozenNormConv2d) and isinstance(module.norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
-            _fold(module)
-    model.to(memory_format=torch.channels_last)
+    model = fold_norms(model).to(memory_format=torch.channels_last)
     if has_backbone:
         last = model.head if isinstance(model, DenseDetector) else model.backbone
         model.backbone.register_forward_pre_hook(partial(_prepare_images, dtype))
@@ -62,6 +58,16 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None, *
         if compile:
             for module in {model.backbone, last}:
                 module.forward = _compiled(module.forward)  # below the hooks
+    return model
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference only, with batch norms of fixed statistics in the convolutions before them."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if type(module) in (Conv2d, FrozenNormConv2d) and isinstance(module.norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+            _fold(module)
     return model
 
 

@@ -1,0 +1,236 @@
+"""Write a trained model as one file that runs without this package.
+
+    python -m focal_plugin.deploy.export --config-file output/config.yaml --weights output/model_final.pth \\
+        --format onnx --output detector.onnx
+
+The file takes an image (3, H, W) of any size, float32 from 0 to 255 in the channel order of INPUT.FORMAT, resized as
+the config says, and gives boxes (XYXY in its pixels), scores and classes, best first: normalisation, padding, NMS and
+clipping are inside. With --raw it gives the logits and the deltas of each level instead. What is needed around it
+(channel order, image size, names of the classes; for --raw, the anchors) is in its metadata.
+
+The file is kept only if it computes what the model does, in order, scores to 1e-3: on the images of --image, or on some
+of DATASETS.TEST, each as it is and reflected to a larger size. An existing file is never overwritten.
+"""
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..retinanet import FocalRetinaNet
+from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
+from .export_formats import FORMATS, Run, quiet
+from .export_graph import ExportedDetector, ExportedHeads
+from .loading import class_metadata, load_model, read_config
+from .optimize import fold_norms
+from .predictor import read_file
+
+_NUM_IMAGES = 4  # of DATASETS.TEST
+
+
+def export_model(
+    model: nn.Module,
+    output: str | os.PathLike,
+    format: str,
+    images: Mapping[str, Tensor],
+    *,
+    raw: bool = False,
+    opset: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model to a file, and keep it if it computes the same.
+
+    Args:
+        model: a ``FocalRetinaNet`` with anchors of Detectron2's ``DefaultAnchorGenerator``. It stays as it is.
+        output: the file to write.
+        format: "onnx", "torchscript" or "torch-export".
+        images: by name, real images to compare on: (3, H, W), 0 to 255, as the model takes them.
+        raw: logits and deltas (``ExportedHeads``) rather than detections (``ExportedDetector``).
+        opset: of ONNX; None, PyTorch's choice.
+        metadata: written into the file, texts as they are and all else as JSON.
+
+    Raises:
+        ExportError: the model cannot be exported, or the file computes something else. No file is left.
+        FileExistsError: ``output`` exists.
+        ImportError: a package that ONNX needs is missing.
+        ValueError: an option is none of these.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}.")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"--opset {opset} is for --format onnx, not {format}.")
+    _check_supported(model)
+    if not images:
+        raise ExportError("There is no image to compare the file and the model on.")
+    output = os.path.abspath(output)
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output} exists and is left as it is: remove it, or choose another --output.")
+    write, run, class_wise_nms, on_cpu = FORMATS[format]
+    model = copy.deepcopy(model).eval()
+    model = model.cpu() if on_cpu else model
+    folded = fold_norms(model)
+    module = ExportedHeads(folded) if raw else ExportedDetector(folded, class_wise_nms)
+    names = output_names(model, raw)
+    os.makedirs(os.path.dirname(output), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(output), prefix=".export-") as work:  # same disk: one rename
+        path = os.path.join(work, "model")
+        try:
+            with torch.no_grad(), quiet():
+                write(module, path, names, metadata or {}, opset)
+                loaded = run(path)
+        except ImportError:
+            raise
+        except Exception as error:  # exporters fail in many ways on what they do not know
+            raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
+        check(model, loaded, images, raw)
+        if os.path.lexists(output):
+            raise FileExistsError(f"{output} was made by someone else meanwhile, and is left as it is.")
+        os.rename(path, output)
+
+
+def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bool) -> None:
+    """Compare an exported model and ``model`` on each image, as it is and reflected to a larger size.
+
+    Raises:
+        ExportError: they differ, or there is nothing to compare, as no image has a detection.
+    """
+    found_any = raw
+    for name, image in tqdm(images.items(), desc="Comparing", unit="image", delay=2, leave=False):
+        height, width = image.shape[-2:]
+        larger = F.pad(image[None], (0, width // 3, 0, height // 4), mode="reflect")[0]
+        for view in (image.to(model.device), larger.to(model.device)):
+            expected = expected_maps(model, view) if raw else expected_detections(model, view)
+            try:
+                found = run(view)
+                if raw:
+                    compare_maps(expected, found, output_names(model, raw))
+                else:
+                    compare_detections(expected, found, model)
+            except Exception as error:  # the exported model's own, too
+                size = " × ".join(map(str, view.shape[-2:]))
+                raise ExportError(
+                    f"The exported file does not compute what the model does, and is not kept. On {name}, {size}: "
+                    f"{error}"
+                ) from error
+            found_any = found_any or len(expected[0]) > 0
+    if not found_any:
+        raise ExportError(
+            f"The model detects nothing in {', '.join(images)}, so the file could not be compared with it and is not "
+            "kept: give --image files with objects."
+        )
+
+
+def output_names(model: FocalRetinaNet, raw: bool) -> list[str]:
+    """The names of what an exported model returns."""
+    if not raw:
+        return ["boxes", "scores", "classes"]
+    return [f"{kind}_{level}" for kind in ("logits", "deltas") for level in model.head_in_features]
+
+
+def describe(cfg: CfgNode, model: FocalRetinaNet, raw: bool) -> dict[str, Any]:
+    """What one needs to know around an exported model: its metadata."""
+    about = {
+        "input_format": cfg.INPUT.FORMAT,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "classes": class_metadata(cfg, model).get("thing_classes") or [str(i) for i in range(model.num_classes)],
+    }
+    if raw:
+        about["strides"] = list(model.anchor_generator.strides)
+        about["cell_anchors"] = [anchors.tolist() for anchors in model.anchor_generator.cell_anchors]  # around (0, 0)
+        about["anchor_offset"] = model.anchor_generator.offset
+        about["bbox_reg_weights"] = list(model.box2box_transform.weights)
+    return about
+
+
+def _check_supported(model: nn.Module) -> None:
+    if not isinstance(model, FocalRetinaNet):
+        hint = " It is the same model: set MODEL.META_ARCHITECTURE FocalRetinaNet." * (
+            type(model).__name__ == "RetinaNet"
+        )
+        raise ExportError(f"A {type(model).__name__} cannot be exported; expected a FocalRetinaNet.{hint}")
+    if not isinstance(model.anchor_generator, DefaultAnchorGenerator):
+        name = type(model.anchor_generator).__name__
+        raise ExportError(f"Anchors of {name} cannot be exported; expected those of DefaultAnchorGenerator.")
+
+
+def read_images(cfg: CfgNode, files: Sequence[str]) -> dict[str, Tensor]:
+    """Images by file, read and resized as in evaluation: ``files``, or some of ``DATASETS.TEST``.
+
+    Raises:
+        ExportError: there are none. ImageError, FileNotFoundError: one cannot be read.
+    """
+    if not files:
+        if not cfg.DATASETS.TEST:
+            raise ExportError("DATASETS.TEST is empty: give --image files to compare the file and the model on.")
+        try:
+            records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+        except Exception as error:  # a set's function raises what it likes
+            raise ExportError(
+                f"{cfg.DATASETS.TEST[0]} of DATASETS.TEST cannot be read ({error}): give --image files to compare the "
+                "file and the model on."
+            ) from error
+        files = [record["file_name"] for record in records[:: max(1, len(records) // _NUM_IMAGES)][:_NUM_IMAGES]]
+    resize = T.AugmentationList(build_augmentation(cfg, is_train=False))
+    images = {}
+    for file in files:
+        view = T.AugInput(read_file(file, cfg.INPUT.FORMAT))
+        resize(view)
+        images[file] = torch.from_numpy(view.image.transpose(2, 0, 1).astype("float32"))  # (C, H, W)
+    return images
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m focal_plugin.deploy.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, such as a run's config.yaml")
+    parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--raw", action="store_true", help="logits and deltas of each level, not detections")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="compare on these images")
+    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: PyTorch's choice)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes of the config, at the end")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export. 0; 2 for what the user can put right."""
+    args = build_parser().parse_args(arguments)
+    try:
+        if os.path.lexists(args.output):  # before minutes of work
+            raise FileExistsError(f"{args.output} exists and is left as it is: remove it, or choose another --output.")
+        cfg = read_config(args.config_file, args.opts)
+        cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
+        model = load_model(cfg)
+        _check_supported(model)
+        images = read_images(cfg, args.image)
+        print(f"Exporting to {args.format} ...")
+        about = describe(cfg, model, args.raw)
+        export_model(model, args.output, args.format, images, raw=args.raw, opset=args.opset, metadata=about)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {os.path.getsize(args.output) / 2**20:.1f} MB, same as the model on {len(images)} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

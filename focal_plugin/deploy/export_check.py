@@ -1,0 +1,119 @@
+"""Whether an exported file computes what its model does."""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torchvision.ops import nms
+
+from ..retinanet import FocalRetinaNet
+
+_TOLERANCE = 1e-3  # of scores, and of raw maps relative to their largest value
+_PIXELS, _RELATIVE = 1e-2, 1e-4  # of boxes, added up
+_TIE = 1e-4  # scores that are so close may change places, and may fall on either side of a threshold
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported, or whose exported file computes something else."""
+
+
+def expected_detections(model: FocalRetinaNet, image: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The model's own boxes (D, 4), scores (D,) and classes (D,) in a (3, H, W) image.
+
+    NMS goes class by class here. Detectron2 moves the classes' boxes apart in float32 instead if they are few, which
+    rounds their coordinates, of the last of 80 classes to 1/128 pixel: enough to decide now and then otherwise.
+    """
+    twin = copy.copy(model)
+    twin._suppress = partial(_suppress_by_class, model)
+    with torch.no_grad():
+        (output,) = twin([{"image": image}])
+    found = output["instances"]
+    return tuple(x.cpu().numpy() for x in (found.pred_boxes.tensor, found.scores, found.pred_classes))
+
+
+def _suppress_by_class(
+    model: FocalRetinaNet, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
+) -> Instances:
+    """As ``FocalRetinaNet``'s."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for cls in classes.unique():
+        places = (classes == cls).nonzero().squeeze(1)
+        keep[places[nms(boxes[places], scores[places], model.test_nms_thresh)]] = True
+    keep = keep.nonzero().squeeze(1)
+    keep = keep[scores[keep].argsort(descending=True, stable=True)][: model.max_detections_per_image]
+    return Instances(size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=classes[keep])
+
+
+def expected_maps(model: FocalRetinaNet, image: Tensor) -> list[np.ndarray]:
+    """The model's own logits and deltas of each level, as ``ExportedHeads`` orders them."""
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+        logits, deltas = model.head([features[name] for name in model.head_in_features])
+    return [x.cpu().numpy() for x in (*logits, *deltas)]
+
+
+def compare_maps(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """Compare logits and deltas, to 1e-3 and relative to the largest of a map.
+
+    Raises:
+        ExportError: a map has another shape, or differs by more.
+    """
+    for name, a, b in zip(names, expected, found, strict=True):
+        if a.shape != b.shape:
+            raise ExportError(f"{name} is {b.shape}, the model's {a.shape}")
+        far = np.abs(a - b).max(initial=0)
+        if not far <= _TOLERANCE * max(1, np.abs(a).max(initial=0)):
+            raise ExportError(f"{name} differs by up to {far:.3g}")
+
+
+def compare_detections(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], model: FocalRetinaNet) -> None:
+    """Compare boxes (to 0.01 pixel and 1e-4 of a coordinate), order, classes and scores (to 1e-3).
+
+    Detections with all but the same score may have changed places, and those whose score is all but the least that is
+    kept may be missing.
+
+    Args:
+        expected, found: boxes (D, 4), scores (D,) and classes (D,).
+        model: whose ``test_score_thresh`` and ``max_detections_per_image`` say what the least is.
+
+    Raises:
+        ExportError: they differ by more.
+    """
+    boxes, scores, classes = found
+    if len(boxes) != len(scores) or len(scores) != len(classes):
+        raise ExportError(f"{len(boxes)} boxes, {len(scores)} scores and {len(classes)} classes")
+    if (np.diff(scores) > _TIE).any():
+        raise ExportError("the detections are not in the order of their scores")
+    least = model.test_score_thresh
+    for other in (expected[1], scores):
+        if len(other) == model.max_detections_per_image:
+            least = max(least, other[-1])
+    left = list(range(len(scores)))
+    for place, detection in enumerate(zip(*expected)):
+        same = next((i for i in left if _same(place, detection, i, (boxes[i], scores[i], classes[i]))), None)
+        if same is not None:
+            left.remove(same)
+        elif detection[1] > least + _TIE:
+            raise ExportError(f"the model's detection {place} is not among its {len(scores)}: {_text(detection)}")
+    extra = [i for i in left if scores[i] > least + _TIE]
+    if extra:
+        detection = boxes[extra[0]], scores[extra[0]], classes[extra[0]]
+        raise ExportError(f"its detection {extra[0]} is not among the model's {len(expected[1])}: {_text(detection)}")
+
+
+def _same(place: int, expected: Sequence, other_place: int, found: Sequence) -> bool:
+    close = _TOLERANCE if place == other_place else _TIE
+    return (
+        expected[2] == found[2]
+        and abs(expected[1] - found[1]) <= close
+        and np.allclose(expected[0], found[0], rtol=_RELATIVE, atol=_PIXELS)
+    )
+
+
+def _text(detection: Sequence) -> str:
+    box, score, cls = detection
+    return f"class {cls}, score {score:.4f}, box {[round(float(x), 2) for x in box]}"

@@ -1,0 +1,141 @@
+"""The formats of exported models: how a file of each is written, and run."""
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .export_graph import class_wise_nms, offset_nms
+
+# Of what is traced. No side is a multiple of anything, and P7 has more than one cell: PyTorch takes a 1 for a constant.
+_EXAMPLE_SIZE = (3, 298, 426)
+_HEIGHT_AND_WIDTH = ({1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)
+
+Run = Callable[[Tensor], list[np.ndarray]]
+
+
+def write_onnx(
+    module: nn.Module, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
+) -> None:
+    """An ONNX file with the weights inside, whose metadata are texts: themselves, or JSON."""
+    _import("onnxscript")
+    image = _example(module)
+    program = torch.onnx.export(
+        module,
+        (image,),
+        dynamo=True,
+        input_names=["image"],
+        output_names=list(names),
+        dynamic_shapes=_HEIGHT_AND_WIDTH,
+        opset_version=opset,
+        custom_translation_table={torch.ops.focal_plugin.class_wise_nms.default: _class_wise_nms_in_onnx},
+        verbose=False,
+    )
+    program.model.metadata_props.update(_texts(metadata))
+    program.save(path)
+
+
+def run_onnx(path: str) -> Run:
+    """Run an ONNX file with ONNX Runtime, on the CPU."""
+    onnxruntime = _import("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"image": image.cpu().numpy()})
+
+
+def write_torchscript(
+    module: nn.Module, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
+) -> None:
+    """A TorchScript file, whose metadata are the texts of its extra files."""
+    traced = torch.jit.trace(module, _example(module), check_trace=False)
+    torch.jit.save(traced, path, _extra_files=_texts(metadata))
+
+
+def run_torchscript(path: str) -> Run:
+    """Run a TorchScript file."""
+    return _as_arrays(torch.jit.load(path))
+
+
+def write_torch_export(
+    module: nn.Module, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
+) -> None:
+    """A file of ``torch.export``, whose metadata are the texts of its extra files."""
+    program = torch.export.export(module, (_example(module),), dynamic_shapes=_HEIGHT_AND_WIDTH, strict=False)
+    with open(path, "wb") as file:  # by its path, its name would have to end on .pt2
+        torch.export.save(program, file, extra_files=_texts(metadata))
+
+
+def run_torch_export(path: str) -> Run:
+    """Run a file of ``torch.export``."""
+    with open(path, "rb") as file:
+        return _as_arrays(torch.export.load(file).module())
+
+
+# name: (write, run, how NMS is written, whether on the CPU alone)
+FORMATS = {
+    "onnx": (write_onnx, run_onnx, class_wise_nms, True),
+    "torchscript": (write_torchscript, run_torchscript, offset_nms, False),
+    "torch-export": (write_torch_export, run_torch_export, offset_nms, False),
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters say to their developers: deprecations, sizes that tracing takes for constants, steps."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold: float, count: int):
+    """``class_wise_nms`` in ONNX's operators: a row of scores for each class, −1 where a box is of another one."""
+    op = _import("onnxscript").opset18
+    rows = op.Unsqueeze(op.Range(0, num_classes, 1), [1])  # (K, 1)
+    rows = op.Where(op.Equal(rows, op.Unsqueeze(classes, [0])), op.Unsqueeze(scores, [0]), op.CastLike(-1.0, scores))
+    kept = op.NonMaxSuppression(
+        op.Unsqueeze(boxes, [0]),  # (1, C, 4)
+        op.Unsqueeze(rows, [0]),  # (1, K, C)
+        op.Constant(value_ints=[count]),
+        op.Constant(value_floats=[threshold]),
+        op.Constant(value_floats=[-0.5]),  # scores are above
+    )  # (P, 3): image, class, box
+    kept = op.Reshape(op.Slice(kept, [2], [3], [1]), [-1])
+    _, order = op.TopK(op.Gather(scores, kept), op.Shape(kept))
+    return op.Gather(kept, order)
+
+
+def _example(module: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(_EXAMPLE_SIZE, generator=generator) * 255).to(next(module.parameters()).device)
+
+
+def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+
+
+def _as_arrays(module: Callable[[Tensor], Sequence[Tensor]]) -> Run:
+    return lambda image: [output.cpu().numpy() for output in module(image)]
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX files need onnx, onnxscript and onnxruntime ({error}): pip install -e .[export], or choose another "
+            "--format."
+        ) from error

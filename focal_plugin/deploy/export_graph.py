@@ -1,0 +1,151 @@
+"""A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can follow for any image size."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from ..retinanet import FocalRetinaNet
+
+# (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the places of what NMS keeps, best first, or at least
+# of the D best of each class.
+ClassWiseNMS = Callable[[Tensor, Tensor, Tensor, int, float, int], Tensor]
+
+
+class ExportedHeads(nn.Module):
+    """What the network predicts before any of it becomes a box.
+
+    ``forward`` takes a (3, H, W) image in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, normalises
+    it and pads it at the right and the bottom to what the backbone needs. It returns the logits (1, A·K, H', W') of
+    each level, finest first, and then the deltas (1, A·4, H', W') of each.
+    """
+
+    def __init__(self, model: FocalRetinaNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits, deltas = self.predict(image)
+        return *logits, *deltas
+
+    def predict(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits and the deltas of each level."""
+        model = self.model
+        image = (image.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
+        features = model.backbone(self._pad(image)[None])
+        return model.head([features[name] for name in model.head_in_features])
+
+    def _pad(self, image: Tensor) -> Tensor:
+        constraints = self.model.backbone.padding_constraints or {}
+        divisor = constraints.get("size_divisibility", self.model.backbone.size_divisibility)
+        side = constraints.get("square_size", 0)
+        height, width = image.shape[-2:]
+        if side > 0:
+            return F.pad(image, (0, side - width, 0, side - height))
+        return F.pad(image, (0, -width % divisor, 0, -height % divisor)) if divisor > 1 else image
+
+
+class ExportedDetector(ExportedHeads):
+    """The whole detector for one image: its detections are those of the model, in float32.
+
+    ``forward`` takes the image as ``ExportedHeads`` does. It returns boxes (D, 4), XYXY in pixels of the image and
+    clipped to it; scores (D,); classes (D,) int64. Best first; D is at most the model's ``max_detections_per_image``.
+
+    Args:
+        model: the model, in eval mode.
+        class_wise_nms: how boxes of one class suppress each other.
+    """
+
+    def __init__(self, model: FocalRetinaNet, class_wise_nms: ClassWiseNMS):
+        super().__init__(model)
+        self.class_wise_nms = class_wise_nms
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        model = self.model
+        logits, deltas = self.predict(image)
+        generator = model.anchor_generator
+        levels = [
+            self._best_of_level(*level) for level in zip(logits, deltas, generator.cell_anchors, generator.strides)
+        ]
+        scores, classes, deltas, anchors = (torch.cat(parts) for parts in zip(*levels))  # (C, ...)
+        boxes = model.box2box_transform.apply_deltas(deltas, anchors)  # (C, 4)
+        wanted = (scores > model.test_score_thresh).nonzero().squeeze(1)
+        boxes, scores, classes = boxes[wanted], scores[wanted], classes[wanted]
+
+        count = model.max_detections_per_image
+        keep = self.class_wise_nms(boxes, scores, classes, model.num_classes, model.test_nms_thresh, count)[:count]
+        boxes, scores, classes = boxes[keep], scores[keep], classes[keep]
+        x1, y1, x2, y2 = boxes.unbind(1)
+        height, width = image.shape[-2:]
+        x1, x2 = (_clip(x, width) for x in (x1, x2))
+        y1, y2 = (_clip(y, height) for y in (y1, y2))
+        inside = ((x2 > x1) & (y2 > y1)).nonzero().squeeze(1)
+        return torch.stack((x1, y1, x2, y2), dim=1)[inside], scores[inside], classes[inside]
+
+    def _best_of_level(
+        self, logits: Tensor, deltas: Tensor, cell_anchors: Tensor, stride: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The scores (C,), classes (C,), deltas (C, 4) and anchors (C, 4) of a level's best (anchor, class) pairs.
+
+        Args:
+            logits: (1, A·K, H, W). deltas: (1, A·4, H, W). cell_anchors: (A, 4), around (0, 0).
+            stride: pixels from one location to the next.
+        """
+        k, a = self.model.num_classes, len(cell_anchors)
+        h, w = logits.shape[-2:]
+        logits = logits.flatten()  # (A·K·H·W,)
+        logits, places = logits.topk(_at_most(logits.shape[0], self.model.test_topk_candidates))
+        rows, x = _divmod(places, w)
+        pairs, y = _divmod(rows, h)
+        anchor, classes = _divmod(pairs, k)
+        deltas = deltas.view(a, 4, h, w)[anchor, :, y, x]  # (C, 4)
+        shifts = torch.stack((x, y, x, y), dim=1) * stride + self.model.anchor_generator.offset * stride
+        return logits.sigmoid(), classes, deltas, shifts + cell_anchors[anchor]
+
+
+def offset_nms(
+    boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, threshold: float, count: int
+) -> Tensor:
+    """Class-wise NMS in one call of torchvision's: boxes of different classes are moved apart.
+
+    In float64, for in float32 boxes would be rounded to 1/128 pixel from an offset of 65536 on, as many classes on a
+    large image reach. They are moved by more than all coordinates span, also those outside the image.
+    """
+    boxes = boxes.double()
+    outside = boxes.new_zeros(1, 4)  # that there always is a largest
+    corners = torch.cat((boxes, outside))
+    span = corners.max() - corners.min() + 1
+    return nms(boxes + (classes * span)[:, None], scores.double(), threshold)
+
+
+@torch.library.custom_op("focal_plugin::class_wise_nms", mutates_args=())
+def class_wise_nms(
+    boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, threshold: float, count: int
+) -> Tensor:
+    """``offset_nms`` as one operator, which stands for ONNX's own, class-wise, ``NonMaxSuppression``."""
+    return offset_nms(boxes, scores, classes, num_classes, threshold, count)
+
+
+@class_wise_nms.register_fake
+def _(boxes, scores, classes, num_classes, threshold, count):
+    return classes.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+def _divmod(places: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder, in operations that ONNX's exporter takes with a symbolic ``size``."""
+    quotient = places // size
+    return quotient, places - quotient * size
+
+
+def _clip(coordinates: Tensor, size: int | Tensor) -> Tensor:
+    """Coordinates from 0 to ``size``, which is a tensor while PyTorch traces."""
+    if isinstance(size, Tensor):
+        return torch.minimum(coordinates.clamp(min=0), size.to(coordinates))
+    return coordinates.clamp(min=0, max=size)
+
+
+def _at_most(size: int | Tensor, limit: int) -> int | Tensor:
+    """The smaller one; ``size`` is a tensor while PyTorch traces, and a symbol in an export."""
+    return size.clamp(max=limit) if isinstance(size, Tensor) else torch.sym_min(size, limit)
