@@ -1,5 +1,8 @@
 import json
 import os
+import re
+import shlex
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +14,8 @@ from focal_plugin.deploy import DenseTTA, Predictor, media, predict
 from focal_plugin.deploy.inputs import InputError, find_sources
 from focal_plugin.deploy.predict import main, split_words
 from focal_plugin.engine import load_config
+
+README = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Prediction\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture
@@ -268,3 +273,49 @@ def test_keys_of_the_config_follow_the_inputs(tiny_config):
     assert split_words(["a.jpg", *words[3:]]) == (["a.jpg"], words[3:])  # a key that was renamed: the config says so
     with pytest.raises(KeyError, match=r"renamed to MODEL\.FOCAL\.TOP_BLOCK"):
         load_config(tiny_config, words[3:])
+
+
+# The README
+
+
+@pytest.fixture
+def after_the_demo(tiny_config, weights, video, tmp_path, monkeypatch):
+    """A folder with what README's lines name."""
+    monkeypatch.chdir(tmp_path)
+    for path, source in {
+        "output/quickstart/config.yaml": tiny_config,
+        "output/quickstart/model_final.pth": weights,
+        "datasets/quickstart_trees/val/images/a.png": "shapes_test/0.png",
+        "survey.png": "shapes_test/1.png",
+        "photos/2026/b.jpg": "shapes_test/2.png",
+        "flight.mp4": video,
+    }.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).symlink_to(Path(source).absolute())
+
+
+def test_the_commands_run_as_printed(after_the_demo, tmp_path):
+    (block,) = [block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "deploy.predict" in block]
+    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert command[:3] == ["python", "-m", "focal_plugin.deploy.predict"]
+        small = ["TEST.AUG.MIN_SIZES", "(48,)"] if "TEST.AUG.MIN_SIZES" in command else []  # overrides, to save time
+        assert main([*command[3:], *small]) == 0
+    out = tmp_path / "output/found"
+    assert [len(load(out, name)["images"]) for name in ("images.json", "images-2.json")] == [1, 14]
+
+
+def test_the_lines_of_python_run_as_printed(after_the_demo):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 3
+    variables = {}
+    exec(code, variables)
+    assert {"pred_boxes", "scores", "pred_classes"} <= set(variables["instances"].get_fields())
+
+
+def test_the_options_are_listed():
+    parser = predict.build_parser()
+    options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    listed = set(re.findall(r"^\| `(--[\w-]+)", README, re.MULTILINE))
+    assert listed == options - {"--help", "--config-file", "--weights", "--output"}
