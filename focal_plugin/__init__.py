@@ -3,6 +3,7 @@
 from . import _detectron2  # first: it tells what to do where Detectron2 is missing  # noqa: F401
 from .backbones import TimmEncoder, build_focal_resnet_fpn_backbone, build_pyramid, build_timm_fpn_backbone
 from .config import add_focal_config
+from .foreign_anchors import Detectron1AnchorGenerator, TorchvisionAnchorGenerator
 from .heads import ClassFrequencyBiasInit, FocalRetinaNetHead, PriorBiasInit, ZeroBiasInit
 from .losses import (
     AlphaBalancedBCELoss,
@@ -60,6 +61,7 @@ __all__ = [
     "ClassFrequencyBiasInit",
     "DIoUBoxLoss",
     "DenseTargets",
+    "Detectron1AnchorGenerator",
     "EMANumPositives",
     "ElementwiseLoss",
     "FocalBoxPredictor",
@@ -84,6 +86,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SmoothL1BoxLoss",
     "TimmEncoder",
+    "TorchvisionAnchorGenerator",
     "VarifocalLoss",
     "ZeroBiasInit",
     "add_focal_config",

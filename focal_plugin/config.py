@@ -88,7 +88,8 @@ def _defaults() -> CN:
 
     # What P6 and P7 are made from, with the builders of this package, build_focal_resnet_fpn_backbone and
     # build_timm_fpn_backbone: "c5" as in the paper and Detectron2, the encoder's last feature, or "p5", the pyramid's
-    # last ("c4" or "p4" where MODEL.FPN.IN_FEATURES ends a level earlier); "" for no levels above the pyramid.
+    # last ("c4" or "p4" where MODEL.FPN.IN_FEATURES ends a level earlier); "" for no levels above the pyramid. With
+    # "-linear" behind it, as in "c5-linear", there is no ReLU between P6 and P7: MMDetection's.
     cfg.MODEL.FOCAL.TOP_BLOCK = "c5"
 
     # OctaveAnchorGenerator: the first of each level's ANCHOR_GENERATOR.SIZES and so many scales an octave from there.
@@ -117,6 +118,8 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.INFERENCE.OPTIMIZE = False
     # The same, and compiled: faster still where images have one size or few, after some seconds for each size.
     cfg.MODEL.FOCAL.INFERENCE.COMPILE = False
+    # Cut boxes at the image's border before NMS, as torchvision, MMDetection and Detectron do, not after it.
+    cfg.MODEL.FOCAL.INFERENCE.CLIP_BEFORE_NMS = False
 
     cfg.DATASETS = CN()
     # Data sets to register: {name: ..., format: voc, root: ..., split: ...} or {name: ..., format: coco, json: ...,

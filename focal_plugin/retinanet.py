@@ -46,6 +46,7 @@ class FocalRetinaNet(DenseDetector):
         test_topk_candidates: how many of the best (anchor, class) pairs of a level go on to NMS.
         test_nms_thresh: boxes of one class that overlap a better one by more than this IoU are dropped.
         max_detections_per_image: how many of the best detections an image keeps.
+        clip_before_nms: whether NMS sees boxes cut at the image's border, or, as in Detectron2, as they were predicted.
         pixel_mean, pixel_std: one number a channel, in the order of ``INPUT.FORMAT``; see ``DenseDetector``.
 
     Raises:
@@ -73,6 +74,7 @@ class FocalRetinaNet(DenseDetector):
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.5,
         max_detections_per_image: int = 100,
+        clip_before_nms: bool = False,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
@@ -99,6 +101,7 @@ class FocalRetinaNet(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
+        self.clip_before_nms = clip_before_nms
 
         fold_frozen_norms(self)  # the same model in fewer passes over its activations
 
@@ -128,6 +131,7 @@ class FocalRetinaNet(DenseDetector):
             "test_topk_candidates": cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.RETINANET.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "clip_before_nms": cfg.MODEL.FOCAL.INFERENCE.CLIP_BEFORE_NMS,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
@@ -242,6 +246,9 @@ class FocalRetinaNet(DenseDetector):
 
     def _suppress(self, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor) -> Instances:
         """An image's detections among its (C, 4) boxes, (C,) scores and (C,) classes."""
+        if self.clip_before_nms:
+            ends = (size[1], size[0]) * 2
+            boxes = torch.stack([x.clamp(min=0, max=end) for x, end in zip(boxes.unbind(1), ends)], dim=1)
         keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
         return Instances(size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=classes[keep])
 

@@ -72,8 +72,8 @@ def part(name):
 # What each part of the package may import from the others. Nothing is above `__init__`, which is not listed: it imports
 # what it offers.
 LEAVES = {
-    *{"_detectron2", "config", "fast_dtype", "frozen_norm", "normalizer", "octave_anchors", "registry", "safe_load"},
-    *{"safe_yaml", "structures"},
+    *{"_detectron2", "config", "fast_dtype", "foreign_anchors", "frozen_norm", "normalizer", "octave_anchors"},
+    *{"registry", "safe_load", "safe_yaml", "structures"},
 }
 COMPONENTS = {"backbones", "heads", "losses", "matchers"}
 BELOW = {

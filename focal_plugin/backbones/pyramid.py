@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from torch import Tensor
 
 
 @BACKBONE_REGISTRY.register()
@@ -44,18 +45,28 @@ def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     )
 
 
+class LinearP6P7(LastLevelP6P7):
+    """Detectron2's two levels above the pyramid without the ReLU between them: MMDetection's."""
+
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        """P6 and P7, (N, C, H/2, W/2) and (N, C, H/4, W/4), from (N, C', H, W)."""
+        p6 = self.p6(feature)
+        return [p6, self.p7(p6)]
+
+
 def _top_block(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> LastLevelP6P7 | None:
     """The two levels above the pyramid, made from the last feature of the encoder or of the pyramid."""
     source, out_channels = cfg.MODEL.FOCAL.TOP_BLOCK, cfg.MODEL.FPN.OUT_CHANNELS
     if not source:
         return None
+    name, linear = source.removesuffix("-linear"), source.endswith("-linear")
     last = cfg.MODEL.FPN.IN_FEATURES[-1]
     level = int(math.log2(shapes[last].stride))
     sources = {f"c{level}": (shapes[last].channels, last), f"p{level}": (out_channels, f"p{level}")}
-    if source not in sources:
+    if name not in sources:
         raise ValueError(
             f"MODEL.FOCAL.TOP_BLOCK is {source!r}; expected {' or '.join(sources)}, the last feature of the encoder or "
-            "of the pyramid, or '' for no levels above."
+            "of the pyramid, with -linear behind it for no ReLU between P6 and P7, or '' for no levels above."
         )
-    in_channels, in_feature = sources[source]
-    return LastLevelP6P7(in_channels, out_channels, in_feature)
+    in_channels, in_feature = sources[name]
+    return (LinearP6P7 if linear else LastLevelP6P7)(in_channels, out_channels, in_feature)

@@ -1,0 +1,116 @@
+"""Weights from elsewhere as a checkpoint, and the config for it beside it.
+
+Detectron2's own model zoo needs no conversion: give its files and URLs as MODEL.WEIGHTS.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ...data import DataError
+from ...engine import load_config
+from ...engine.checkpoint import replace_file
+from ...safe_load import WeightsError
+from ...safe_yaml import ConfigError
+from .backbones import convert_resnet
+from .classes import class_names, map_classes
+from .detectors import convert_detectron1, convert_mmdetection, convert_torchvision
+from .files import Converted, ConvertError, check_output, write
+
+_SOURCES = {
+    "torchvision": "torchvision's retinanet_resnet50_fpn and _v2, a state_dict (.pth)",
+    "mmdetection": "MMDetection's RetinaNet on a ResNet or ResNeXt, a checkpoint (.pth)",
+    "detectron1": "Detectron's RetinaNet, its blobs (.pkl)",
+    "resnet": "a ResNet, ResNeXt or wide ResNet of torchvision's or timm's as a backbone (.pth, .safetensors)",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: a subcommand for each source, and ``classes``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m focal_plugin.deploy.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="source", required=True, metavar="FROM")
+    made = {name: _add_command(commands, name, text) for name, text in _SOURCES.items()}
+    made["torchvision"].add_argument(
+        "--classes",
+        choices=("coco", "all"),
+        default="",
+        help="rows of the classifier to keep: coco, COCO's 80 classes of the 91 rows (default where there are 91); all",
+    )
+    made["torchvision"].add_argument(
+        "--norm-eps",
+        type=float,
+        help="ε of the backbone's norms; by default torchvision's, 0 for its COCO weights of v1, else 1e-5",
+    )
+    made["mmdetection"].add_argument(
+        "--style",
+        choices=("pytorch", "caffe"),
+        default="",
+        help="of the ResNet; by default what the config in the checkpoint says",
+    )
+    classes = _add_command(commands, "classes", "a checkpoint for another list of classes, mapped by their names")
+    classes.add_argument("--config-file", required=True, help="the config of the model with the new classes")
+    names = "a data set's name, a .json of COCO's format, a file of a name a line, or names with commas between them"
+    classes.add_argument("--from-classes", required=True, help=f"the checkpoint's classes: {names}")
+    classes.add_argument("--to-classes", default="", help="the new ones; default: those of DATASETS.TRAIN")
+    classes.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
+    return parser
+
+
+def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("input", metavar="IN", help="the file to read")
+    command.add_argument("output", metavar="OUT", help="the checkpoint to write (.pth)")
+    command.add_argument("--force", action="store_true", help="overwrite what is there")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert one file. 0, or 2 for what the user can put right."""
+    args = build_parser().parse_args(arguments)
+    try:
+        check_output(args.output, args.force, with_config=args.source != "classes")
+        if not os.path.isfile(args.input):
+            raise ConvertError(f"There is no file {args.input}.")
+        if args.source == "classes":
+            _convert_classes(args)
+        else:
+            converted = _convert(args)
+            config = write(converted, args.output, args.source, args.force)
+            print(*converted.notes, f"Written: {args.output} and {config}", sep="\n")
+    except (ConfigError, ConvertError, DataError, WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> Converted:
+    match args.source:
+        case "torchvision":
+            return convert_torchvision(args.input, args.classes, args.norm_eps)
+        case "mmdetection":
+            return convert_mmdetection(args.input, args.style)
+        case "detectron1":
+            return convert_detectron1(args.input)
+        case _:
+            return convert_resnet(args.input)
+
+
+def _convert_classes(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    old, new = class_names(args.from_classes, cfg), class_names(args.to_classes, cfg)
+    weights, names = map_classes(cfg, args.input, old, new)
+    replace_file(args.output, lambda file: torch.save({"model": weights}, file))
+    for what, labels in names.items():
+        print(f"{what:8}{len(labels):4}  {', '.join(labels)}")
+    print(f"Written: {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""ResNets of torchvision and timm, and the ResNets inside detectors."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_resnet_backbone
+from torch import Tensor
+
+from .files import Converted, ConvertError, check_complete, find_weights, merge, read_content
+from .names import CLASSIFIER, COUNTERS, rename, resnet_rules
+
+NORM_EPS = 1e-5  # of all norms in Detectron2, and the default of PyTorch's
+RGB = {  # torchvision's statistics of ImageNet, times 255
+    "INPUT": {"FORMAT": "RGB"},
+    "MODEL": {"PIXEL_MEAN": [123.675, 116.28, 103.53], "PIXEL_STD": [58.395, 57.12, 57.375]},
+}
+
+# Depth by the blocks of each stage and whether they are bottlenecks, of three convs.
+_DEPTHS = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+
+# As Base-FocalRetinaNet.yaml, which is where the shipped configs are, and they are no part of the package.
+BASE: dict[str, Any] = {
+    "MODEL": {
+        "META_ARCHITECTURE": "FocalRetinaNet",
+        "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone"},
+        "RESNETS": {"OUT_FEATURES": ["res3", "res4", "res5"]},
+        "FPN": {"IN_FEATURES": ["res3", "res4", "res5"]},
+        "ANCHOR_GENERATOR": {
+            "SIZES": [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)],
+        },
+        "RETINANET": {"IOU_THRESHOLDS": [0.4, 0.5], "IOU_LABELS": [0, -1, 1], "SMOOTH_L1_LOSS_BETA": 0.0},
+    },
+    "DATASETS": {"TRAIN": ["coco_2017_train"], "TEST": ["coco_2017_val"]},
+    "SOLVER": {"IMS_PER_BATCH": 16, "BASE_LR": 0.01, "STEPS": [60000, 80000], "MAX_ITER": 90000},
+    "INPUT": {"MIN_SIZE_TRAIN": [640, 672, 704, 736, 768, 800]},
+}
+
+
+def convert_resnet(path: str) -> Converted:
+    """A ResNet, ResNeXt or wide ResNet of torchvision's or timm's, for ``MODEL.WEIGHTS`` of any config with a ResNet.
+
+    Its classifier is left out.
+
+    Raises:
+        OSError, WeightsError: the file cannot be read.
+        ConvertError: it holds another architecture.
+    """
+    weights = find_weights(read_content(path), path)
+    if "conv1.0.weight" in weights or any(".downsample.2." in name for name in weights):
+        raise ConvertError(
+            f"{path} is a ResNet with three convolutions in its stem, or with pooling in its shortcuts, which "
+            "Detectron2's has not. If it is timm's, MODEL.BACKBONE.NAME build_timm_fpn_backbone takes it as it is: see "
+            "MODEL.FOCAL.TIMM."
+        )
+    weights = rename(weights, resnet_rules(), (*COUNTERS, *CLASSIFIER))
+    settings = merge(merge(BASE, RGB), {"MODEL": {"RESNETS": resnet_settings(weights)}})
+    converted = Converted(weights, settings, heuristics=True)
+    cfg = converted.cfg
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    check_complete(weights, build_resnet_backbone(cfg, ShapeSpec(channels=3)))
+    converted.notes.append("Pixel mean and deviation are torchvision's; some of timm's models have others.")
+    return converted
+
+
+def resnet_settings(weights: Mapping[str, Tensor], prefix: str = "", stride_in_1x1: bool = False) -> dict[str, Any]:
+    """``MODEL.RESNETS`` of the ResNet that has these weights, by Detectron2's names behind ``prefix``.
+
+    Args:
+        stride_in_1x1: whether the first conv of a bottleneck has the stride, not the second: the weights do not tell.
+
+    Raises:
+        ConvertError: Detectron2 has no such ResNet.
+    """
+    blocks = {match[1] for name in weights if (match := re.match(rf"{re.escape(prefix)}(res\d\.\d+)\.", name))}
+    stages = tuple(sum(block.startswith(f"res{n}.") for block in blocks) for n in range(2, 6))
+    bottleneck = f"{prefix}res2.0.conv3.weight" in weights
+    if (stages, bottleneck) not in _DEPTHS:
+        kind = "bottlenecks" if bottleneck else "blocks of two convolutions"
+        raise ConvertError(
+            f"The ResNet has {stages} {kind} in its stages; expected those of a ResNet-18, -34, -50, -101 or -152."
+        )
+    settings: dict[str, Any] = {"DEPTH": _DEPTHS[stages, bottleneck], "STRIDE_IN_1X1": stride_in_1x1}
+    if not bottleneck:
+        return settings | {"RES2_OUT_CHANNELS": 64}
+    width, in_channels = weights[f"{prefix}res2.0.conv2.weight"].shape[:2]
+    groups = width // in_channels
+    return settings | ({"NUM_GROUPS": groups, "WIDTH_PER_GROUP": in_channels} if (groups, width) != (1, 64) else {})
+
+
+def match_norm_eps(weights: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
+    """The weights with frozen norms' scales such that with Detectron2's ε they do what they did with ``eps``.
+
+    (x − m) s / √(v + ε) stays the same with s √(v + ε') / √(v + ε) and ε'. Norms without statistics, which only scale
+    and shift, get m = 0 and v = 1.
+
+    Raises:
+        ConvertError: a norm divides by 0.
+    """
+    weights = dict(weights)
+    for name in [name for name in weights if name.startswith("backbone.") and name.endswith("norm.weight")]:
+        stem = name.removesuffix("weight")
+        scale = weights[name]
+        if f"{stem}running_var" not in weights:
+            weights |= {f"{stem}running_mean": torch.zeros_like(scale), f"{stem}running_var": torch.ones_like(scale)}
+        var = weights[f"{stem}running_var"].double()
+        scaled = scale.double() * ((var + NORM_EPS) / (var + eps)).sqrt()
+        if not scaled.isfinite().all():
+            raise ConvertError(f"{stem}running_var has a 0, by which a norm with an ε of {eps} divides.")
+        weights[name] = scaled.to(scale.dtype)
+    return weights

@@ -1,0 +1,146 @@
+"""A checkpoint for another list of classes: those of both lists keep what was learnt of them."""
+
+import json
+import os
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import Tensor
+
+from .files import ConvertError, find_weights, read_content
+
+_LAYER = "head.cls_score"
+
+
+def map_classes(
+    cfg: CfgNode, path: str, old: Sequence[str], new: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """A checkpoint's weights for a dense detector of other classes, or of the same in another order.
+
+    Each class of both lists keeps its rows of ``head.cls_score``, for each anchor. New ones get what a new model of the
+    config has: small random weights and the bias of ``MODEL.FOCAL.BIAS_INIT``. All else is as it was.
+
+    Args:
+        cfg: the config of the model to be; its ``NUM_CLASSES`` is that of ``new``.
+        path: a checkpoint.
+        old: the names of its classes, in order.
+        new: the names of the classes to be, in order.
+
+    Returns:
+        The weights; and the names that are ``kept``, ``new`` and ``dropped``.
+
+    Raises:
+        OSError, WeightsError: the checkpoint cannot be read.
+        ConvertError: the model is of another kind, or the numbers of classes are not those of the lists.
+    """
+    for names, what in ((old, "the checkpoint's"), (new, "the new")):
+        if twice := sorted({name for name in names if list(names).count(name) > 1}):
+            raise ConvertError(f"Of {what} classes {', '.join(twice)} is there twice; expected different names.")
+    weights = find_weights(read_content(path), path)
+    fresh = _fresh_rows(cfg, len(new))  # by the ending: (A, K', ...)
+    result = dict(weights)
+    for ending, target in fresh.items():
+        name = f"{_LAYER}.{ending}"
+        if name not in weights:
+            raise ConvertError(f"{path} has no {name}; expected a checkpoint of a RetinaNet of this config.")
+        rows, anchors = weights[name], len(target)
+        if len(rows) != anchors * len(old):
+            raise ConvertError(
+                f"{path} has {len(rows)} rows of {name}, {len(rows) / anchors:g} for each of the config's {anchors} "
+                f"anchors at a location; expected {len(old)}, one for each of its classes "
+                f"({', '.join(old[:5])}{', …' * (len(old) > 5)})."
+            )
+        if rows.shape[1:] != target.shape[2:]:
+            raise ConvertError(
+                f"{path} has {name} of {tuple(rows.shape)}, for features of another width than the config's, "
+                f"{tuple(target.shape[2:])}."
+            )
+        source = rows.unflatten(0, (anchors, len(old)))  # (A, K, ...)
+        for k, label in enumerate(new):
+            if label in old:
+                target[:, k] = source[:, list(old).index(label)]
+        result[name] = target.flatten(0, 1)
+    return result, {
+        "kept": [label for label in new if label in old],
+        "new": [label for label in new if label not in old],
+        "dropped": [label for label in old if label not in new],
+    }
+
+
+def _fresh_rows(cfg: CfgNode, num_classes: int) -> dict[str, Tensor]:
+    """The classifier's weight and bias in a new model of the config, a row for each anchor and class."""
+    if num_classes != cfg.MODEL.RETINANET.NUM_CLASSES:
+        raise ConvertError(
+            f"MODEL.RETINANET.NUM_CLASSES is {cfg.MODEL.RETINANET.NUM_CLASSES}, but there are {num_classes} new "
+            f"classes. Set MODEL.RETINANET.NUM_CLASSES {num_classes}, in the config or at the end of this command."
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    layer = getattr(getattr(model, "head", None), "cls_score", None)
+    if not isinstance(model, DenseDetector) or not isinstance(layer, torch.nn.Conv2d):
+        raise ConvertError(
+            f"{type(model).__name__} has no {_LAYER}; expected a dense detector, such as RetinaNet, whose classes are "
+            "rows of that convolution."
+        )
+    if layer.out_channels % num_classes:
+        raise ConvertError(f"{_LAYER} has {layer.out_channels} rows for {num_classes} classes: none is a class's own.")
+    parts = [("weight", layer.weight), ("bias", layer.bias)]
+    return {part: rows.detach().clone().unflatten(0, (-1, num_classes)) for part, rows in parts if rows is not None}
+
+
+def class_names(text: str, cfg: CfgNode) -> list[str]:
+    """The names that a command line gives.
+
+    Args:
+        text: a registered data set, or one of the config's ``DATASETS.LOCAL``; a file of COCO's format (``.json``), or
+            of a name a line; or the names themselves with commas between them. Empty: those of ``DATASETS.TRAIN``.
+        cfg: a config whose data sets are registered.
+
+    Raises:
+        OSError: the file cannot be read.
+        ConvertError: the names are not there.
+    """
+    if not text:
+        if not cfg.DATASETS.TRAIN:
+            raise ConvertError("The config's DATASETS.TRAIN is empty: give the new classes with --to-classes.")
+        text = cfg.DATASETS.TRAIN[0]
+        if text not in DatasetCatalog:
+            raise ConvertError(f"DATASETS.TRAIN names {text!r}, which is not registered: give --to-classes.")
+    if text in DatasetCatalog:
+        metadata = MetadataCatalog.get(text)
+        if metadata.get("thing_classes") is None:
+            DatasetCatalog.get(text)  # most sets learn their class names from their files
+        names = metadata.get("thing_classes")
+        if names is None:
+            raise ConvertError(f"The data set {text!r} does not know the names of its classes: list them.")
+        return list(names)
+    if os.path.isfile(text):
+        return _names_of_file(text)
+    if "," not in text and ("/" in text or text.endswith((".json", ".txt"))):
+        raise ConvertError(f"There is no file {text}; expected a data set, a file, or names with commas between them.")
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise ConvertError(f"{text!r} has an empty name; expected names with commas between them.")
+    return names
+
+
+def _names_of_file(path: str) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if not path.endswith(".json"):
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            categories = json.loads(text)["categories"]
+            names = [str(category["name"]) for category in sorted(categories, key=lambda category: category["id"])]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConvertError(f"{path} is no file of COCO's format with categories: {error!r}") from error
+    if not names:
+        raise ConvertError(f"{path} names no class; expected a name a line.")
+    return names

@@ -1,0 +1,193 @@
+"""torchvision's RetinaNets and what they are converted to see the same."""
+
+import re
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from torch import nn
+from torchvision.models._meta import _COCO_CATEGORIES
+from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from focal_plugin.deploy.convert import ConvertError, convert_torchvision, write
+from focal_plugin.engine import AtomicCheckpointer, load_config
+
+SIZES = [(128, 160), (192, 128)]  # the shorter side is what torchvision makes of it: nothing is resized
+
+
+def resnet18(num_classes, norm=nn.BatchNorm2d):
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=norm,
+        trainable_layers=5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    return RetinaNet(backbone, num_classes, min_size=128, max_size=1333)
+
+
+def make(build, num_classes):
+    return build(weights=None, weights_backbone=None, num_classes=num_classes, min_size=128)
+
+
+MODELS = {
+    "v1": (lambda: make(retinanet_resnet50_fpn, 91), {"classes": "all"}),
+    "v2": (lambda: make(retinanet_resnet50_fpn_v2, 7), {}),
+    "resnet18": (lambda: resnet18(5), {}),
+}
+
+
+@torch.no_grad()
+def lively(model):
+    """The model with statistics of features, and with heads that find something, of many scores and sizes."""
+    images = (torch.rand(2, 3, 128, 128) - 0.45) / 0.22
+    images[1, :, 100:] = 0  # as padding is
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        nn.init.uniform_(norm.weight, 0.8, 1.2)
+        nn.init.normal_(norm.bias, std=0.1)
+    model.train()
+    features = list(model.backbone(images).values())
+    model.eval()
+    for layer in model.head.modules():
+        if isinstance(layer, nn.Conv2d) and layer.out_channels == 256:
+            nn.init.kaiming_normal_(layer.weight)
+    outputs = model.head(features)
+    heads = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
+    for layer, output, most in zip(heads, (outputs["cls_logits"], outputs["bbox_regression"]), (5.0, 0.3)):
+        bias = layer.bias.mean()
+        layer.weight *= most / output.abs().max()
+        layer.bias.copy_(torch.randn_like(layer.bias) * 0.1 + bias.clamp(min=-2.5))
+    return model
+
+
+def assert_same_detections(theirs, ours, images):
+    """Box by box to 1e-3 of a pixel, scores to 1e-3. Boxes of no size, which Detectron2 drops, are passed over.
+
+    In double precision: in single, large boxes differ by some 1e-3, as between any two libraries.
+    """
+    theirs, ours, images = theirs.double(), ours.double(), [image.double() for image in images]
+    with torch.no_grad():
+        expected = theirs([image / 255 for image in images])
+        found = ours([{"image": image} for image in images])
+    for one, other in zip(expected, (result["instances"] for result in found), strict=True):
+        w, h = (one["boxes"][:, 2:] - one["boxes"][:, :2]).unbind(1)
+        real = (w > 0) & (h > 0)
+        scores, labels, boxes = (one[key][real] for key in ("scores", "labels", "boxes"))
+        assert min(len(scores), len(scores.unique())) > 50
+        assert len(labels.unique()) > 1
+        one = torch.cat([labels[:, None], scores[:, None], boxes], dim=1)  # (D, 6)
+        other = torch.cat([other.pred_classes[:, None], other.scores[:, None], other.pred_boxes.tensor], dim=1)
+        assert len(other) == len(one)
+        distances, partners = torch.cdist(one, other.double(), p=torch.inf).min(dim=1)
+        assert distances.max() < 1e-3
+        assert len(partners.unique()) == len(one)  # in the same order but for scores as good as equal
+        assert (scores - scores[partners]).abs().max() < 1e-6
+
+
+def load(converted, tmp_path):
+    """The model of the files as a user has it."""
+    config = write(converted, str(tmp_path / "converted.pth"), "torchvision")
+    cfg = load_config(config, ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg).eval()
+    AtomicCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_converted_twin_detects_the_same(name, tmp_path):
+    build, options = MODELS[name]
+    theirs = lively(build())
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = load(convert_torchvision(str(tmp_path / "theirs.pth"), **options), tmp_path)
+    images = [torch.randint(0, 256, (3, *size)).float() for size in SIZES]
+    assert_same_detections(theirs, ours, images[:1])
+    assert_same_detections(theirs, ours, images)
+
+
+@torch.no_grad()
+def test_frozen_norms_without_epsilon(tmp_path):
+    """As torchvision's own COCO weights: their file does not tell, but that the norms are frozen and the rows 91."""
+    theirs = resnet18(91, FrozenBatchNorm2d).eval()
+    overwrite_eps(theirs, 0.0)
+    for norm in theirs.modules():
+        if isinstance(norm, FrozenBatchNorm2d):  # variances where Detectron2's ε of 1e-5 would matter
+            norm.running_var.uniform_(5e-6, 2e-5)
+            norm.weight.uniform_(1e-3, 3e-3)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    image = torch.rand(1, 3, 64, 96)
+    expected = torch.cat([level.flatten() for level in theirs.backbone(image).values()])
+    errors = []
+    for eps in (None, 1e-5):
+        converted = convert_torchvision(str(tmp_path / "theirs.pth"), norm_eps=eps)
+        ours = build_model(converted.cfg).eval()
+        ours.load_state_dict(converted.weights, strict=False)
+        found = torch.cat([level.flatten() for level in ours.backbone(image).values()])
+        errors.append(float((found - expected).abs().max() / expected.abs().max()))
+    assert errors[0] < 1e-5 < 1e-2 < errors[1]
+
+
+def test_coco_classes_of_91_rows(tmp_path):
+    theirs = resnet18(91)
+    nn.init.normal_(theirs.head.classification_head.cls_logits.bias)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    converted = convert_torchvision(str(tmp_path / "theirs.pth"))
+    assert converted.cfg.MODEL.RETINANET.NUM_CLASSES == 80
+    assert converted.cfg.DATASETS.TEST == ("coco_2017_val",)
+    rows = theirs.head.classification_head.cls_logits.bias.view(3, 3, 91)  # (ratios, sizes, ids)
+    ours = converted.weights["head.cls_score.bias"].view(3, 3, 80)  # (sizes, ratios, classes)
+    for k, name in enumerate(MetadataCatalog.get("coco_2017_val").thing_classes):
+        assert torch.equal(ours[:, :, k], rows[:, :, _COCO_CATEGORIES.index(name)].t())
+
+
+def test_names_of_old_files(tmp_path):
+    """Before 0.14 the pyramid's and the subnets' convs stood one level higher."""
+    state = resnet18(5).state_dict()
+    old = {}
+    for name, value in state.items():
+        name = re.sub(r"(inner_blocks|layer_blocks)\.(\d)\.0", r"\1.\2", name)
+        name = re.sub(r"(_head)\.conv\.(\d)\.0", lambda m: f"{m[1]}.conv.{2 * int(m[2])}", name)
+        old[name] = value
+    assert len(set(old) - set(state)) == 12 + 16
+    torch.save({"model": state}, tmp_path / "new.pth")
+    torch.save({f"module.{name}": value for name, value in old.items()}, tmp_path / "old.pth")
+    new, old = (convert_torchvision(str(tmp_path / name)) for name in ("new.pth", "old.pth"))
+    assert list(new.weights) == list(old.weights)
+    assert all(torch.equal(value, old.weights[name]) for name, value in new.weights.items())
+    assert new.settings == old.settings
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"head.extra.weight": torch.zeros(1)}, r"1 of .* no known part.*\n  head\.extra\.weight"),
+        (lambda s: {k: v for k, v in s.items() if "p7" not in k}, r"backbone\.top_block\.p7\.weight is missing"),
+        (
+            lambda s: {k: v for k, v in s.items() if "cls_logits" not in k},
+            r"head\.cls_score\.bias: this is no RetinaNet",
+        ),
+        (
+            lambda s: s | {"backbone.body.conv1.weight": torch.zeros(64, 3, 3, 3)},
+            r"stem\.conv1\.weight is \(64, 3, 3, 3\)",
+        ),
+        (lambda s: s | {"head.regression_head.bbox_reg.bias": torch.zeros(12)}, r"has 12 numbers of boxes and 45"),
+        (lambda s: {k: v for k, v in s.items() if "layer4.1" not in k}, r"has \(2, 2, 2, 1\) blocks of two"),
+    ],
+)
+def test_what_does_not_fit_is_listed(change, message, tmp_path):
+    torch.save(change(resnet18(5).state_dict()), tmp_path / "theirs.pth")
+    with pytest.raises(ConvertError, match=message):
+        convert_torchvision(str(tmp_path / "theirs.pth"))
+
+
+def test_coco_needs_91_rows(tmp_path):
+    torch.save(resnet18(5).state_dict(), tmp_path / "theirs.pth")
+    with pytest.raises(ConvertError, match="the classifier has 5 rows; expected 91"):
+        convert_torchvision(str(tmp_path / "theirs.pth"), classes="coco")
