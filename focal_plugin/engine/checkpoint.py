@@ -77,8 +77,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return self.get_checkpoint_file()
         found, problems = "", []
         if comm.is_main_process():
-            for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), f"*{_UNFINISHED}")):
-                os.remove(unfinished)  # of a save that was killed
+            for name in ("*.pth", "last_checkpoint"):
+                for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), name + _UNFINISHED)):
+                    os.remove(unfinished)  # of a save that was killed
             for path in self._candidates():
                 problem = what_is_broken(path)
                 if not problem:

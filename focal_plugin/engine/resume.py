@@ -156,12 +156,17 @@ class CheckpointHook(HookBase):
                 "random numbers start anew."
             )
         if not state["tail_is_done"]:
-            self._do_tail()
+            self._finish_step()
 
-    def _do_tail(self) -> None:
-        """What the step of the checkpoint had still to do: evaluate and write, where these are due."""
+    def _finish_step(self) -> None:
+        """What the step of the checkpoint had still to do, where it is due: save it as the last, evaluate, write."""
         trainer = self.trainer
         trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+        if trainer.start_iter == trainer.max_iter:
+            self._processes = comm.all_gather(self._process_state())
+            if not self.periodic.checkpointer.get_checkpoint_file().endswith("model_final.pth"):
+                self.periodic.save("model_final", iteration=trainer.iter)
+            self._processes = []
         for hook in self.tail:
             hook.after_step()
         trainer.iter = trainer.storage.iter = trainer.start_iter

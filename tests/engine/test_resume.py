@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from focal_plugin.engine import StepTrainer, Trainer
+from focal_plugin.engine import AtomicCheckpointer, StepTrainer, Trainer
 from focal_plugin.engine.metrics import MetricsWriter, load_storage_state, storage_state
 from focal_plugin.engine.rng import rng_state, seeded, set_rng_state
 from tests.engine.same import assert_same, assert_same_run, final, metrics
@@ -41,6 +41,7 @@ def interrupted(train_net, monkeypatch):
     return run
 
 
+NO_TEST = ["DATASETS.TEST", "()"]
 AUGMENTED = "[{'name': 'RandomBrightness', 'intensity_min': 0.5, 'intensity_max': 1.5}]"
 ALL_AT_ONCE = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16", "SOLVER.ACCUMULATE", 2]
 ALL_AT_ONCE += ["MODEL.FOCAL.CLS_LOSS.NAME", "SampledBCELoss", "INPUT.AUGMENTATIONS", AUGMENTED, "TEST.EVAL_PERIOD", 2]
@@ -49,8 +50,8 @@ ALL_AT_ONCE += ["MODEL.FOCAL.CLS_LOSS.NAME", "SampledBCELoss", "INPUT.AUGMENTATI
 @pytest.mark.parametrize(
     ("words", "before"),
     [
-        (["DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 2], [3, 5]),
-        (["DATASETS.TEST", "()", "SEED", -1, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], [1, 4]),
+        ([*NO_TEST, "DATALOADER.NUM_WORKERS", 2], [3, 5]),
+        ([*NO_TEST, "SEED", -1, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], [1, 4]),
         (ALL_AT_ONCE, [4]),
     ],
     ids=["workers", "without a seed", "all at once"],
@@ -70,11 +71,28 @@ def test_a_resumed_run_is_the_run(interrupted, train_net, tmp_path, words, befor
 
 
 def test_the_order_does_not_depend_on_workers(train_net, tmp_path):
-    words = ["DATASETS.TEST", "()", "INPUT.AUGMENTATIONS", AUGMENTED, "SOLVER.CHECKPOINT_PERIOD", 2]
+    words = [*NO_TEST, "INPUT.AUGMENTATIONS", AUGMENTED, "SOLVER.CHECKPOINT_PERIOD", 2]
     for workers in (0, 1, 2):
         train_net("OUTPUT_DIR", tmp_path / str(workers), "DATALOADER.NUM_WORKERS", workers, *words)
     assert_same_run(tmp_path / "1", tmp_path / "0")
     assert_same_run(tmp_path / "2", tmp_path / "0")
+
+
+def test_killed_between_the_two_checkpoints_of_the_last_step(train_net, tmp_path, monkeypatch):
+    words = ["SOLVER.CHECKPOINT_PERIOD", 2, *NO_TEST]
+    save = AtomicCheckpointer.save
+
+    def killed(checkpointer, name, **kwargs):
+        if name == "model_final":
+            raise Interruption
+        save(checkpointer, name, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(Interruption):
+        patched.setattr(AtomicCheckpointer, "save", killed)
+        train_net("OUTPUT_DIR", tmp_path / "broken", *words)
+    train_net("--resume", "OUTPUT_DIR", tmp_path / "broken", *words)
+    train_net("OUTPUT_DIR", tmp_path / "whole", *words)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_nothing_is_left_to_do(train_net, tmp_path, monkeypatch):
@@ -95,7 +113,7 @@ def test_nothing_is_left_to_do(train_net, tmp_path, monkeypatch):
 
 def test_killed_in_an_evaluation_on_the_way(train_net, tmp_path, monkeypatch):
     """The evaluation of a step that is saved already is made up for."""
-    words = ["TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 5, "DATALOADER.NUM_WORKERS", 2]
+    words = ["TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 3]
     test, count = Trainer.test, iter(range(1, 9))
 
     def killed(*args):
@@ -113,7 +131,7 @@ def test_killed_in_an_evaluation_on_the_way(train_net, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_detectron2s(train_net, tmp_path, capfd):
     """Weights, optimizer and step are taken from it; that the rest is not there is said."""
-    words = ["DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path]
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path]
     train_net(*words, "SOLVER.MAX_ITER", 2)
     saved = final(tmp_path)
     del saved["trainer"]["hooks"]["CheckpointHook"]
@@ -125,7 +143,7 @@ def test_a_checkpoint_of_detectron2s(train_net, tmp_path, capfd):
 
 
 def test_another_batch_size_goes_on_after_as_many_images(train_net, tmp_path):
-    words = ["DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path]
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path]
     train_net(*words, "SOLVER.MAX_ITER", 3)
     train_net("--resume", *words, "SOLVER.IMS_PER_BATCH", 3, "SOLVER.MAX_ITER", 4)
     assert final(tmp_path)["trainer"]["hooks"]["CheckpointHook"]["loader"]["images"] == 3 * 2 + 3
