@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     names = "a data set's name, a .json of COCO's format, a file of a name a line, or names with commas between them"
     classes.add_argument("--from-classes", required=True, help=f"the checkpoint's classes: {names}")
     classes.add_argument("--to-classes", default="", help="the new ones; default: those of DATASETS.TRAIN")
-    classes.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
+    classes.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="changes to the config, as the last"
+    )
     return parser
 
 

@@ -4,12 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import ConvertError, find_weights, read_content
 
@@ -73,21 +72,23 @@ def map_classes(
 
 def _fresh_rows(cfg: CfgNode, num_classes: int) -> dict[str, Tensor]:
     """The classifier's weight and bias in a new model of the config, a row for each anchor and class."""
+    kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not (isinstance(kind, type) and issubclass(kind, DenseDetector)):
+        raise ConvertError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected a dense detector, such as RetinaNet, "
+            f"whose classes are rows of {_LAYER}."
+        )
     if num_classes != cfg.MODEL.RETINANET.NUM_CLASSES:
         raise ConvertError(
             f"MODEL.RETINANET.NUM_CLASSES is {cfg.MODEL.RETINANET.NUM_CLASSES}, but there are {num_classes} new "
-            f"classes. Set MODEL.RETINANET.NUM_CLASSES {num_classes}, in the config or at the end of this command."
+            f"classes. Set MODEL.RETINANET.NUM_CLASSES {num_classes}, in the config or after --opts."
         )
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    layer = getattr(getattr(model, "head", None), "cls_score", None)
-    if not isinstance(model, DenseDetector) or not isinstance(layer, torch.nn.Conv2d):
-        raise ConvertError(
-            f"{type(model).__name__} has no {_LAYER}; expected a dense detector, such as RetinaNet, whose classes are "
-            "rows of that convolution."
-        )
+    layer = getattr(build_model(cfg).head, "cls_score", None)
+    if not isinstance(layer, nn.Conv2d):
+        raise ConvertError("The model's head has no convolution cls_score, whose rows would be the classes'.")
     if layer.out_channels % num_classes:
         raise ConvertError(f"{_LAYER} has {layer.out_channels} rows for {num_classes} classes: none is a class's own.")
     parts = [("weight", layer.weight), ("bias", layer.bias)]
