@@ -112,6 +112,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """What is in a checkpoint file, by its ending; nothing in it is executed (see ``focal_plugin.safe_load``)."""
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        super()._log_incompatible_keys(incompatible)
+        if any(name == "head.cls_score.weight" for name, _, _ in incompatible.incorrect_shapes):
+            logger.warning(
+                "The checkpoint has another number of classes than the model: all of head.cls_score starts anew. "
+                "`python -m focal_plugin.deploy.convert classes` makes a checkpoint that keeps classes by their names."
+            )
+
     def _torch_load(self, f: str) -> dict[str, Any]:
         return load_torch(f)
 

@@ -90,6 +90,13 @@ def test_two_stage_models_are_refused(checkpoint, tiny_config):
         map_classes(cfg, checkpoint[0], ["square", "disc"], ["a", "b", "c"])
 
 
+def test_loading_names_the_command(checkpoint, tiny_config, caplog):
+    for num_classes, says in ((3, True), (2, False)):
+        caplog.clear()
+        AtomicCheckpointer(build_model(config_for(tiny_config, num_classes))).load(checkpoint[0], checkpointables=[])
+        assert ("python -m focal_plugin.deploy.convert classes" in caplog.text) is says
+
+
 # The command line
 
 

@@ -84,8 +84,9 @@ def _other_shapes(case: Case, probe: WeightsProbe) -> Finding:
             return Finding(
                 WARNING,
                 f"MODEL.WEIGHTS has a classifier for {int(classes)} classes, and MODEL.RETINANET.NUM_CLASSES is "
-                f"{num_classes}: head.cls_score starts anew, all else is loaded. Right for new classes; to go on with "
-                f"the old ones, set NUM_CLASSES {int(classes)}.",
+                f"{num_classes}: head.cls_score starts anew, all else is loaded. Right for new classes; to keep those "
+                "of the same names, `python -m focal_plugin.deploy.convert classes`; to go on with the old ones, set "
+                f"NUM_CLASSES {int(classes)}.",
             )
     listed = few((f"{name} {theirs} for {ours}" for name, (theirs, ours) in shapes.items()), most=2)
     return Finding(WARNING, f"{others}, and start anew: {listed}. Give weights of this architecture.")
