@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode as CN
 
+_OLD_TOP_BLOCK = "MODEL.FOCAL.TIMM.TOP_BLOCK"  # a config with it says what it is called now
+
 
 def add_focal_config(cfg: CN) -> None:
     """Add the plugin's keys with their defaults to ``cfg``, in place.
@@ -9,6 +11,8 @@ def add_focal_config(cfg: CN) -> None:
     Only keys that are missing are added: calling it twice changes nothing, and no key of Detectron2's is touched.
     """
     _add_missing(cfg, _defaults())
+    if not cfg.key_is_renamed(_OLD_TOP_BLOCK):
+        cfg.register_renamed_key(_OLD_TOP_BLOCK, "MODEL.FOCAL.TOP_BLOCK")
 
 
 def _add_missing(cfg: CN, defaults: CN) -> None:
@@ -134,13 +138,14 @@ def _defaults() -> CN:
     # Compute the images of a step in this many parts, one after another: the same step in less memory. Still
     # SOLVER.IMS_PER_BATCH images a step in all, and the losses are divided by what the normaliser makes of all of them.
     cfg.SOLVER.ACCUMULATE = 1
+    # How many steps of a run may be skipped because a loss or a gradient is infinite or NaN, in any process; the next
+    # one stops the run. 0: the first one does. (float16's gradients that overflow are no such steps: their scale is
+    # lowered.)
+    cfg.SOLVER.MAX_SKIPS = 0
     # What SOLVER.AMP.ENABLED computes in: "float16" or "bfloat16"; empty, float16 on a GPU, bfloat16 on a CPU that has
     # instructions for it, and float32 on another.
     cfg.SOLVER.AMP = CN()
     cfg.SOLVER.AMP.DTYPE = ""
-    # How many steps of a run may be skipped because a loss or a gradient is infinite or NaN, in any process; the next one
-    # stops the run. 0: the first one does. (float16's gradients that overflow are no such steps: their scale is lowered.)
-    cfg.SOLVER.MAX_SKIPS = 0
 
     # Pictures of the run in OUTPUT_DIR when it ends: curves.png, and detections.png with this many images of the first
     # test set beside their ground truth, and all detections of at least this score.

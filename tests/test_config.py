@@ -43,3 +43,10 @@ def test_a_config_without_the_keys_is_told_what_to_call():
     cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"
     with pytest.raises(KeyError, match="add_focal_config"):
         build_model(cfg)
+
+
+def test_a_key_of_old_names_its_successor():
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    with pytest.raises(KeyError, match=r"renamed to MODEL\.FOCAL\.TOP_BLOCK"):
+        cfg.merge_from_list(["MODEL.FOCAL.TIMM.TOP_BLOCK", "p5"])

@@ -59,7 +59,8 @@ def write_torchscript(
 
 def run_torchscript(path: str) -> Run:
     """Run a TorchScript file."""
-    return _as_arrays(torch.jit.load(path))
+    with quiet():
+        return _as_arrays(torch.jit.load(path))
 
 
 def write_torch_export(

@@ -113,11 +113,12 @@ def offset_nms(
     In float64, for in float32 boxes would be rounded to 1/128 pixel from an offset of 65536 on, as many classes on a
     large image reach. They are moved by more than all coordinates span, also those outside the image.
     """
-    boxes = boxes.double()
-    outside = boxes.new_zeros(1, 4)  # that there always is a largest
-    corners = torch.cat((boxes, outside))
-    span = corners.max() - corners.min() + 1
-    return nms(boxes + (classes * span)[:, None], scores.double(), threshold)
+    # Two boxes of no class come last: an exported torchvision.ops.nms takes it for granted that it keeps at least two.
+    boxes = F.pad(boxes.double(), (0, 0, 0, 2))
+    scores = F.pad(scores.double(), (0, 2), value=-1.0)
+    classes = torch.cat((classes, torch.arange(num_classes, num_classes + 2, device=classes.device)))
+    span = boxes.max() - boxes.min() + 1
+    return nms(boxes + (classes * span)[:, None], scores, threshold)[:-2]
 
 
 @torch.library.custom_op("focal_plugin::class_wise_nms", mutates_args=())

@@ -6,6 +6,8 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.models._meta import _COCO_CATEGORIES
 from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
@@ -44,10 +46,10 @@ MODELS = {
 }
 
 
-def load(converted, tmp_path):
+def load(converted, tmp_path, *opts):
     """The model of the files as a user has it."""
     config = write(converted, str(tmp_path / "converted.pth"), "torchvision")
-    cfg = load_config(config, ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(config, ["MODEL.DEVICE", "cpu", *opts])
     model = build_model(cfg).eval()
     AtomicCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
@@ -62,6 +64,25 @@ def test_the_converted_twin_detects_the_same(name, tmp_path):
     images = [torch.randint(0, 256, (3, *size)).float() for size in SIZES]
     assert_same_detections(theirs, ours, images[:1])
     assert_same_detections(theirs, ours, images)
+
+
+def test_the_converted_twin_has_the_same_losses(tmp_path):
+    """Of one image: torchvision divides by the positives of each, as ``num_fg`` does."""
+    theirs = lively(resnet18(5))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = load(convert_torchvision(str(tmp_path / "theirs.pth")), tmp_path, "MODEL.FOCAL.NORMALIZER", "num_fg").train()
+    theirs.train()
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    image = torch.randint(0, 256, (3, 128, 160)).float()
+    boxes, classes = torch.tensor([[5.0, 9, 40, 60], [70, 30, 158, 120], [20, 0, 31, 13]]), torch.tensor([1, 4, 1])
+    expected = theirs([image / 255], [{"boxes": boxes, "labels": classes}])
+    instances = Instances((128, 160), gt_boxes=Boxes(boxes), gt_classes=classes)
+    with EventStorage():
+        found = ours([{"image": image, "instances": instances}])
+    assert float(found["loss_cls"]) == pytest.approx(float(expected["classification"]), rel=1e-4)
+    assert float(found["loss_box_reg"]) == pytest.approx(float(expected["bbox_regression"]), rel=1e-4)
 
 
 @torch.no_grad()
