@@ -66,6 +66,17 @@ def test_the_memory_format_does_not_matter(model):
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_boxes_clipped_before_nms(model, monkeypatch, clip):
+    """Two boxes of which little is common, but all that is in the image."""
+    monkeypatch.setattr(model, "clip_before_nms", clip)
+    boxes = torch.tensor([[-80.0, 10, 10, 30], [-10, 10, 10, 30], [60, 40, 90, 90], [60, 40, 70, 50]])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.zeros(4, dtype=torch.int64)
+    found = model._suppress((48, 64), boxes, scores, classes)
+    expected = torch.tensor([[0.0, 10, 10, 30], [60, 40, 64, 48]]) if clip else boxes
+    assert found.pred_boxes.tensor.equal(expected)
+
+
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.05, 0.999999, 1.0])
 def test_every_detection_is_above_the_threshold(model, monkeypatch, threshold):
     monkeypatch.setattr(model, "test_score_thresh", threshold)

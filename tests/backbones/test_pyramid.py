@@ -29,6 +29,19 @@ def config(top_block="c5", in_features=("res3", "res4", "res5"), encoder="resnet
     return cfg
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["c5", "p5"])
+def test_levels_without_a_relu_between_them(source):
+    linear, stock = (build_backbone(config(top_block)) for top_block in (f"{source}-linear", source))
+    stock.load_state_dict(linear.state_dict())
+    images = torch.randn(1, 3, 128, 128)
+    found, expected = linear(images), stock(images)
+    assert found["p6"].equal(expected["p6"])
+    assert found["p6"].min() < 0
+    assert found["p7"].equal(linear.top_block.p7(found["p6"]))
+    assert expected["p7"].equal(linear.top_block.p7(found["p6"].relu()))
+
+
 @pytest.mark.parametrize("encoder", ["resnet", "timm"])
 @pytest.mark.parametrize(
     ("top_block", "in_features", "levels"),
