@@ -81,8 +81,8 @@ def test_the_converted_twin_has_the_same_losses(tmp_path):
     instances = Instances((128, 160), gt_boxes=Boxes(boxes), gt_classes=classes)
     with EventStorage():
         found = ours([{"image": image, "instances": instances}])
-    assert float(found["loss_cls"]) == pytest.approx(float(expected["classification"]), rel=1e-4)
-    assert float(found["loss_box_reg"]) == pytest.approx(float(expected["bbox_regression"]), rel=1e-4)
+    assert found["loss_cls"].item() == pytest.approx(expected["classification"].item(), rel=1e-4)
+    assert found["loss_box_reg"].item() == pytest.approx(expected["bbox_regression"].item(), rel=1e-4)
 
 
 @torch.no_grad()
