@@ -53,7 +53,7 @@ NORMS = ["BN", "SyncBN", "GN", "LN", lambda channels: nn.GroupNorm(4, channels)]
 
 
 @pytest.mark.parametrize("sharing", ["auto", "shared", "per_level"])
-@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
 def test_what_the_levels_share_of_a_norm(norm, sharing):
     """By the names: one scale and shift or one for each level, and the same of what batch norm keeps."""
     module = head(norm=norm, norm_sharing=sharing, conv_dims=[32])
@@ -68,7 +68,7 @@ def test_what_the_levels_share_of_a_norm(norm, sharing):
     assert names == expected[sharing]
 
 
-@pytest.mark.parametrize("norm", NORMS[2:], ids=str)
+@pytest.mark.parametrize("norm", NORMS[2:])
 def test_a_norm_of_its_own_for_each_level(norm):
     """Each level's output is that of a head for this level alone with the norms of this level."""
     module = head(norm=norm, norm_sharing="per_level", conv_dims=[32, 32])
