@@ -183,6 +183,7 @@ def test_lazy_config(train_net, tiny_config, tmp_path, output, capfd):
     results = train_net("train.max_iter=4", "train.amp.enabled=True", "train.accumulate=2", config=str(config))
     assert "AP" in results["bbox"]
     assert metrics(output)[-1]["iteration"] == 4
+    assert any("positives/p3" in line and "grad_norm/cls_subnet" in line for line in metrics(output))
     assert f"{output}/model_final.pth" in capfd.readouterr().out
     weights = output / "model_final.pth"
     evaluated = train_net("--eval-only", f"train.init_checkpoint={weights}", config=str(config))

@@ -4,9 +4,11 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
+from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer, explained_full_disk
 from .console import EarlyWriter
 from .divergence import recorded_divergence
@@ -72,6 +74,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
         cfg.dataloader.train._target_ = build_train_loader
     loader = instantiate(cfg.dataloader.train)
+    balance = [BalanceHook(model)] if isinstance(model, DenseDetector) else []
     model = data_parallel(model, **cfg.train.get("ddp", {}))
     amp = cfg.train.amp
     trainer = StepTrainer(
@@ -102,7 +105,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         checkpointer, **cfg.train.checkpointer, model=model, loader=loader, metrics=metrics, tail=tail
     )
     schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
-    trainer.register_hooks([hooks.IterationTimer(), schedule, save, *tail])
+    trainer.register_hooks([*balance, hooks.IterationTimer(), schedule, save, *tail])
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = 0
