@@ -1,0 +1,479 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.box_regression import Box2BoxTransform
+from PIL import Image
+from torch import nn
+from torchvision.ops import nms
+
+from focal_plugin import FocalRetinaNet, FocalRetinaNetHead, PriorBiasInit
+from focal_plugin.data.quickstart import source_folder
+from focal_plugin.deploy import export, export_formats
+from focal_plugin.deploy.export_check import ExportError, compare_detections, expected_detections
+from focal_plugin.deploy.export_formats import FORMATS, quiet
+from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
+from focal_plugin.engine import load_config
+
+SERVING = Path(__file__).parents[2] / "docs" / "serving.md"
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Stages(Backbone):
+    """Features of strides 8 and 16, each a convolution with a frozen norm that does something."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = Conv2d(3, 8, 7, stride=4, padding=3, norm=FrozenBatchNorm2d(8), activation=nn.ReLU())
+        self.s3 = Conv2d(8, 16, 3, stride=2, padding=1, norm=FrozenBatchNorm2d(16), activation=nn.ReLU())
+        self.s4 = Conv2d(16, 16, 3, stride=2, padding=1, norm=FrozenBatchNorm2d(16), activation=nn.ReLU())
+        for conv in (self.stem, self.s3, self.s4):
+            nn.init.kaiming_normal_(conv.weight)
+            conv.norm.running_var.uniform_(0.6, 1.4)
+            conv.norm.bias.normal_(std=0.1)
+
+    def forward(self, images):
+        s3 = self.s3(self.stem(images))
+        return {"s3": s3, "s4": self.s4(s3)}
+
+    def output_shape(self):
+        return {"s3": ShapeSpec(channels=16, stride=8), "s4": ShapeSpec(channels=16, stride=16)}
+
+
+def tiny_model(num_classes=3, norm="", **changes):
+    """A pyramid of two levels whose scores spread over (0, 1)."""
+    torch.manual_seed(0)
+    backbone = FPN(Stages(), ["s3", "s4"], 16)
+    shapes = list(backbone.output_shape().values())
+    head = FocalRetinaNetHead(
+        input_shape=shapes,
+        num_classes=num_classes,
+        num_anchors=2,
+        conv_dims=[16],
+        norm=norm and (lambda channels: nn.GroupNorm(4, channels)),
+        bias_init=PriorBiasInit(prior_prob=0.05),
+    )
+    settings = {
+        "backbone": backbone,
+        "head": head,
+        "head_in_features": list(backbone.output_shape()),
+        "anchor_generator": DefaultAnchorGenerator(
+            sizes=[[24], [64]], aspect_ratios=[[0.6, 1.5]], strides=[8, 16], offset=0.25
+        ),
+        "box2box_transform": Box2BoxTransform(weights=(1.0, 1.0, 2.0, 2.0)),
+        "anchor_matcher": None,
+        "num_classes": num_classes,
+        "cls_loss": None,
+        "box_loss": None,
+        "normalizer": None,
+        "test_score_thresh": 0.1,
+        "test_topk_candidates": 200,
+        "max_detections_per_image": 40,
+        "pixel_mean": [103.0, 116.0, 123.0],
+        "pixel_std": [57.0, 57.0, 57.0],
+    }
+    model = FocalRetinaNet(**settings | changes).eval()
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    nn.init.normal_(head.bbox_pred.weight, std=0.03)
+    return model
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A part of a photograph of the quickstart's, (3, 700, 700), BGR."""
+    try:
+        path = next(source_folder().glob("*541000_4977000_image_crop.png"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return np.asarray(Image.open(path).convert("RGB"))[:700, :700, ::-1].transpose(2, 0, 1).astype(np.float32)
+
+
+def crop(photo, height, width, top=0):
+    return torch.from_numpy(np.ascontiguousarray(photo[:, top : top + height, 20 : 20 + width]))
+
+
+@pytest.fixture(scope="module")
+def exported(photo, tmp_path_factory):
+    """A model, the path of its file, and how it is run; made once for each of the arguments."""
+    done = {}
+
+    def get(format, num_classes=3, norm="", raw=False):
+        key = format, num_classes, norm, raw
+        if key not in done:
+            model, path = tiny_model(num_classes, norm), str(tmp_path_factory.mktemp("export") / "detector")
+            images = {"a photo": crop(photo, 150, 170)}
+            export.export_model(model, path, format, images, raw=raw, metadata={"classes": ["a", "b"], "order": "BGR"})
+            done[key] = model, path, FORMATS[format][1](path)
+        return done[key]
+
+    return get
+
+
+def detect(model, image):
+    with torch.no_grad():
+        found = model([{"image": image}])[0]["instances"]
+    return found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()
+
+
+SLOW = [("onnx", 1, "GN"), ("torch-export", 3, ""), ("torch-export", 1, "GN")]  # some ten seconds each
+CASES = [
+    pytest.param(format, *case, marks=[pytest.mark.slow] * ((format, *case) in SLOW))
+    for format in FORMATS
+    for case in [(3, ""), (1, "GN")]
+]
+
+
+@pytest.mark.parametrize("format, num_classes, norm", CASES)
+@pytest.mark.parametrize("height, width", [(201, 333), (320, 96)])
+def test_the_file_detects_what_the_model_does_in_images_of_any_size(
+    exported, photo, format, num_classes, norm, height, width
+):
+    model, _, run = exported(format, num_classes, norm)
+    image = crop(photo, height, width, top=100)
+    expected, found = detect(model, image), run(image)
+    assert len(expected[0]) > 10 and len(set(expected[2])) >= min(num_classes, 2)  # else this test would see nothing
+    np.testing.assert_array_equal(found[2], expected[2])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-2)
+    assert found[2].dtype == np.int64
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
+def test_an_image_without_detections(exported, format):
+    model, _, run = exported(format)
+    image = model.pixel_mean.expand(3, 64, 80).contiguous()  # 0 after normalisation
+    assert len(detect(model, image)[0]) == 0
+    assert [x.shape for x in run(image)] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_raw_heads(exported, photo, format):
+    model, _, run = exported(format, raw=True)
+    image = crop(photo, 75, 130, top=300)
+    padded = nn.functional.pad((image - model.pixel_mean) / model.pixel_std, (0, 144 - 130, 0, 80 - 75))
+    with torch.no_grad():
+        logits, deltas = model.head(list(model.backbone(padded[None]).values()))
+    found = run(image)
+    assert [x.shape for x in found] == [(1, 6, 10, 18), (1, 6, 5, 9), (1, 8, 10, 18), (1, 8, 5, 9)]
+    for a, b in zip(found, [*logits, *deltas], strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-3)
+
+
+def test_metadata_and_names_are_in_the_file(exported):
+    for arguments, names in [
+        ({}, ["boxes", "scores", "classes"]),
+        ({"raw": True}, ["logits_p3", "logits_p4", "deltas_p3", "deltas_p4"]),
+    ]:
+        session = onnxruntime.InferenceSession(exported("onnx", **arguments)[1])
+        assert session.get_modelmeta().custom_metadata_map == {"classes": '["a", "b"]', "order": "BGR"}
+        assert [output.name for output in session.get_outputs()] == names
+    for load, argument in [(torch.jit.load, "_extra_files"), (torch.export.load, "extra_files")]:
+        extra = {"classes": "", "order": ""}
+        with open(exported("torchscript" if load is torch.jit.load else "torch-export", raw=True)[1], "rb") as file:
+            load(file, **{argument: extra})
+        texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in extra.items()}
+        assert texts == {"classes": '["a", "b"]', "order": "BGR"}
+
+
+# NMS
+
+
+def boxes_of_classes(count, num_classes, seed=0):
+    """Boxes in clusters, so that many overlap, some outside of a large image."""
+    rng = np.random.default_rng(seed)
+    centers = rng.choice([-300.0, 5.0, 1500.0, 4000.0], (count, 2)) + rng.normal(0, 4, (count, 2))
+    sides = rng.uniform(12, 20, (count, 2))
+    boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=1).astype(np.float32)
+    scores = rng.permutation(count).astype(np.float32) / max(count, 1)  # no two the same
+    return torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(rng.integers(0, num_classes, count))
+
+
+def nms_of_each_class(boxes, scores, classes, threshold):
+    keep = []
+    for cls in classes.unique():
+        places = (classes == cls).nonzero().squeeze(1)
+        keep.extend(places[nms(boxes[places].double(), scores[places].double(), threshold)].tolist())
+    return sorted(keep, key=lambda place: -scores[place])
+
+
+@pytest.mark.parametrize("count, num_classes", [(0, 3), (1, 1), (300, 1), (2000, 80), (2000, 1200)])
+def test_classes_do_not_suppress_each_other(count, num_classes):
+    boxes, scores, classes = boxes_of_classes(count, num_classes)
+    expected = nms_of_each_class(boxes, scores, classes, 0.5)
+    assert offset_nms(boxes, scores, classes, num_classes, 0.5, 10_000).tolist() == expected
+    assert count < 300 or len(expected) < count
+
+
+def test_onnx_suppresses_class_by_class(tmp_path):
+    class Suppress(nn.Module):
+        def forward(self, boxes, scores, classes):
+            return class_wise_nms(boxes, scores, classes, 80, 0.5, 10_000)
+
+    path, count = str(tmp_path / "nms.onnx"), torch.export.Dim.DYNAMIC
+    table = {torch.ops.focal_plugin.class_wise_nms.default: export_formats._class_wise_nms_in_onnx}
+    with quiet():
+        torch.onnx.export(
+            Suppress(),
+            boxes_of_classes(20, 80),
+            path,
+            dynamo=True,
+            input_names=["boxes", "scores", "classes"],
+            dynamic_shapes=({0: count}, {0: count}, {0: count}),
+            custom_translation_table=table,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path)
+    for count in (0, 1, 2000):
+        boxes, scores, classes = boxes_of_classes(count, 80, seed=1)
+        inputs = {"boxes": boxes.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
+        assert session.run(None, inputs)[0].tolist() == nms_of_each_class(boxes, scores, classes, 0.5)
+
+
+# The comparison
+
+
+def found_things(*rows):
+    rows = np.array(rows, dtype=np.float32).reshape(-1, 6)
+    return rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64)
+
+
+A, B = [0, 0, 10, 10, 0.9, 0], [5, 5, 30, 20, 0.5, 1]
+LEAST = [1, 1, 9, 9, 0.10003, 2]
+
+
+@pytest.mark.parametrize(
+    "expected, found",
+    [
+        ((A, B), (A, B)),
+        ((), ()),
+        ((A, B), ([0, 0, 10.005, 10, 0.9008, 0], B)),
+        ((A, [*B[:4], 0.89995, 1]), ([*B[:4], 0.89995, 1], A)),
+        ((A, B, LEAST), (A, B)),
+        ((A, B), (A, B, LEAST)),
+    ],
+)
+def test_what_counts_as_the_same(expected, found):
+    compare_detections(found_things(*expected), found_things(*found), tiny_model())
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        ((A,), "detection 1 is not among its 1: class 1, score 0.5000"),
+        ((A, B, [50, 50, 60, 60, 0.4, 0]), "its detection 2 is not among the model's 2: class 0, score 0.4000"),
+        ((B, A), "not in the order"),
+        (([*A[:5], 1], B), "class 0"),
+        (([0, 0, 10.1, 10, 0.9, 0], B), "class 0"),
+        (([0, 0, 10, 10, 0.905, 0], B), "class 0"),
+        ((A, A, B), "its detection 1 "),
+        (([0, 0, 10, 10, np.nan, 0], B), "class 0"),
+        ((), "detection 0"),
+    ],
+)
+def test_what_counts_as_different(found, message):
+    with pytest.raises(ExportError, match=message):
+        compare_detections(found_things(A, B), found_things(*found), tiny_model())
+
+
+def test_the_model_is_asked_for_exact_nms_and_stays_as_it_is(photo):
+    model, image = tiny_model(), crop(photo, 201, 333)
+    before = detect(model, image)
+    for a, b, c in zip(expected_detections(model, image), before, detect(model, image), strict=True):
+        np.testing.assert_allclose(a, b)
+        np.testing.assert_array_equal(b, c)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_file_that_computes_something_else_is_not_kept(raw, photo, tmp_path, monkeypatch):
+    def write_another(module, *args):
+        with torch.no_grad():
+            module.model.head.bbox_pred.bias += 0.05
+        return export_formats.write_torchscript(module, *args)
+
+    monkeypatch.setitem(FORMATS, "torchscript", (write_another, *FORMATS["torchscript"][1:]))
+    images = {"a photo": crop(photo, 150, 170)}
+    with pytest.raises(ExportError, match=r"is not kept. On a photo, 150 × 170: .*"):
+        export.export_model(tiny_model(), tmp_path / "made" / "x.ts", "torchscript", images, raw=raw)
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_model_that_finds_nothing_cannot_be_compared(photo, tmp_path):
+    with pytest.raises(ExportError, match="detects nothing in a photo"):
+        images = {"a photo": crop(photo, 64, 64)}
+        export.export_model(tiny_model(test_score_thresh=1.0), tmp_path / "x", "torchscript", images)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused(photo, tmp_path):
+    images, path = {"a photo": crop(photo, 64, 64)}, tmp_path / "x"
+    cfg = load_config(str(CONFIGS / "Base-FocalRetinaNet.yaml"), ["MODEL.RESNETS.DEPTH", 18, "MODEL.DEVICE", "cpu"])
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.META_ARCHITECTURE = 64, "RetinaNet"
+    with pytest.raises(ExportError, match=r"A RetinaNet cannot be exported.*META_ARCHITECTURE FocalRetinaNet"):
+        export.export_model(build_model(cfg), path, "onnx", images)
+    with pytest.raises(ExportError, match="A Linear cannot"):
+        export.export_model(nn.Linear(1, 1), path, "onnx", images)
+    with pytest.raises(ExportError, match="Anchors of Identity"):
+        export.export_model(tiny_model(anchor_generator=nn.Identity()), path, "onnx", images)
+    with pytest.raises(ValueError, match="'coreml'; expected one of onnx"):
+        export.export_model(tiny_model(), path, "coreml", images)
+    with pytest.raises(ValueError, match="--opset 18 is for"):
+        export.export_model(tiny_model(), path, "torchscript", images, opset=18)
+    with pytest.raises(ExportError, match="no image"):
+        export.export_model(tiny_model(), path, "onnx", {})
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="left as it is"):
+        export.export_model(tiny_model(), path, "torchscript", images)
+    assert path.read_text() == "mine"
+
+
+def test_what_the_exporter_cannot_express_is_said(photo, tmp_path):
+    model = tiny_model()
+    model.head.register_forward_hook(lambda module, args, output: 1 / 0)
+    with pytest.raises(ExportError, match="torch-export cannot express this model: ZeroDivisionError"):
+        export.export_model(model, tmp_path / "x", "torch-export", {"a photo": crop(photo, 64, 64)})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Larger models, and the command
+
+
+def shipped_model(config, *opts):
+    cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", "cpu", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.3, *opts])
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    for conv in (*model.head.cls_subnet, model.head.cls_score):
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+    model.head.cls_score.bias.data.fill_(-3.0)
+    return model
+
+
+R18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32]
+LARGER = {
+    "P6 and P7, norms of levels": (
+        *("Base-FocalRetinaNet.yaml", *R18, "MODEL.RETINANET.NUM_CLASSES", 2, "MODEL.RETINANET.NORM", "GN"),
+        *("MODEL.FOCAL.HEAD.NORM_SHARING", "per_level"),
+    ),
+    "timm": ("quickstart/trees.yaml", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.05),
+}
+
+
+@pytest.mark.parametrize(
+    "name, format",
+    [
+        pytest.param(name, format, marks=[pytest.mark.slow] * (format != "torchscript" or name == "timm"))
+        for name in LARGER
+        for format in FORMATS
+    ],
+)
+def test_larger_models(name, format, photo, tmp_path):
+    model, path = shipped_model(*LARGER[name]), tmp_path / "x"
+    export.export_model(model, path, format, {"a photo": crop(photo, 240, 290)})
+    image = crop(photo, 333, 201)
+    compare_detections(expected_detections(model, image), FORMATS[format][1](str(path))(image), model)
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path):
+    """A config, its weights, and a model that detects something with them."""
+    cfg = load_config(tiny_config, ["MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    for conv in (*model.head.cls_subnet, model.head.cls_score):
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+    DetectionCheckpointer(model, str(tmp_path)).save("weights")
+    return ["--config-file", tiny_config, "--weights", str(tmp_path / "weights.pth")]
+
+
+def test_the_command_compares_on_the_test_set_and_says_what_is_around_the_model(trained, tmp_path, capsys):
+    output = tmp_path / "raw.ts"
+    words = [*trained, "--format", "torchscript", "--raw", "--output", str(output), "INPUT.MAX_SIZE_TEST", "100"]
+    assert export.main(words) == 0
+    assert "same as the model on 4 images" in capsys.readouterr().out
+    keys = ["classes", "input_format", "min_size", "max_size", "strides", "cell_anchors", "anchor_offset"]
+    extra = dict.fromkeys(keys, "")
+    torch.jit.load(str(output), _extra_files=extra)
+    about = {key: value.decode() for key, value in extra.items()}
+    assert about.pop("input_format") == "BGR"
+    about = {key: json.loads(value) for key, value in about.items()}
+    assert about["classes"] == ["square", "disc"]
+    assert (about["min_size"], about["max_size"], about["anchor_offset"]) == (64, 100, 0.0)
+    assert about["strides"] == [8, 16, 32, 64, 128]
+    assert np.shape(about["cell_anchors"]) == (5, 6, 4)
+
+    before = output.read_bytes()
+    assert export.main(words) == 2
+    assert "exists and is left as it is" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--image", "broken.png"], "broken.png cannot be read"),
+        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["DATASETS.TEST", "()"], "give --image"),
+        (["DATASETS.TEST", "('unheard_of',)"], "unheard_of of DATASETS.TEST cannot be read"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "A RetinaNet cannot be exported"),
+    ],
+)
+def test_mistakes_are_said(trained, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_text("no image")
+    assert export.main([*trained, "--format", "onnx", "--output", "x.onnx", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("x.onnx").exists()
+
+
+@pytest.mark.parametrize("module", ["onnxscript", "onnxruntime"])
+def test_without_onnx_it_says_what_to_install(module, photo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: pytest.fail("went on without onnxscript"))
+    with pytest.raises(ImportError, match=r"pip install -e .\[export\]"):
+        if module == "onnxruntime":
+            export_formats.run_onnx("x")
+        else:
+            export.export_model(tiny_model(), tmp_path / "x", "onnx", {"a photo": crop(photo, 64, 64)})
+
+
+@pytest.mark.parametrize("min_size", [64, 0, 150])
+def test_the_page_on_serving_runs_without_this_package(min_size, exported, photo, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", SERVING.read_text().split("## What goes in")[0], re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) < 30
+    model, path, _ = exported("onnx")
+    file = onnx.load(path)
+    about = {"classes": ["cat", "dog", "cow"], "min_size": min_size, "max_size": 400, "input_format": "BGR"}
+    onnx.helper.set_model_props(file, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()})
+    onnx.save(file, tmp_path / "detector.onnx")
+    image = crop(photo, 150, 200)
+    cv2.imwrite(str(tmp_path / "image.png"), image.numpy().transpose(1, 2, 0))
+    blocked = "import sys; sys.modules |= dict.fromkeys(['focal_plugin', 'torch', 'torchvision', 'detectron2']); "
+    (tmp_path / "serve.py").write_text(blocked + "\n" + code)
+    words = [sys.executable, "serve.py", "detector.onnx", "image.png"]
+    lines = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
+    if min_size == 64:  # resized: not the same to the last digit
+        assert len(lines) > 0 and all(line.split()[0] in about["classes"] for line in lines)
+        return
+    expected = list(zip(*detect(model, image), strict=True))
+    assert len(lines) == len(expected)
+    for line, (box, score, cls) in zip(lines, expected, strict=True):
+        name, *numbers = line.split()
+        assert name == about["classes"][cls]
+        np.testing.assert_allclose([float(x) for x in numbers], [score, *box], atol=0.02)
