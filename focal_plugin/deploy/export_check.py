@@ -39,6 +39,10 @@ def _suppress_by_class(
     model: FocalRetinaNet, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
 ) -> Instances:
     """As ``FocalRetinaNet``'s."""
+    if model.clip_before_nms:
+        boxes = Boxes(boxes)
+        boxes.clip(size)
+        boxes = boxes.tensor
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for cls in classes.unique():
         places = (classes == cls).nonzero().squeeze(1)

@@ -71,18 +71,16 @@ class ExportedDetector(ExportedHeads):
         ]
         scores, classes, deltas, anchors = (torch.cat(parts) for parts in zip(*levels))  # (C, ...)
         boxes = model.box2box_transform.apply_deltas(deltas, anchors)  # (C, 4)
+        if model.clip_before_nms:
+            boxes = _clip_boxes(boxes, image)
         wanted = (scores > model.test_score_thresh).nonzero().squeeze(1)
         boxes, scores, classes = boxes[wanted], scores[wanted], classes[wanted]
 
         count = model.max_detections_per_image
         keep = self.class_wise_nms(boxes, scores, classes, model.num_classes, model.test_nms_thresh, count)[:count]
-        boxes, scores, classes = boxes[keep], scores[keep], classes[keep]
-        x1, y1, x2, y2 = boxes.unbind(1)
-        height, width = image.shape[-2:]
-        x1, x2 = (_clip(x, width) for x in (x1, x2))
-        y1, y2 = (_clip(y, height) for y in (y1, y2))
-        inside = ((x2 > x1) & (y2 > y1)).nonzero().squeeze(1)
-        return torch.stack((x1, y1, x2, y2), dim=1)[inside], scores[inside], classes[inside]
+        boxes, scores, classes = _clip_boxes(boxes[keep], image), scores[keep], classes[keep]
+        inside = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero().squeeze(1)
+        return boxes[inside], scores[inside], classes[inside]
 
     def _best_of_level(
         self, logits: Tensor, deltas: Tensor, cell_anchors: Tensor, stride: int
@@ -138,6 +136,13 @@ def _divmod(places: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
     """Quotient and remainder, in operations that ONNX's exporter takes with a symbolic ``size``."""
     quotient = places // size
     return quotient, places - quotient * size
+
+
+def _clip_boxes(boxes: Tensor, image: Tensor) -> Tensor:
+    """(C, 4) boxes cut at the borders of a (3, H, W) image."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    height, width = image.shape[-2:]
+    return torch.stack((_clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height)), dim=1)
 
 
 def _clip(coordinates: Tensor, size: int | Tensor) -> Tensor:

@@ -477,3 +477,14 @@ def test_the_page_on_serving_runs_without_this_package(min_size, exported, photo
         name, *numbers = line.split()
         assert name == about["classes"][cls]
         np.testing.assert_allclose([float(x) for x in numbers], [score, *box], atol=0.02)
+
+
+def test_boxes_are_clipped_before_nms_where_the_model_does_so(photo, tmp_path):
+    """Small images, so that many boxes reach beyond the border and suppress each other otherwise once they are cut."""
+    plain, clipping = (
+        tiny_model(clip_before_nms=flag, test_nms_thresh=0.3, max_detections_per_image=1000) for flag in (False, True)
+    )
+    image = crop(photo, 96, 96)
+    assert len(expected_detections(plain, image)[0]) != len(expected_detections(clipping, image)[0])
+    export.export_model(clipping, tmp_path / "model.ts", "torchscript", {"a photo": image})  # compares, and may raise
+    assert (tmp_path / "model.ts").exists()
