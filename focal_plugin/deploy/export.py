@@ -30,6 +30,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..foreign_anchors import TorchvisionAnchorGenerator
 from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
 from .export_formats import FORMATS, Run, quiet
@@ -54,7 +55,7 @@ def export_model(
     """Write a model to a file, and keep it if it computes the same.
 
     Args:
-        model: a ``FocalRetinaNet`` with anchors of Detectron2's ``DefaultAnchorGenerator``. It stays as it is.
+        model: a ``FocalRetinaNet`` with anchors of a ``DefaultAnchorGenerator`` or torchvision's. It stays as it is.
         output: the file to write.
         format: "onnx", "torchscript" or "torch-export".
         images: by name, real images to compare on: (3, H, W), 0 to 255, as the model takes them.
@@ -149,11 +150,19 @@ def describe(cfg: CfgNode, model: FocalRetinaNet, raw: bool) -> dict[str, Any]:
         "classes": class_metadata(cfg, model).get("thing_classes") or [str(i) for i in range(model.num_classes)],
     }
     if raw:
-        about["strides"] = list(model.anchor_generator.strides)
-        about["cell_anchors"] = [anchors.tolist() for anchors in model.anchor_generator.cell_anchors]  # around (0, 0)
-        about["anchor_offset"] = model.anchor_generator.offset
+        about |= _describe_anchors(model.anchor_generator)
         about["bbox_reg_weights"] = list(model.box2box_transform.weights)
     return about
+
+
+def _describe_anchors(generator: nn.Module) -> dict[str, Any]:
+    if isinstance(generator, TorchvisionAnchorGenerator):
+        return {"first_stride": generator.first_stride, "cell_anchors": [cell.tolist() for cell in generator.shapes]}
+    return {
+        "strides": list(generator.strides),
+        "cell_anchors": [cell.tolist() for cell in generator.cell_anchors],  # around (0, 0)
+        "anchor_offset": generator.offset,
+    }
 
 
 def _check_supported(model: nn.Module) -> None:
@@ -162,9 +171,10 @@ def _check_supported(model: nn.Module) -> None:
             type(model).__name__ == "RetinaNet"
         )
         raise ExportError(f"A {type(model).__name__} cannot be exported; expected a FocalRetinaNet.{hint}")
-    if not isinstance(model.anchor_generator, DefaultAnchorGenerator):
-        name = type(model.anchor_generator).__name__
-        raise ExportError(f"Anchors of {name} cannot be exported; expected those of DefaultAnchorGenerator.")
+    known = DefaultAnchorGenerator, TorchvisionAnchorGenerator
+    if not isinstance(model.anchor_generator, known):
+        names = " or ".join(generator.__name__ for generator in known)
+        raise ExportError(f"Anchors of {type(model.anchor_generator).__name__} cannot be exported; expected {names}.")
 
 
 def read_images(cfg: CfgNode, files: Sequence[str]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from ..foreign_anchors import TorchvisionAnchorGenerator
 from ..retinanet import FocalRetinaNet
 
 # (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the places of what NMS keeps, best first, or at least
@@ -65,10 +66,7 @@ class ExportedDetector(ExportedHeads):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
         logits, deltas = self.predict(image)
-        generator = model.anchor_generator
-        levels = [
-            self._best_of_level(*level) for level in zip(logits, deltas, generator.cell_anchors, generator.strides)
-        ]
+        levels = [self._best_of_level(*level) for level in zip(logits, deltas, *self._grids(logits))]
         scores, classes, deltas, anchors = (torch.cat(parts) for parts in zip(*levels))  # (C, ...)
         boxes = model.box2box_transform.apply_deltas(deltas, anchors)  # (C, 4)
         if model.clip_before_nms:
@@ -82,16 +80,25 @@ class ExportedDetector(ExportedHeads):
         inside = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero().squeeze(1)
         return boxes[inside], scores[inside], classes[inside]
 
+    def _grids(self, logits: list[Tensor]) -> tuple[list[Tensor], list[tuple]]:
+        """The (A, 4) anchors of a level's first location, and the pixels (y, x) from one location to the next."""
+        generator = self.model.anchor_generator
+        if isinstance(generator, TorchvisionAnchorGenerator):
+            height, width = (size * generator.first_stride for size in logits[0].shape[-2:])
+            return list(generator.shapes), [(height // x.shape[-2], width // x.shape[-1]) for x in logits]
+        strides = generator.strides
+        anchors = [anchors + generator.offset * stride for anchors, stride in zip(generator.cell_anchors, strides)]
+        return anchors, [(stride, stride) for stride in strides]
+
     def _best_of_level(
-        self, logits: Tensor, deltas: Tensor, cell_anchors: Tensor, stride: int
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, step: tuple
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scores (C,), classes (C,), deltas (C, 4) and anchors (C, 4) of a level's best (anchor, class) pairs.
 
         Args:
-            logits: (1, A·K, H, W). deltas: (1, A·4, H, W). cell_anchors: (A, 4), around (0, 0).
-            stride: pixels from one location to the next.
+            logits: (1, A·K, H, W). deltas: (1, A·4, H, W). anchors, step: see ``_grids``.
         """
-        k, a = self.model.num_classes, len(cell_anchors)
+        k, a = self.model.num_classes, len(anchors)
         h, w = logits.shape[-2:]
         logits = logits.flatten()  # (A·K·H·W,)
         logits, places = logits.topk(_at_most(logits.shape[0], self.model.test_topk_candidates))
@@ -99,8 +106,8 @@ class ExportedDetector(ExportedHeads):
         pairs, y = _divmod(rows, h)
         anchor, classes = _divmod(pairs, k)
         deltas = deltas.view(a, 4, h, w)[anchor, :, y, x]  # (C, 4)
-        shifts = torch.stack((x, y, x, y), dim=1) * stride + self.model.anchor_generator.offset * stride
-        return logits.sigmoid(), classes, deltas, shifts + cell_anchors[anchor]
+        y, x = y * step[0], x * step[1]
+        return logits.sigmoid(), classes, deltas, torch.stack((x, y, x, y), dim=1) + anchors[anchor]
 
 
 def offset_nms(

@@ -27,6 +27,7 @@ from focal_plugin.deploy.export_check import ExportError, compare_detections, ex
 from focal_plugin.deploy.export_formats import FORMATS, quiet
 from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
 from focal_plugin.engine import load_config
+from focal_plugin.foreign_anchors import TorchvisionAnchorGenerator
 
 SERVING = Path(__file__).parents[2] / "docs" / "serving.md"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -188,6 +189,33 @@ def test_metadata_and_names_are_in_the_file(exported):
             load(file, **{argument: extra})
         texts = {key: value.decode() if isinstance(value, bytes) else value for key, value in extra.items()}
         assert texts == {"classes": '["a", "b"]', "order": "BGR"}
+
+
+@pytest.mark.parametrize(
+    "format", ["torchscript", *(pytest.param(x, marks=pytest.mark.slow) for x in ("onnx", "torch-export"))]
+)
+def test_torchvisions_anchors(format, photo, tmp_path):
+    """Their steps depend on the image's size: here the second level's, of one cell less than the first has."""
+    anchors = TorchvisionAnchorGenerator(sizes=[[24], [64]], aspect_ratios=[[0.6, 1.5]], strides=[8, 16])
+    model, path = tiny_model(anchor_generator=anchors), str(tmp_path / "x")
+    model.backbone = Narrowing(model.backbone)
+    export.export_model(model, path, format, {"a photo": crop(photo, 150, 170)})
+    image = crop(photo, 333, 201)
+    compare_detections(detect(model, image), FORMATS[format][1](path)(image), model)
+
+
+class Narrowing(nn.Module):
+    """A backbone whose second level misses its last row and column."""
+
+    padding_constraints, size_divisibility = {}, 16
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        p3, p4 = self.backbone(images).values()
+        return {"p3": p3, "p4": p4[..., :-1, :-1]}
 
 
 # NMS
