@@ -1,6 +1,7 @@
 """A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can follow for any image size."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,17 @@ class ExportedHeads(nn.Module):
     ``forward`` takes a (3, H, W) image in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, normalises
     it and pads it at the right and the bottom to what the backbone needs. It returns the logits (1, A·K, H', W') of
     each level, finest first, and then the deltas (1, A·4, H', W') of each.
+
+    Args:
+        model: a copy for this alone, in eval mode; some layers are changed to what exporters follow.
     """
 
     def __init__(self, model: FocalRetinaNet):
         super().__init__()
         self.model = model
+        for module in model.backbone.modules():
+            if type(module).__name__ == "Conv2dSame":  # timm's
+                module.forward = partial(_convolve_to_same_size, module)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         logits, deltas = self.predict(image)
@@ -55,7 +62,7 @@ class ExportedDetector(ExportedHeads):
     clipped to it; scores (D,); classes (D,) int64. Best first; D is at most the model's ``max_detections_per_image``.
 
     Args:
-        model: the model, in eval mode.
+        model: see ``ExportedHeads``.
         class_wise_nms: how boxes of one class suppress each other.
     """
 
@@ -137,6 +144,19 @@ def class_wise_nms(
 @class_wise_nms.register_fake
 def _(boxes, scores, classes, num_classes, threshold, count):
     return classes.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+def _convolve_to_same_size(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv`` to a size of H/stride × W/stride, of which ``x`` is a multiple: images are padded to one of all strides.
+
+    timm works the padding out from any size, in terms that multiply from layer to layer where sizes are symbols: too
+    many for an exporter.
+    """
+    pads = []
+    for size, stride, dilation in zip(conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1]):  # x, y
+        total = max((size - 1) * dilation + 1 - stride, 0)
+        pads += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, pads), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
 def _divmod(places: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
