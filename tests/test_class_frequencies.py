@@ -142,7 +142,7 @@ def test_a_run_says_and_keeps_them(tiny_config, tmp_path, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     counts = boxes_in(tmp_path / "shapes_train.json")
-    (line,) = {r.getMessage() for r in caplog.records if "CLASS_FREQUENCIES" in r.getMessage()}
+    (line,) = {r.getMessage() for r in caplog.records if r.getMessage().startswith("Frequencies")}
     assert str(counts) in line
     dumped = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
     assert dumped["MODEL"]["FOCAL"]["CLASS_FREQUENCIES"] == counts

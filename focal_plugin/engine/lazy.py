@@ -12,7 +12,7 @@ from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer, explained_full_disk
 from .console import EarlyWriter
 from .divergence import recorded_divergence
-from .loader import build_train_loader
+from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .report import log_report
 from .resume import CheckpointHook
@@ -113,7 +113,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         start = trainer.iter + 1
     elif resume:
         save.start_again()
-    with explained_full_disk(cfg.train.output_dir), recorded_divergence(cfg.train.output_dir):
+    with explained_full_disk(cfg.train.output_dir), explained_dead_worker(), recorded_divergence(cfg.train.output_dir):
         trainer.train(start, cfg.train.max_iter)
     return results
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
@@ -80,6 +81,23 @@ def _is_wide(record: dict) -> bool:
         ) from None
 
 
+_DEAD_WORKER = (
+    "A process that loads images has died: killed, perhaps, for lack of memory. Fewer of them (DATALOADER.NUM_WORKERS) "
+    "need less."
+)
+
+
+@contextmanager
+def explained_dead_worker() -> Iterator[None]:
+    """Inside, it is said what it means that a worker has died: PyTorch raises at once, in the middle of a step even."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            raise RuntimeError(_DEAD_WORKER) from error
+        raise
+
+
 class TrainLoader:
     """Batches without end, in the order of Detectron2's training loader without workers.
 
@@ -129,11 +147,8 @@ class TrainLoader:
         except Exception as error:
             self.failed = True
             # What it was to send may have been cut off before PyTorch sees that it is gone.
-            if isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker"):
-                raise RuntimeError(
-                    "A process that loads images has died: killed, perhaps, for lack of memory. Fewer of them "
-                    "(DATALOADER.NUM_WORKERS) need less."
-                ) from error
+            if isinstance(error, ConnectionError | EOFError):
+                raise RuntimeError(_DEAD_WORKER) from error
             raise
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:

@@ -40,7 +40,7 @@ def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], 
     trainer = StepTrainer(model, [], sgd, precision=precision, accumulate=content["accumulate"])
     trainer.grad_scaler = torch.amp.GradScaler(trainer.device_type, enabled=False)  # its scale was at its least
     with EventStorage(content["iteration"]):
-        losses = {name: float(loss) for name, loss in trainer.forward_backward(content["batch"]).items()}
+        losses = {name: loss.item() for name, loss in trainer.forward_backward(content["batch"]).items()}
         gradient = float(largest_gradient(model))
         if all(map(math.isfinite, [*losses.values(), gradient])):
             return losses, gradient, ""

@@ -22,7 +22,7 @@ from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer, explained_full_disk
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
-from .loader import build_train_loader
+from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .report import draw_curves, draw_detections, log_report
 from .resume import CheckpointHook
@@ -84,7 +84,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
-        with explained_full_disk(self.cfg.OUTPUT_DIR), recorded_divergence(self.cfg.OUTPUT_DIR):
+        with explained_full_disk(self.cfg.OUTPUT_DIR), explained_dead_worker(), recorded_divergence(self.cfg.OUTPUT_DIR):
             super().train()
         if not comm.is_main_process():
             return None

@@ -10,7 +10,7 @@ from focal_plugin.engine.signals import EXIT_CODES, SIGNALS, StopSignals
 from tests.engine.same import assert_same_run
 
 
-@pytest.mark.parametrize(("number", "code"), zip(SIGNALS, EXIT_CODES))
+@pytest.mark.parametrize(("number", "code"), list(zip(SIGNALS, EXIT_CODES)))
 def test_a_signal_in_the_middle_of_a_step(train_net, tmp_path, monkeypatch, capfd, number, code):
     words = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", 5, "DATALOADER.NUM_WORKERS", 2]
     forward_backward, before = StepTrainer.forward_backward, [signal.getsignal(each) for each in SIGNALS]
