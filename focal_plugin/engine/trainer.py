@@ -84,7 +84,8 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
-        with explained_full_disk(self.cfg.OUTPUT_DIR), explained_dead_worker(), recorded_divergence(self.cfg.OUTPUT_DIR):
+        output_dir = self.cfg.OUTPUT_DIR
+        with explained_full_disk(output_dir), explained_dead_worker(), recorded_divergence(output_dir):
             super().train()
         if not comm.is_main_process():
             return None
