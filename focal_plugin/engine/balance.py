@@ -17,7 +17,7 @@ class BalanceHook(HookBase):
     """Puts into the event storage, on the first step and every ``period`` steps:
 
     - ``positives/<level>``: positive anchors of a level, a mean over images.
-    - ``loss_cls_negative_share``: the share of the class loss that comes from background anchors. Left out for a loss
+    - ``background_share``: the share of the class loss that comes from background anchors. Left out for a loss
       that chooses among the anchors (``MiniBatchLoss``): it would choose others if the positives were not there.
     - ``grad_norm/{backbone, cls_subnet, bbox_subnet}``: the L2 norm of the gradient of the backbone and of each subnet
       with its last conv, before any clipping; ``grad_norm/head`` for parameters of a head with other names. Left out
@@ -67,7 +67,7 @@ class BalanceHook(HookBase):
         background, total = (sum(each[2][i] for each in everyone) for i in (0, 1))
         numbers = {f"positives/{name}": count / images for name, count in zip(names, counts)}
         if total and not hasattr(self.model.cls_loss, "choose"):
-            numbers["loss_cls_negative_share"] = background / total
+            numbers["background_share"] = background / total  # Detectron2 would print it if it had "loss" in its name
         return numbers
 
 

@@ -65,7 +65,7 @@ def expected(model, batch):
         background += loss.sum(dim=2)[labels == 2].sum().item()
         total += loss.sum(dim=2)[labels >= 0].sum().item()
     numbers = {f"positives/p{3 + i}": len(p) / len(batch) for i, p in enumerate(targets.positives)}
-    numbers["loss_cls_negative_share"] = background / total
+    numbers["background_share"] = background / total
     for part, prefixes in PARTS.items():
         gradients = [p.grad for name, p in model.named_parameters() if name.startswith(prefixes) and p.grad is not None]
         numbers[f"grad_norm/{part}"] = sum(g.double().square().sum().item() for g in gradients) ** 0.5
@@ -95,7 +95,7 @@ def test_gradients_that_overflow_are_left_out(cfg, batch):
     trainer = make(model, [batch], precision=torch.float16)
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     found = run(trainer)
-    assert "grad_norm/cls_subnet" not in found and 0 < found["loss_cls_negative_share"] < 1
+    assert "grad_norm/cls_subnet" not in found and 0 < found["background_share"] < 1
 
 
 def test_norms_are_those_before_clipping(cfg, batch):
@@ -114,7 +114,7 @@ def test_only_on_its_steps(cfg, batch, monkeypatch):
     monkeypatch.setattr(model.cls_loss, "forward", lambda *args: calls.append(trainer.iter) or forward(*args))
     trainer = make(model, [batch] * 7, period=3)
     run(trainer, 7)
-    steps = [iteration for _, iteration in trainer.storage.history("loss_cls_negative_share").values()]
+    steps = [iteration for _, iteration in trainer.storage.history("background_share").values()]
     assert steps == [0, 2, 5]
     assert calls == sorted([*range(7), *steps])
 
@@ -122,26 +122,26 @@ def test_only_on_its_steps(cfg, batch, monkeypatch):
 def test_a_loss_that_samples_has_no_share(cfg, batch):
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "OHEMLoss"
     found = run(make(build_model(cfg), [batch]))
-    assert "loss_cls_negative_share" not in found and "positives/p3" in found and "grad_norm/cls_subnet" in found
+    assert "background_share" not in found and "positives/p3" in found and "grad_norm/cls_subnet" in found
 
 
 def test_a_loss_with_soft_targets(cfg, batch):
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "QualityFocalLoss"
-    assert 0 < run(make(build_model(cfg), [batch]))["loss_cls_negative_share"] < 1
+    assert 0 < run(make(build_model(cfg), [batch]))["background_share"] < 1
 
 
 def test_a_batch_without_boxes(cfg, batch):
     for image in batch:
         image["instances"] = image["instances"][:0]
     found = run(make(build_model(cfg), [batch]))
-    assert found["loss_cls_negative_share"] == 1 and found["positives/p3"] == 0
+    assert found["background_share"] == 1 and found["positives/p3"] == 0
 
 
 def test_detectron2s_retinanet_has_norms_alone(cfg, batch):
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     found = run(make(build_model(cfg), [batch]))
     assert found.keys() >= {"grad_norm/backbone", "grad_norm/cls_subnet", "grad_norm/bbox_subnet"}
-    assert "loss_cls_negative_share" not in found and "positives/p3" not in found
+    assert "background_share" not in found and "positives/p3" not in found
 
 
 def test_in_distributed_data_parallel(cfg, batch, tmp_path):
@@ -161,7 +161,7 @@ def test_the_trainer_writes_them(cfg, tmp_path):
     trainer = Trainer(cfg)
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "output" / "metrics.json").read_text().splitlines()]
-    assert 0 < lines[0]["loss_cls_negative_share"] < 1
+    assert 0 < lines[0]["background_share"] < 1
     assert sum(lines[0][f"positives/p{i}"] for i in range(3, 8)) == pytest.approx(lines[0]["num_pos_anchors"])
     assert lines[0]["grad_norm/cls_subnet"] > 0
     copy.deepcopy(trainer.model), pickle.dumps(trainer.model)  # the model is no worse for being watched
