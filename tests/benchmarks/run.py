@@ -138,7 +138,7 @@ def main(words: list[str] | None = None) -> list[dict]:
 
     facts, results = machine(), []
     for row in rows:
-        repeats = 1 if args.tiny else 3 if args.quick else 7
+        repeats = 1 if args.tiny else 2 if args.quick else 7
         wanted = [name for name in row.variants if "floor" not in name]
         if args.quick or args.tiny:
             wanted = [name for name in ("Detectron2", "ours") if "memory" in row.target.get("ours", "")]
