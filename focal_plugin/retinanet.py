@@ -246,11 +246,11 @@ class FocalRetinaNet(DenseDetector):
 
     def _suppress(self, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor) -> Instances:
         """An image's detections among its (C, 4) boxes, (C,) scores and (C,) classes."""
+        boxes = Boxes(boxes)
         if self.clip_before_nms:
-            ends = (size[1], size[0]) * 2
-            boxes = torch.stack([x.clamp(min=0, max=end) for x, end in zip(boxes.unbind(1), ends)], dim=1)
-        keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
-        return Instances(size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=classes[keep])
+            boxes.clip(size)
+        keep = batched_nms(boxes.tensor, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
+        return Instances(size, pred_boxes=boxes[keep], scores=scores[keep], pred_classes=classes[keep])
 
 
 def _top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
