@@ -12,10 +12,13 @@ _SHORT_WARMUP = 100
 # Keys that two-stage models read under MODEL.ROI_HEADS and RetinaNet under MODEL.RETINANET.
 _TWINS = ("NUM_CLASSES", "SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IOU_THRESHOLDS", "IOU_LABELS")
 
+# Detectron2's, which make P6 and P7 from the encoder's last feature or P6 alone, whatever MODEL.FOCAL.TOP_BLOCK says.
+_FIXED_TOP_BLOCK = ("build_retinanet_resnet_fpn_backbone", "build_resnet_fpn_backbone")
+
 
 def advise(cfg: CfgNode) -> list[str]:
     """What is probably not meant in ``cfg``, each a message that names the key and says what to do instead."""
-    return [message for rule in (learning_rate, warmup, roi_heads_keys) for message in rule(cfg)]
+    return [message for rule in (learning_rate, warmup, roi_heads_keys, top_block) for message in rule(cfg)]
 
 
 def scaled_learning_rate(cfg: CfgNode) -> float:
@@ -65,3 +68,13 @@ def roi_heads_keys(cfg: CfgNode) -> Iterator[str]:
                 f"MODEL.ROI_HEADS.{key} is set to {value}, but {model.META_ARCHITECTURE} reads MODEL.RETINANET.{key}, "
                 f"which is {read}: set that instead."
             )
+
+
+def top_block(cfg: CfgNode) -> Iterator[str]:
+    """Other levels above the pyramid than C5's, with a backbone that knows only its own."""
+    source, name = cfg.MODEL.FOCAL.TOP_BLOCK, cfg.MODEL.BACKBONE.NAME
+    if source != "c5" and name in _FIXED_TOP_BLOCK:
+        yield (
+            f"MODEL.FOCAL.TOP_BLOCK is set to {source!r}, but Detectron2's {name} does not read it: set "
+            "MODEL.BACKBONE.NAME build_focal_resnet_fpn_backbone, which is the same but for that."
+        )

@@ -1,11 +1,10 @@
 """Advice is given for the mistake, names what to set, and is silent for configs that are right."""
 
 import pytest
-from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
 from focal_plugin import add_focal_config
-from focal_plugin.engine import advise
+from focal_plugin.engine import advise, load_config
 
 
 def config(*opts):
@@ -17,7 +16,7 @@ def config(*opts):
 
 @pytest.mark.parametrize("schedule", ["R_50_FPN_1x", "R_50_FPN_3x", "R_101_FPN_3x"])
 def test_the_zoo_needs_no_advice(schedule):
-    assert advise(model_zoo.get_config(f"COCO-Detection/retinanet_{schedule}.yaml")) == []
+    assert advise(load_config(f"COCO-Detection/retinanet_{schedule}.yaml")) == []
 
 
 @pytest.mark.parametrize(
@@ -74,6 +73,16 @@ def test_keys_of_two_stage_models(key, value):
     # Harmless where the key that counts says the same, and right where the model does read it.
     assert advise(config(f"MODEL.ROI_HEADS.{key}", value, f"MODEL.RETINANET.{key}", value)) == []
     assert advise(config(f"MODEL.ROI_HEADS.{key}", value, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")) == []
+
+
+@pytest.mark.parametrize("source", ["p5", "c5-linear", ""])
+def test_a_top_block_that_the_backbone_does_not_read(source):
+    stock = ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
+    (message,) = advise(config("MODEL.FOCAL.TOP_BLOCK", source, *stock))
+    assert f"MODEL.FOCAL.TOP_BLOCK is set to {source!r}" in message and "build_focal_resnet_fpn_backbone" in message
+    for builder in ("build_focal_resnet_fpn_backbone", "build_timm_fpn_backbone", "build_my_own_backbone"):
+        assert advise(config("MODEL.FOCAL.TOP_BLOCK", source, "MODEL.BACKBONE.NAME", builder)) == []
+    assert advise(config("MODEL.FOCAL.TOP_BLOCK", "c5", *stock)) == []
 
 
 def test_advice_changes_nothing():
