@@ -30,6 +30,7 @@ from focal_plugin.engine import (
 # After the plugin, which imports Detectron2 without its deprecation warnings.
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -76,6 +77,8 @@ def main(args):
         return evaluate(cfg, args.resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        trainer.register_hooks([EvalHook(0, lambda: evaluate_with_tta(cfg, trainer.model))])
     return trainer.train()
 
 

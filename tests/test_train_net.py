@@ -58,6 +58,18 @@ def test_eval_only_gives_the_results_of_training(train_net, output, capfd):
     assert "Results on shapes_test" in screen and "No weights given" not in screen
 
 
+def test_training_ends_with_an_evaluation_with_augmentation_too(train_net, output):
+    """As Detectron2's own script; with the plain evaluation's look alone, the best detections are the same."""
+    train_net(
+        "SOLVER.MAX_ITER", "2", "TEST.AUG.ENABLED", "True", "TEST.AUG.FLIP", "False", "TEST.AUG.MIN_SIZES", "(64,)"
+    )
+    plain, augmented = (
+        sorted((d["score"] for d in json.loads((output / folder / "coco_instances_results.json").read_text())))[-20:]
+        for folder in ("inference", "inference_TTA")
+    )
+    assert len(plain) == 20 and plain == pytest.approx(augmented, abs=1e-3)
+
+
 def test_eval_only_without_weights_says_so(train_net, capfd):
     train_net("--eval-only")
     assert "No weights given" in capfd.readouterr().out
