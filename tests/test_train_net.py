@@ -64,7 +64,7 @@ def test_training_ends_with_an_evaluation_with_augmentation_too(train_net, outpu
         "SOLVER.MAX_ITER", "2", "TEST.AUG.ENABLED", "True", "TEST.AUG.FLIP", "False", "TEST.AUG.MIN_SIZES", "(64,)"
     )
     plain, augmented = (
-        sorted((d["score"] for d in json.loads((output / folder / "coco_instances_results.json").read_text())))[-20:]
+        sorted(d["score"] for d in json.loads((output / folder / "coco_instances_results.json").read_text()))[-20:]
         for folder in ("inference", "inference_TTA")
     )
     assert len(plain) == 20 and plain == pytest.approx(augmented, abs=1e-3)

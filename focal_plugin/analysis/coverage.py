@@ -116,7 +116,8 @@ class FeatureGrid:
     def __init__(self, cfg: CfgNode, backbone: Backbone | None = None):
         if backbone is None:
             cfg = cfg.clone()
-            cfg.MODEL.FOCAL.TIMM.WEIGHTS = ""  # only its shape is asked for
+            given = cfg.MODEL.WEIGHTS or cfg.MODEL.FOCAL.TIMM.WEIGHTS
+            cfg.MODEL.WEIGHTS, cfg.MODEL.FOCAL.TIMM.WEIGHTS = given, ""  # none is loaded: only its shape is asked for
             backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         self.shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]

@@ -22,7 +22,7 @@ CHECKS = (
     Check("config", settings.check_config),
     Check("learning rate", settings.check_learning_rate, needs=["config"]),
     Check("gradient clipping", settings.check_clipping, needs=["config"]),
-    Check("two-stage keys", settings.check_two_stage_keys, needs=["config"]),
+    Check("unread keys", settings.check_unread_keys, needs=["config"]),
     Check("output folder", settings.check_output_dir, needs=["config"]),
     Check("training data", data.check_data, needs=["config"]),
     Check("test data", data.check_test_data, needs=["config"]),

@@ -134,7 +134,7 @@ def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dic
         raise UserError(f"--ap {name}={ap}: expected a number, the AP in percent.") from None
     source = weights.get(name) or (last_checkpoint(folder) if is_folder else None)
     if source:
-        cfg.MODEL.FOCAL.TIMM.WEIGHTS = ""  # they would be replaced
+        cfg.MODEL.WEIGHTS, cfg.MODEL.FOCAL.TIMM.WEIGHTS = source, ""  # the encoder's own would be replaced
     model = Trainer.build_model(cfg).eval()
     if source:
         load_weights(model, source, f"--weights {name}" if name in weights else f"The checkpoint of {run}")

@@ -4,6 +4,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from ..safe_load import WeightsError, load_torch
 from .checkpoint import replace_file
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -29,8 +30,15 @@ def save_batch(path: str, batch: list[dict], model: nn.Module, **settings) -> No
 
 
 def load_batch(path: str) -> dict:
-    """What ``save_batch`` wrote: ``batch``, ``model`` (a state dict) and the settings, on the CPU."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    """What ``save_batch`` wrote: ``batch``, ``model`` (a state dict) and the settings, on the CPU.
+
+    Raises:
+        OSError: the file cannot be opened.
+        WeightsError: it is damaged, no such file, or asks for anything but tensors and plain containers.
+    """
+    content = load_torch(path)
+    if "batch" not in content:
+        raise WeightsError(f"{path} holds no batch but {', '.join(map(str, content))[:80]}; expected a diverged_*.pth.")
     batch = [{key: _from_plain(value) for key, value in image.items()} for image in content["batch"]]
     return {**content, "batch": batch}
 

@@ -14,6 +14,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from ..safe_load import WeightsError
 from .batch_file import load_batch
 from .divergence import find_cause, find_cause_in_gradients
 from .setup import load_config
@@ -55,7 +56,10 @@ def main() -> int:
     parser.add_argument("file", help="diverged_*.pth of a run")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes of the config")
     args = parser.parse_args()
-    losses, gradient, cause = replay(args.file, args.opts)
+    try:
+        losses, gradient, cause = replay(args.file, args.opts)
+    except (OSError, WeightsError) as error:
+        parser.error(str(error))
     for name, loss in losses.items():
         print(f"{name}: {loss:g}")
     print(f"largest gradient: {gradient:g}")

@@ -72,6 +72,15 @@ def test_feature_sizes_are_the_backbones(cfg):
         assert [feature.shape[-2:] for feature in grid.features(size)] == expected
 
 
+def test_an_encoder_that_is_not_loaded_is_not_called_random(tiny_config, caplog):
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 2]
+    opts += ["MODEL.FPN.IN_FEATURES", ["c3", "c4", "c5"], "MODEL.FOCAL.TIMM.NAME", "resnet18"]
+    for weights, random in (("encoder.pth", False), ("", True)):
+        caplog.clear()
+        FeatureGrid(load_config(tiny_config, [*opts, "MODEL.FOCAL.TIMM.WEIGHTS", weights]))
+        assert ("random weights" in caplog.text) == random
+
+
 def test_boxes_as_the_network_gets_them(cfg, monkeypatch):
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (50,), 1000
     annotations = [

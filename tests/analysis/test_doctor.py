@@ -122,10 +122,14 @@ def test_clipping(find):
     assert find("gradient clipping", *unclipped, *timm, "MODEL.FOCAL.TIMM.WEIGHTS", "")[0][0] == WARNING
 
 
-def test_two_stage_keys(find):
-    found = find("two-stage keys", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "MODEL.ROI_HEADS.NUM_CLASSES", 2)
+def test_unread_keys(find):
+    found = find("unread keys", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "MODEL.ROI_HEADS.NUM_CLASSES", 2)
     ((level, text),) = found  # the classes are 2 where it counts
     assert level == WARNING and "MODEL.RETINANET.SCORE_THRESH_TEST" in text
+    stock = ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
+    ((level, text),) = find("unread keys", "MODEL.FOCAL.TOP_BLOCK", "p5", *stock)
+    assert level == WARNING and "build_focal_resnet_fpn_backbone" in text
+    assert [level for level, _ in find("unread keys", *stock)] == [OK]
 
 
 @pytest.fixture

@@ -95,6 +95,23 @@ def test_a_batch_in_a_file(tmp_path):
     assert torch.equal(kept["instances"].gt_boxes.tensor, instances.gt_boxes.tensor)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "No such file"), (b"not a zip file", "damaged"), ({"model": {}}, "holds no batch but model")],
+)
+def test_a_file_that_is_no_batch(tmp_path, monkeypatch, capsys, content, problem):
+    path = tmp_path / "batch.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    monkeypatch.setattr("sys.argv", ["replay", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        replay.main()
+    message = capsys.readouterr().err
+    assert str(path) in message and problem in message
+
+
 def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
