@@ -22,7 +22,7 @@ from focal_plugin.engine import (
     launch,
     lazy,
     load_config,
-    settle_seed,
+    settled_seed,
     start_run,
 )
 
@@ -42,7 +42,7 @@ def setup(args) -> CfgNode:
     if args.config_file:
         args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, args.opts)
-    settle_seed(cfg, args.resume or args.eval_only)
+    cfg.SEED = settled_seed(cfg.SEED, cfg.OUTPUT_DIR, args.resume or args.eval_only)
     cfg.freeze()
     start_run(cfg, args)
     return cfg

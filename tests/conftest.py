@@ -108,6 +108,48 @@ def loggers():
     setup_logger.cache_clear()
 
 
+_LAZY = """
+from detectron2.config import LazyCall as L, get_cfg
+from detectron2.data import (DatasetMapper, build_detection_test_loader, build_detection_train_loader,
+                             get_detection_dataset_dicts)
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+import torch
+from focal_plugin.engine import load_config
+
+yaml = {config!r}
+model = L(build_model)(cfg=L(load_config)(config_file=yaml))
+load_config(yaml)  # registers the data sets
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="shapes_train"),
+        mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR"),
+        total_batch_size=2, num_workers=0),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="shapes_test", filter_empty=False),
+        mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="BGR"), num_workers=0),
+    evaluator=L(COCOEvaluator)(dataset_name="shapes_test", output_dir={output!r}))
+optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001)
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[3], num_updates=4), warmup_length=0.25,
+    warmup_factor=0.1)
+train = dict(
+    output_dir={output!r}, init_checkpoint="", max_iter=3, amp=dict(enabled=False), ddp=dict(broadcast_buffers=False),
+    checkpointer=dict(period=5000, max_to_keep=100), eval_period=5000, log_period=20, device="cuda", seed=1)
+"""
+
+
+@pytest.fixture
+def lazy_config(tiny_config, tmp_path):
+    """``tiny_config`` as the path of a LazyConfig, writing to ``output``."""
+    path = tmp_path / "tiny.py"
+    path.write_text(_LAZY.format(config=tiny_config, output=str(tmp_path / "output")))
+    return str(path)
+
+
 @pytest.fixture
 def train_net(tiny_config, loggers):
     """Run the script's ``main`` on a config in this process; words of a command line after it."""

@@ -155,50 +155,14 @@ def test_evaluators(tiny_config, monkeypatch):
         Trainer.build_evaluator(cfg, "of another kind")
 
 
-LAZY = """
-from detectron2.config import LazyCall as L, get_cfg
-from detectron2.data import (DatasetMapper, build_detection_test_loader, build_detection_train_loader,
-                             get_detection_dataset_dicts)
-from detectron2.evaluation import COCOEvaluator
-from detectron2.modeling import build_model
-from detectron2.solver import WarmupParamScheduler
-from detectron2.solver.build import get_default_optimizer_params
-from fvcore.common.param_scheduler import MultiStepParamScheduler
-import torch
-from focal_plugin.engine import load_config
-
-yaml = {config!r}
-model = L(build_model)(cfg=L(load_config)(config_file=yaml))
-load_config(yaml)  # registers the data sets
-dataloader = dict(
-    train=L(build_detection_train_loader)(
-        dataset=L(get_detection_dataset_dicts)(names="shapes_train"),
-        mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR"),
-        total_batch_size=2, num_workers=0),
-    test=L(build_detection_test_loader)(
-        dataset=L(get_detection_dataset_dicts)(names="shapes_test", filter_empty=False),
-        mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="BGR"), num_workers=0),
-    evaluator=L(COCOEvaluator)(dataset_name="shapes_test", output_dir={output!r}))
-optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001)
-lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[3], num_updates=4), warmup_length=0.25,
-    warmup_factor=0.1)
-train = dict(
-    output_dir={output!r}, init_checkpoint="", max_iter=3, amp=dict(enabled=False), ddp=dict(broadcast_buffers=False),
-    checkpointer=dict(period=5000, max_to_keep=100), eval_period=5000, log_period=20, device="cuda", seed=1)
-"""
-
-
-def test_lazy_config(train_net, tiny_config, tmp_path, output, capfd):
-    config = tmp_path / "tiny.py"
-    config.write_text(LAZY.format(config=tiny_config, output=str(output)))
-    results = train_net("train.max_iter=4", "train.amp.enabled=True", "train.accumulate=2", config=str(config))
+def test_lazy_config(train_net, lazy_config, output, capfd):
+    results = train_net("train.max_iter=4", "train.amp.enabled=True", "train.accumulate=2", config=lazy_config)
     assert "AP" in results["bbox"]
     assert metrics(output)[-1]["iteration"] == 4
     assert any("positives/p3" in line and "grad_norm/cls_subnet" in line for line in metrics(output))
     assert f"{output}/model_final.pth" in capfd.readouterr().out
     weights = output / "model_final.pth"
-    evaluated = train_net("--eval-only", f"train.init_checkpoint={weights}", config=str(config))
+    evaluated = train_net("--eval-only", f"train.init_checkpoint={weights}", config=lazy_config)
     assert evaluated["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
 
 

@@ -6,7 +6,7 @@ from .checkpoint import AtomicCheckpointer
 from .loader import TrainLoader, build_train_loader
 from .processes import launch
 from .resume import CheckpointHook
-from .setup import find_config, load_config, settle_seed, start_run
+from .setup import find_config, load_config, settled_seed, start_run
 from .step import StepTrainer
 from .trainer import Trainer
 
@@ -22,6 +22,6 @@ __all__ = [
     "launch",
     "lazy",
     "load_config",
-    "settle_seed",
+    "settled_seed",
     "start_run",
 ]

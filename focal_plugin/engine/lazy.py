@@ -16,7 +16,7 @@ from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .report import log_report
 from .resume import CheckpointHook
-from .setup import find_config, start_logs, usable_device
+from .setup import find_config, settled_seed, start_logs, usable_device
 from .step import StepTrainer, amp_precision, data_parallel
 from .trainer import log_model, resumable_writers, use_channels_last
 
@@ -40,6 +40,8 @@ def main(args) -> dict | None:
     args.config_file = find_config(args.config_file)
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     cfg.train.device = usable_device(cfg.train.device)
+    again = args.resume or args.eval_only
+    cfg.train.seed = settled_seed(cfg.train.get("seed", -1), cfg.train.output_dir, again)
     start_logs(cfg, args, cfg.train.output_dir, cfg.train.device)
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.get("channels_last", False):

@@ -71,23 +71,24 @@ def usable_device(device: str) -> str:
     return "cpu" if torch.device(device).type == "cuda" and not torch.cuda.is_available() else device
 
 
-def settle_seed(cfg: CfgNode, again: bool) -> None:
-    """Give a run without a ``SEED`` one, the same in all processes, in place.
+def settled_seed(seed: int, output_dir: str, again: bool) -> int:
+    """``seed``, or if it is negative one of this run's own, the same in all processes.
 
-    Each run leaves it in the ``config.yaml`` of ``OUTPUT_DIR``, so that it can be resumed exactly, and run again.
+    Each run leaves it in the ``config.yaml`` of its folder, so that it can be resumed exactly, and run again.
 
     Args:
-        cfg: the whole config, not frozen.
-        again: whether to take that of the run in ``OUTPUT_DIR``, if there is one.
+        seed: the config's: ``SEED``, or a LazyConfig's ``train.seed``.
+        output_dir: the run's folder.
+        again: whether to take that of the run in ``output_dir``, if there is one.
     """
-    if cfg.SEED >= 0:
-        return
-    seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if seed >= 0:
+        return seed
+    seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(output_dir, "config.yaml")
     if again and comm.is_main_process() and os.path.exists(path):
-        with open(path) as file:
-            found = re.search(r"^SEED: (\d+)$", file.read(), re.MULTILINE)
+        with open(path) as file:  # by its text: a LazyConfig's file may name classes, which are not to be imported
+            found = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", file.read(), re.MULTILINE)
         seed = int(found[1]) if found else seed
-    cfg.SEED = comm.all_gather(seed)[0]
+    return comm.all_gather(seed)[0]
 
 
 def start_run(cfg: CfgNode, args) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ class Interruption(BaseException):
 def interrupted(train_net, monkeypatch):
     """Run train_net with an interruption before each of the given steps, resuming after each, until it is done."""
 
-    def run(*words, before=()):
+    def run(*words, before=(), **settings):
         left = list(before)
         take_step = StepTrainer.run_step
 
@@ -35,8 +36,8 @@ def interrupted(train_net, monkeypatch):
         monkeypatch.setattr(StepTrainer, "run_step", run_step)
         for _ in before:
             with pytest.raises(Interruption):
-                train_net("--resume", *words)
-        train_net("--resume", *words)
+                train_net("--resume", *words, **settings)
+        train_net("--resume", *words, **settings)
 
     return run
 
@@ -68,6 +69,16 @@ def test_a_resumed_run_is_the_run(interrupted, train_net, tmp_path, words, befor
     if words[: len(ALL_AT_ONCE)] == ALL_AT_ONCE:
         assert [line["iteration"] for line in metrics(whole)] == [0, 3, 4, 5, 6]
         assert final(whole)["trainer"]["_trainer"]["grad_scaler"]["_growth_tracker"] > 0
+
+
+def test_a_resumed_lazy_run_without_a_seed(interrupted, train_net, lazy_config, tmp_path):
+    words = ["train.max_iter=6", "train.checkpointer.period=2", "dataloader.evaluator=null"]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    settings = {"config": lazy_config}
+    interrupted(f"train.output_dir={broken}", "train.seed=-1", *words, before=[3], **settings)
+    (seed,) = re.findall(r"^  seed: (\d+)$", (broken / "config.yaml").read_text(), re.MULTILINE)
+    train_net(f"train.output_dir={whole}", f"train.seed={seed}", *words, **settings)
+    assert_same_run(broken, whole)
 
 
 def test_the_order_does_not_depend_on_workers(train_net, tmp_path):
