@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ciou_loss, diou_loss
 from fvcore.nn import giou_loss, smooth_l1_loss
@@ -56,7 +57,11 @@ class _IoUBoxLoss(nn.Module):
 
     def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform) -> Tensor:
         """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
-        return self.box_loss(box2box_transform.apply_deltas(deltas, anchors), gt_boxes, reduction="none")
+        boxes = box2box_transform.apply_deltas(deltas, anchors)
+        # The functions assert that a box is one. What is NaN has to come out as the loss, where training looks for it.
+        is_nan = boxes.isnan().any(dim=1)  # (P,)
+        loss = self.box_loss(torch.where(is_nan[:, None], gt_boxes, boxes), gt_boxes, reduction="none")
+        return loss.masked_fill(is_nan, torch.nan)
 
 
 @BOX_LOSS_REGISTRY.register()

@@ -58,6 +58,17 @@ def test_no_positives(loss):
     assert deltas.grad.shape == (0, 4)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_no_finite_loss(loss, value):
+    """It reaches the check of the losses, which says where it comes from; the other boxes keep theirs."""
+    deltas = torch.zeros(2, 4)
+    deltas[0, 0] = value
+    result = loss(deltas, ANCHORS, BOXES, TRANSFORM)
+    assert not result[0].isfinite()
+    assert result[1] == loss(torch.zeros(2, 4), ANCHORS, BOXES, TRANSFORM)[1]
+
+
 def test_a_negative_beta_is_refused():
     with pytest.raises(ValueError, match=r"MODEL\.RETINANET\.SMOOTH_L1_LOSS_BETA is -1"):
         SmoothL1BoxLoss(beta=-1)
