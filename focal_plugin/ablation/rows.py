@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ DATA = {
     "quickstart": ROOT / "configs/quickstart/trees.yaml",
     "bccd": ROOT / "configs/bccd/focal_retinanet_R_18_FPN_scratch.yaml",
 }
+
+_BASE = re.compile("Base([-_].*)?")  # names of files that are no rows
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -71,8 +74,9 @@ def find_table(words: Sequence[str]) -> Table:
     """The rows that ``words`` name: folders, YAML files, or beginnings of file names (``paper/table1b`` is
     ``paper/table1b_*.yaml``).
 
-    Files called ``Base*`` are no rows. A ``results.csv`` beside the files has the paper's results, its order and its
-    baseline; without one the order is that of the names, and the first row is the baseline.
+    ``Base.yaml`` and a folder's files called ``Base-*`` or ``Base_*`` are no rows. A ``results.csv`` beside the files has
+    the paper's results, its order and its baseline; without one the order is that of the names, and the first row is
+    the baseline.
 
     Raises:
         FileNotFoundError: there is no row of that name.
@@ -122,11 +126,12 @@ def _find_files(word: str) -> list[Path]:
     if path.is_file():
         return [path]
     folder = path.is_dir()
-    pattern = str(path / "*.yaml") if folder else f"{glob.escape(word)}_*.yaml"
-    files = [Path(found) for found in sorted(glob.glob(pattern)) if not Path(found).name.startswith("Base")]
+    ending = "/*.yaml" if folder else "_*.yaml"
+    found = [Path(file) for file in sorted(glob.glob(glob.escape(str(path)) + ending))]
+    files = [file for file in found if not _BASE.fullmatch(file.stem)]
     if not files:
         what = "no row in this folder" if folder else "neither a folder, nor a file, nor the beginning of rows"
-        raise FileNotFoundError(f"{word}: {what} ({pattern}, without Base*).")
+        raise FileNotFoundError(f"{word}: {what} ({path}{ending}, without Base.yaml, Base-* and Base_*).")
     return files
 
 

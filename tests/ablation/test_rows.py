@@ -21,6 +21,15 @@ def test_a_folder_a_file_and_the_beginning_of_names(rows):
         find_table([two[0], str(rows.folder)])
 
 
+def test_odd_names(tmp_path):
+    """A folder that looks like a pattern; a row that begins as a base config does."""
+    folder = tmp_path / "my [1] rows"
+    folder.mkdir()
+    for name in ("Base", "Base-small", "Base_small", "Baseline", "γ = 1"):
+        (folder / f"{name}.yaml").write_text("SEED: 1")
+    assert [row.name for row in find_table([str(folder)]).rows] == ["Baseline", "γ = 1"]
+
+
 def test_results_beside_the_rows(rows):
     (rows.folder / "results.csv").write_text(
         "row,AP,AP50,AP75,APs,APm,APl,ms,baseline,note\n"
