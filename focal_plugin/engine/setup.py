@@ -15,8 +15,9 @@ from ..class_frequencies import fill_class_frequencies, needs_class_frequencies
 from ..config import add_focal_config
 from ..data import check_num_classes, register_local_datasets
 from ..registry import import_user_modules
-from ..safe_yaml import merge_from_file
+from ..safe_yaml import ConfigError, merge_from_file
 from .advice import advise
+from .config_errors import explained_keys
 from .console import off_screen
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,21 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     ``cpu``.
 
     Raises:
-        ConfigError: the file, or one that it is based on, is no YAML mapping or asks for code to be run.
+        ConfigError: the file, or one that it is based on, is no YAML mapping or asks for code to be run; or it or
+            ``opts`` has a key that there is not, or a value of another type.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
     if config_file:
-        merge_from_file(cfg, find_config(config_file))
-    cfg.merge_from_list(list(opts))
+        with explained_keys(cfg, config_file):
+            merge_from_file(cfg, find_config(config_file))
+    if len(opts) % 2:
+        raise ConfigError(
+            f"{' '.join(map(str, opts))}: expected pairs of a key and its value, as in SOLVER.BASE_LR 0.01, without = "
+            "between them."
+        )
+    with explained_keys(cfg, "The command line"):
+        cfg.merge_from_list(list(opts))
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     import_user_modules(cfg)
     register_local_datasets(cfg)
@@ -67,8 +76,16 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
 
 
 def usable_device(device: str) -> str:
-    """``device``, or ``cpu`` where it is a GPU and there is none."""
-    return "cpu" if torch.device(device).type == "cuda" and not torch.cuda.is_available() else device
+    """``device``, or ``cpu`` where it is a GPU and there is none.
+
+    Raises:
+        ValueError: PyTorch knows no such device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"MODEL.DEVICE is {device!r}; expected cpu, cuda, or cuda:N for the GPU N.") from None
+    return "cpu" if kind == "cuda" and not torch.cuda.is_available() else device
 
 
 def settled_seed(seed: int, output_dir: str, again: bool) -> int:

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog
 
 from focal_plugin.engine import find_config, load_config, start_run
 from focal_plugin.engine.setup import usable_device
+from focal_plugin.safe_yaml import ConfigError
 
 ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -41,6 +42,56 @@ def test_defaults_without_a_file():
 def test_device(monkeypatch, gpu, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert usable_device(device) == (device if gpu else "cpu")
+
+
+def test_a_device_that_is_none():
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE is 'gpu'; expected cpu, cuda"):
+        load_config(opts=["MODEL.DEVICE", "gpu"])
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("MODEL.FOCAL.GAMMA", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        ("MODEL.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
+        ("MODEL.FOCAL.CLS_LOSS.NAMES", "MODEL.FOCAL.CLS_LOSS.NAME"),
+        ("MODEL.FOCAL.CLASS_LOSS.NAME", "MODEL.FOCAL.CLS_LOSS.NAME"),
+        ("solver.base_lr", "SOLVER.BASE_LR"),
+    ],
+)
+def test_a_key_that_there_is_not(tmp_path, key, near):
+    with pytest.raises(ConfigError, match=rf"command line: there is no key {key}\. Near it: .*{near}\b"):
+        load_config(opts=[key, "2"])
+    path, nested = tmp_path / "my.yaml", "2"
+    for part in reversed(key.split(".")):
+        nested = f"{{{part}: {nested}}}"
+    path.write_text(nested)
+    with pytest.raises(ConfigError, match=r"my\.yaml: there is no key "):
+        load_config(str(path))
+
+
+def test_nothing_is_near():
+    with pytest.raises(ConfigError, match=r"there is no key XYZZY\.$"):
+        load_config(opts=["XYZZY", "2"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("SOLVER.BASE_LR", "much", r"SOLVER\.BASE_LR is much \(str\); expected a value of type float\.$"),
+        ("DATASETS.TRAIN", "mine", r"DATASETS\.TRAIN is mine \(str\); expected a value of type tuple, as in .*'a',"),
+        ("MODEL.FOCAL.IMPORTS", "mine", r"MODEL\.FOCAL\.IMPORTS is mine \(str\); expected a value of type list"),
+    ],
+)
+def test_a_value_of_another_type(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(opts=[key, value])
+
+
+@pytest.mark.parametrize("words", [["SOLVER.BASE_LR"], ["SOLVER.BASE_LR=0.1"], ["SEED", 1, "VERSION"]])
+def test_a_key_without_a_value(words):
+    with pytest.raises(ConfigError, match=r"expected pairs of a key and its value"):
+        load_config(opts=words)
 
 
 def test_user_modules_and_local_sets(tiny_config, tmp_path, monkeypatch):

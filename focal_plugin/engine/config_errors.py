@@ -1,0 +1,55 @@
+"""What is wrong with a key of a config, said so that it can be put right."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+from detectron2.config import CfgNode
+
+from ..safe_yaml import ConfigError
+
+_NO_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")
+_NO_TYPE = re.compile(
+    r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values \(.* vs. (.*)\) for .*: (\S+)"
+)
+
+
+@contextmanager
+def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
+    """Around the merging of a file or of ``KEY VALUE`` pairs, which ``where`` names, into ``cfg``.
+
+    Raises:
+        ConfigError: there is no such key, and these are near it; or its value is of another type.
+    """
+    keys = list(_keys(cfg))
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError) as error:
+        text = str(error.args[0]) if error.args else ""
+        if found := _NO_KEY.fullmatch(text):
+            near = ", ".join(near_keys(found[1], keys))
+            problem = f"there is no key {found[1]}." + (f" Near it: {near}." if near else "")
+        elif found := _NO_TYPE.fullmatch(text):
+            expected, kind, value, key = found.groups()
+            example = """, as in "('a', 'b')" or "('a',)" for one""" if expected in ("list", "tuple") else ""
+            problem = f"{key} is {value} ({kind}); expected a value of type {expected}{example}."
+        else:
+            raise
+        raise ConfigError(f"{where}: {problem}") from error
+
+
+def near_keys(key: str, keys: Sequence[str], most: int = 4) -> list[str]:
+    """Those of ``keys`` that may be meant by ``key``: first those that end alike, then any like it."""
+    key = key.upper()
+    last = key.rpartition(".")[2]
+    alike = [other for other in keys if last in other.rpartition(".")[2]]
+    near = get_close_matches(key, alike, most, 0.3) + get_close_matches(key, keys, most, 0.75)
+    return list(dict.fromkeys(near))[:most]
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
