@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -106,15 +107,27 @@ def read_results(path: Path) -> dict[str, dict]:
     """The lines of a ``results.csv`` by their column ``row``; none if there is no such file.
 
     Raises:
-        ValueError: it has no column ``row``.
+        ValueError: it has no column ``row``, or what is to be a number is none.
     """
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    if lines and "row" not in lines[0]:
-        raise ValueError(f"{path}: expected a column 'row', with the name of a file; found {', '.join(lines[0])}.")
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
+        reader = csv.DictReader(file)
+        lines, headings = list(reader), reader.fieldnames or []
+    if "row" not in headings:
+        raise ValueError(f"{path}: expected a column 'row', with the name of a file; found {', '.join(headings)}.")
+    for line in lines:
+        for metric in METRICS:
+            if line.get(metric) and not _is_number(line[metric]):
+                raise ValueError(f"{path}: {metric} of {line['row']} is {line[metric]}; expected a number or nothing.")
     return {line["row"]: line for line in lines}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _table_of(name: str) -> str:

@@ -45,8 +45,30 @@ def test_results_beside_the_rows(rows):
     assert table.baseline == "gamma_2"
     assert table.missing == ["gamma_5"]  # of this table, and not alpha_1
 
-    (rows.folder / "results.csv").write_text("name,AP\ngamma_2,34.0\n")
-    with pytest.raises(ValueError, match="expected a column 'row'"):
+
+def test_results_of_a_spreadsheet(rows):
+    """With a byte order mark and Windows newlines."""
+    text = "row,AP,baseline\ngamma_1,34.0,\ngamma_2,35.0,x\n"
+    (rows.folder / "results.csv").write_text(text, encoding="utf-8-sig", newline="\r\n")
+    table = find_table([str(rows.folder)])
+    assert [row.paper for row in table.rows] == [{"AP": 34.0}, {"AP": 35.0}, {}]
+    assert table.baseline == "gamma_2"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name,AP\ngamma_2,34.0\n", "expected a column 'row'.*found name, AP"),
+        ("row;AP\ngamma_2;34,0\n", "expected a column 'row'.*found row;AP"),
+        ("", "expected a column 'row'"),
+        ("row,AP50\ngamma_2,n/a\n", "AP50 of gamma_2 is n/a; expected a number"),
+        ("row,AP\ngamma_2,nan\n", "AP of gamma_2 is nan; expected a number"),
+    ],
+)
+def test_what_is_wrong_with_results(rows, text, message):
+    path = rows.folder / "results.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: {message}"):
         find_table([str(rows.folder)])
 
 
