@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_focal_config
 from ..engine import find_config
-from ..safe_yaml import merge_from_file
+from ..safe_yaml import merge_from_file, parse_yaml
 
 ROOT = Path(__file__).parents[2]  # of the checkout
 
@@ -49,10 +48,12 @@ class Row:
 
     @property
     def own_keys(self) -> dict:
-        """What the file says itself, without its ``_BASE_``."""
-        keys = yaml.safe_load(self.file.read_text()) or {}
-        if not isinstance(keys, dict):
-            raise ValueError(f"{self.file}: expected keys and values of a config, found {type(keys).__name__}.")
+        """What the file says itself, without its ``_BASE_``.
+
+        Raises:
+            ConfigError: it is no YAML mapping, or asks for code to be run.
+        """
+        keys = parse_yaml(self.file.read_bytes(), str(self.file))
         return {key: value for key, value in keys.items() if key != "_BASE_"}
 
 
@@ -75,9 +76,8 @@ def find_table(words: Sequence[str]) -> Table:
     """The rows that ``words`` name: folders, YAML files, or beginnings of file names (``paper/table1b`` is
     ``paper/table1b_*.yaml``).
 
-    ``Base.yaml`` and a folder's files called ``Base-*`` or ``Base_*`` are no rows. A ``results.csv`` beside the files has
-    the paper's results, its order and its baseline; without one the order is that of the names, and the first row is
-    the baseline.
+    A folder's ``Base.yaml``, ``Base-*`` and ``Base_*`` are no rows. A ``results.csv`` beside the files has the paper's
+    results, its order and its baseline; without one the order is that of the names, and the first row is the baseline.
 
     Raises:
         FileNotFoundError: there is no row of that name.

@@ -94,7 +94,14 @@ def test_the_yaml_of_a_config_gives_it_again(rows, tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, word", [("SOLVER: {BASE_RL: 1}", "BASE_RL"), ("SOLVER: {MAX_ITER: [1]}", "MAX_ITER"), ("- 1", "list")]
+    "text, word",
+    [
+        ("SOLVER: {BASE_RL: 1}", "BASE_RL"),
+        ("SOLVER: {MAX_ITER: [1]}", "MAX_ITER"),
+        ("- 1", "list"),
+        ("SOLVER: {MAX_ITER", "expected"),
+        ("SEED: !!python/object/apply:os.getpid []", "refused"),
+    ],
 )
 def test_what_is_wrong_with_a_row(rows, tiny_config, text, word):
     path = rows.add("wrong", "")
@@ -102,6 +109,13 @@ def test_what_is_wrong_with_a_row(rows, tiny_config, text, word):
     (row,) = find_table([str(path)]).rows
     with pytest.raises(ValueError, match=f"(?s){path}.*{word}"):
         compose(row, find_base(tiny_config), [])
+
+
+def test_a_row_may_compute_as_detectron2s_configs_do(rows, tiny_config):
+    sizes = "!!python/object/apply:eval ['[[x, x * 2] for x in [4, 8]]']"
+    path = rows.add("wide", f"MODEL: {{ANCHOR_GENERATOR: {{SIZES: {sizes}}}}}")
+    (row,) = find_table([str(path)]).rows
+    assert compose(row, find_base(tiny_config), []).MODEL.ANCHOR_GENERATOR.SIZES == [[4, 8], [8, 16]]
 
 
 def test_an_unknown_base():
