@@ -13,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..class_frequencies import fill_class_frequencies, needs_class_frequencies
 from ..config import add_focal_config
-from ..data import check_num_classes, register_local_datasets
+from ..data import check_files, check_num_classes, register_local_datasets
 from ..registry import import_user_modules
 from ..safe_yaml import ConfigError, merge_from_file
 from .advice import advise
@@ -109,11 +109,15 @@ def settled_seed(seed: int, output_dir: str, again: bool) -> int:
 
 
 def start_run(cfg: CfgNode, args) -> None:
-    """What comes before training or evaluation: logs, seed, config.yaml, advice, and the number of classes checked.
+    """What comes before training or evaluation: logs, seed, config.yaml, advice, and a look at the data sets.
 
     Args:
         cfg: the whole config.
         args: the parsed command line.
+
+    Raises:
+        ValueError: no data set is named, or they and the model disagree on the classes.
+        FileNotFoundError: the files of a data set are not there.
     """
     start_logs(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     for message in advise(cfg):
@@ -124,7 +128,12 @@ def start_run(cfg: CfgNode, args) -> None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TRAIN = ()
+    needed = "TEST" if args.eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        where = args.config_file or "Detectron2's own config; name yours with --config-file"
+        raise ValueError(f"DATASETS.{needed} is empty; expected the name of a data set. This is {where}.")
     check_num_classes(cfg)
+    check_files(cfg)
 
 
 def start_logs(cfg, args, output_dir: str, device: str) -> None:

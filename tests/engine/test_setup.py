@@ -138,6 +138,31 @@ def test_the_number_of_classes_is_checked(start, tmp_path):
         start("MODEL.RETINANET.NUM_CLASSES", 5, eval_only=True)
 
 
+@pytest.mark.parametrize(("key", "eval_only"), [("TRAIN", False), ("TEST", True)])
+def test_without_data(start, key, eval_only):
+    with pytest.raises(ValueError, match=rf"DATASETS\.{key} is empty; expected the name of a data set.*tiny\.yaml"):
+        start(f"DATASETS.{key}", (), eval_only=eval_only)
+    start(f"DATASETS.{'TRAIN' if eval_only else 'TEST'}", (), eval_only=eval_only)  # the other is not needed
+
+
+def test_without_a_config(tmp_path):
+    cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty.*--config-file"):
+        start_run(cfg, Namespace(config_file="", eval_only=False))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file"), [("coco_2017_val", r"instances_val2017\.json"), ("voc_2007_test", "VOC2007")]
+)
+def test_data_that_are_not_there(start, monkeypatch, tmp_path, dataset, file):
+    monkeypatch.chdir(tmp_path)
+    classes = 80 if "coco" in dataset else 20
+    words = ["DATASETS.TEST", (dataset,), "MODEL.RETINANET.NUM_CLASSES", classes]
+    message = rf"DATASETS\.TEST names '{dataset}', whose .*{file} does not exist .*DETECTRON2_DATASETS.*DATASETS\.LOCAL"
+    with pytest.raises(FileNotFoundError, match=message):
+        start(*words, eval_only=True)
+
+
 @pytest.fixture(autouse=True)
 def restore_loggers():
     """Take the handlers off again that a run adds, which write to its own log and this test's screen."""

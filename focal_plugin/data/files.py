@@ -1,0 +1,28 @@
+"""Whether the files of the data sets that a config names are there."""
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+
+def check_files(cfg: CfgNode) -> None:
+    """Check, before anything is trained, that what ``DATASETS.{TRAIN, TEST}`` name is on this machine.
+
+    That is the JSON file, or of Pascal VOC's sets the folder, in the metadata of a registered set. Sets of
+    ``DATASETS.LOCAL`` are checked as they are read.
+
+    Raises:
+        FileNotFoundError: one is not there.
+    """
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            metadata = MetadataCatalog.get(name)
+            path = metadata.get("json_file") or metadata.get("dirname")
+            if path and not PathManager.exists(path):
+                raise FileNotFoundError(
+                    f"DATASETS.{key} names {name!r}, whose {path} does not exist (current folder: {os.getcwd()}). "
+                    "Detectron2 looks for its own data sets in the folder datasets, or in the one that the environment "
+                    "variable DETECTRON2_DATASETS names. Describe data of your own in DATASETS.LOCAL."
+                )
