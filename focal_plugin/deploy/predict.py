@@ -153,7 +153,7 @@ def predict_image(predictor: Predictor, path: str, folder: str, results: "Result
     """
     try:
         image = predictor.read(path)  # (H, W, C) in INPUT.FORMAT
-    except OSError as error:  # a link to nothing, or no permission
+    except FileNotFoundError as error:  # a link to nothing
         raise ImageError(f"{path} cannot be read: {error}") from error
     (instances,) = predictor.detect([image])
     drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), instances, predictor.metadata)

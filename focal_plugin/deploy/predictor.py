@@ -9,8 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy, read_image
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..data import DataError
+from ..data.mapper import readable_image
 from .loading import class_metadata, load_model, read_config
 from .optimize import optimize_for_inference
 from .tiles import Window, merge_tiles, tile_windows
@@ -100,7 +103,7 @@ class Predictor:
             else the model predicts.
 
         Raises:
-            ImageError: a file that is no image, or is damaged.
+            ImageError: a file that is no image, is damaged, or has values of more than 8 bits.
             FileNotFoundError: there is no such file.
             ValueError: an array of another shape or dtype.
         """
@@ -164,12 +167,15 @@ def read_file(path: str, image_format: str) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: it is no image, or is damaged.
+        ImageError: it is no image, is damaged, or has values of more than 8 bits, which training refuses as well.
     """
+    if not PathManager.exists(path):
+        raise FileNotFoundError(f"There is no image {path} (current folder: {os.getcwd()}).")
     try:
-        return read_image(path, image_format)
-    except FileNotFoundError:
-        raise
+        with readable_image(path):
+            return read_image(path, image_format)
+    except DataError as error:
+        raise ImageError(str(error)) from error
     except Exception as error:  # Pillow fails in many ways on what is damaged
         raise ImageError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
 

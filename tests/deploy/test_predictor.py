@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from focal_plugin.data import register_local_datasets
+from focal_plugin.data import DataError, FocalDatasetMapper, register_local_datasets
 from focal_plugin.deploy import ImageError, Predictor, fast_dtype, optimize_for_inference
 from focal_plugin.deploy.loading import class_metadata
 from focal_plugin.engine import Trainer, load_config
@@ -120,13 +120,23 @@ def predictor(tiny_config, weights):
 
 
 def test_files_of_all_kinds_are_read_as_training_reads_them(predictor, tmp_path):
-    for kind in ("grey", "rgba", "palette", "cmyk", "16-bit", "exif"):
+    for kind in ("grey", "rgba", "palette", "cmyk", "exif"):
         path = write_image(tmp_path, kind)
         image = predictor.read(path)
         np.testing.assert_array_equal(image, detection_utils.read_image(path, "BGR"))
         found = predictor(path)
         assert found.image_size == image.shape[:2] == ((64, 40) if kind == "exif" else (40, 64))
         assert_same(found, predictor(image))
+
+
+def test_more_than_8_bits_are_refused_as_in_training(predictor, tmp_path):
+    """Pillow would make all values above 255 white."""
+    path = write_image(tmp_path, "16-bit")
+    with pytest.raises(DataError) as training:
+        FocalDatasetMapper(predictor.cfg, is_train=False)({"file_name": path})
+    with pytest.raises(ImageError, match="Save it as 8 bits") as prediction:
+        predictor(path)
+    assert str(training.value) == str(prediction.value)
 
 
 def test_what_is_no_image_is_refused_by_name(predictor, tmp_path):
