@@ -119,7 +119,7 @@ def _is_key(cfg: CfgNode, word: str) -> bool:
         if not isinstance(node, CfgNode) or name not in node:
             return cfg.key_is_renamed(word) or cfg.key_is_deprecated(word)
         node = node[name]
-    return True
+    return not isinstance(node, CfgNode)  # a section's name, such as TEST, is a folder's
 
 
 def predict(

@@ -268,6 +268,7 @@ def test_what_the_words_stand_for(tmp_path, monkeypatch):
 
 def test_keys_of_the_config_follow_the_inputs(tiny_config):
     assert split_words(["a.jpg", "IMG.JPG"]) == (["a.jpg", "IMG.JPG"], [])
+    assert split_words(["TEST", "INPUT", "SEED", "1"]) == (["TEST", "INPUT"], ["SEED", "1"])  # sections are no keys
     words = ["a.jpg", "TEST.AUG.FLIP", "False", "MODEL.FOCAL.TIMM.TOP_BLOCK", "p5"]
     assert split_words(words) == (["a.jpg"], words[1:])
     assert split_words(["a.jpg", *words[3:]]) == (["a.jpg"], words[3:])  # a key that was renamed: the config says so
