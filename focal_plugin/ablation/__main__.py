@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
         images = {} if args.report_only else count_images(runs)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError, KeyError, ValueError) as error:
         print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 1
     if not args.report_only and (code := run_all(args, runs, launcher, images)):
@@ -101,7 +102,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(args: argparse.Namespace, runs: list[Run], launcher, images: dict[str, int]) -> int:
     """Run what is left, as the only one in the output folder. 0, or the exit code if the program ends here."""
-    args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "runner.lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,6 +18,7 @@ from detectron2.data import DatasetCatalog
 
 from ..data import register_local_datasets
 from ..engine.curves import read_metrics
+from ..registry import import_user_modules
 from .job import LOCK, LOG, NOTES, PID
 from .rows import METRICS, ROOT, Row, Table, as_yaml, compose, flat
 
@@ -215,10 +216,12 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
     """How many images each data set of the runs has, in the order of training and test; each is read and checked once.
 
     Raises:
-        KeyError, ValueError, FileNotFoundError: a set is not known, or its files are not as they should be.
+        ImportError: a module of ``MODEL.FOCAL.IMPORTS``, which may register sets, is not found.
+        KeyError, ValueError, OSError: a set is not known, or its files are not as they should be.
     """
     counts: dict[str, int] = {}
     for run in runs:
+        import_user_modules(run.cfg)
         register_local_datasets(run.cfg)
         for name in (*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST):
             if name not in counts:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+from detectron2.data import DatasetCatalog
 
 from focal_plugin.ablation.__main__ import parse
 from focal_plugin.ablation.job import TrainJob
@@ -259,6 +260,30 @@ def test_a_data_set_that_is_not_there_is_told_before_anything_runs(ablation, tin
     assert ablation() == 1
     assert "shapes_test.json" in capfd.readouterr().err
     assert not table.exists()
+
+
+def test_data_sets_of_the_users_modules(ablation, table, tmp_path, monkeypatch, capfd):
+    (tmp_path / "my_data_sets.py").write_text(
+        "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('of_a_module', lambda: [{}] * 7)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["MODEL.FOCAL.IMPORTS", "['my_data_sets']", "DATASETS.TRAIN", "('of_a_module',)"]
+    try:
+        assert ablation(*words) == 0
+    finally:
+        DatasetCatalog.remove("of_a_module")
+        del sys.modules["my_data_sets"]
+    assert json.loads((table / "ablation.json").read_text())["images"]["of_a_module"] == 7
+    assert ablation("MODEL.FOCAL.IMPORTS", "['no_module']", "--output", tmp_path / "other") == 1
+    assert "MODEL.FOCAL.IMPORTS names 'no_module', which is not found" in capfd.readouterr().err
+
+
+def test_files_that_cannot_be_read_are_told(ablation, tmp_path, capfd):
+    assert ablation("--data", tmp_path) == 1
+    assert re.search(f"Is a directory.*{tmp_path}", capfd.readouterr().err)
+    (tmp_path / "file").touch()
+    assert ablation("--output", tmp_path / "file") == 1
+    assert f"{tmp_path / 'file'}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
