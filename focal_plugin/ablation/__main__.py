@@ -9,6 +9,7 @@ again goes on with what is unfinished and runs nothing twice.
 import argparse
 import fcntl
 import json
+import os
 import shlex
 import signal
 import sys
@@ -71,7 +72,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if wrong := [option for option in args.slurm if "=" not in option]:
         parser.error(f"--slurm {wrong[0]}: expected KEY=VALUE")
     if args.output is None:
-        name = "-".join(dict.fromkeys(Path(word).stem for word in args.rows))
+        names = list(dict.fromkeys(Path(os.path.abspath(word)).stem for word in args.rows))
+        name = "-".join(names if len(names) < 4 else [names[0], f"and-{len(names) - 1}-more"])
         args.output = Path("output/ablation") / (f"{name}-{Path(args.data).stem}" if args.data else name)
     return args
 

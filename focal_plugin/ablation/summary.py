@@ -23,7 +23,7 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
         row["difference"] = _minus(row["mean"].get("AP"), baseline["mean"].get("AP"))
         row["paper_difference"] = _minus(row["paper"].get("AP"), baseline["paper"].get("AP"))
     return {
-        "title": output.name,
+        "title": output.resolve().name,
         "baseline": table.baseline,
         "rows": rows,
         "run": _what_was_run(table, runs, base, opts, output),

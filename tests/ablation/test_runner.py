@@ -307,6 +307,15 @@ def test_the_command_line():
     assert (args.rows, args.opts) == (["configs/paper/table1b"], ["SOLVER.MAX_ITER", "4", "SOLVER.BASE_LR", "-1"])
     assert str(args.output) == "output/ablation/table1b-bccd"
     assert str(parse(["a/x.yaml", "b", "--data", "c/mine.yaml"]).output) == "output/ablation/x-b-mine"
+    many = [f"a/{'x' * 40}_{i}.yaml" for i in range(20)]  # as a shell's pattern gives them
+    assert str(parse([*many, "--data", "bccd"]).output) == f"output/ablation/{'x' * 40}_0-and-19-more-bccd"
+
+
+@pytest.mark.parametrize("word", [".", "../mine", "sub/.."])
+def test_the_name_of_a_folder_that_is_not_named(word, tmp_path, monkeypatch):
+    (tmp_path / "mine/sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert str(parse([word, "--data", "bccd"]).output) == "output/ablation/mine-bccd"
 
 
 def test_with_the_real_train_net(rows, ablation, table):
