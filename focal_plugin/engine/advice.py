@@ -29,6 +29,8 @@ def scaled_learning_rate(cfg: CfgNode) -> float:
 def learning_rate(cfg: CfgNode) -> Iterator[str]:
     """A learning rate for larger batches, without clipping: the usual cause of a loss that becomes NaN."""
     solver, scaled = cfg.SOLVER, scaled_learning_rate(cfg)
+    if scaled <= 0:  # without images there are no steps, as the loader says
+        return
     if solver.CLIP_GRADIENTS.ENABLED or _TOO_HIGH * scaled * (1 - 1e-6) > solver.BASE_LR:
         return
     batch = solver.IMS_PER_BATCH

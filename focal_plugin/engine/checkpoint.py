@@ -61,10 +61,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """As fvcore's ``Checkpointer.resume_or_load``, from the last checkpoint that is whole.
 
         Raises:
+            FileNotFoundError: ``path`` is no file.
             OSError: there are checkpoints to resume from, and none is whole.
         """
         if resume and self.has_checkpoint():
             return self.load(self.last_whole_checkpoint())
+        there = not path or "://" in path or os.path.isfile(path.partition("?")[0])
+        if not comm.all_gather(there)[0]:  # the main process has it read, and the others get it from there
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint) is {path}, which is no file (current folder: "
+                f"{os.getcwd()}). Expected a path, a URL, a name such as "
+                "detectron2://ImageNetPretrained/MSRA/R-50.pkl, or nothing for random weights."
+            )
         return self.load(path, checkpointables=[])
 
     def last_whole_checkpoint(self) -> str:

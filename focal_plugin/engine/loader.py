@@ -54,7 +54,8 @@ def build_train_loader(
     processes = comm.get_world_size()
     if total_batch_size < processes or total_batch_size % processes:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {total_batch_size}; expected a multiple of {processes}, the processes."
+            f"SOLVER.IMS_PER_BATCH is {total_batch_size}; expected a multiple of {processes}, the number of processes, "
+            "and not 0."
         )
     groups = [_is_wide(record) for record in dataset] if aspect_ratio_grouping else None
     sampler = sampler or TrainingSampler(len(dataset))

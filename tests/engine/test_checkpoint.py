@@ -72,6 +72,17 @@ def test_nothing_to_resume_from(tmp_path):
     assert checkpointer.model.weight.unique().item() == 5
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_weights_that_are_not_there(tmp_path, resume):
+    with pytest.raises(
+        FileNotFoundError, match=r"MODEL\.WEIGHTS .* is nowhere\.pth, which is no file \(current folder"
+    ):
+        make(tmp_path).resume_or_load("nowhere.pth", resume=resume)
+    save(tmp_path, 2)
+    if resume:  # then they do not matter
+        assert make(tmp_path).resume_or_load("nowhere.pth", resume=True) == {"iteration": 2}
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
