@@ -148,7 +148,7 @@ def _defaults() -> CN:
     cfg.SOLVER.AMP.DTYPE = ""
 
     # Pictures of the run in OUTPUT_DIR when it ends: curves.png, and detections.png with this many images of the first
-    # test set beside their ground truth, and all detections of at least this score.
+    # test set beside their ground truth (0: no such picture), and all detections of at least this score.
     cfg.VIS = CN()
     cfg.VIS.ENABLED = False
     cfg.VIS.NUM_IMAGES = 8

@@ -58,6 +58,11 @@ def test_eval_only_gives_the_results_of_training(train_net, output, capfd):
     assert "Results on shapes_test" in screen and "No weights given" not in screen
 
 
+def test_curves_without_detections(train_net, output):
+    train_net("SOLVER.MAX_ITER", 1, "VIS.ENABLED", True, "VIS.NUM_IMAGES", 0)
+    assert (output / "curves.png").exists() and not (output / "detections.png").exists()
+
+
 def test_training_ends_with_an_evaluation_with_augmentation_too(train_net, output):
     """As Detectron2's own script; with the plain evaluation's look alone, the best detections are the same."""
     train_net(
@@ -133,6 +138,17 @@ def test_a_diverged_run_stops_and_says_where(train_net, output):
 def test_more_parts_than_images(train_net):
     with pytest.raises(ValueError, match=r"SOLVER\.ACCUMULATE is 3; expected 1 to 2"):
         train_net("SOLVER.ACCUMULATE", 3)
+
+
+def test_a_step_without_images(train_net):
+    with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH is 0; expected a multiple of 1, .* and not 0"):
+        train_net("SOLVER.IMS_PER_BATCH", 0)
+
+
+def test_weights_that_are_not_there(train_net):
+    for words in ([], ["--eval-only"]):
+        with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS .* is nowhere\.pth, which is no file"):
+            train_net(*words, "MODEL.WEIGHTS", "nowhere.pth")
 
 
 def test_a_stock_model_trains_too(train_net):

@@ -21,7 +21,7 @@ _STARTED = time.time() - 1  # files older than this are not of this run; file sy
 _FILES = {
     "detections.png": "ground truth and detections",
     "curves.png": "loss, learning rate and AP",
-    "metrics.json": "the same in numbers",
+    "metrics.json": "loss, learning rate and AP in numbers",
     "events.out.tfevents.*": "the same for `tensorboard --logdir`",
     "model_final.pth": "the weights, for MODEL.WEIGHTS",
     "inference/coco_instances_results.json": "all detections, in COCO's format",

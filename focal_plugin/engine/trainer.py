@@ -99,7 +99,7 @@ class Trainer(DefaultTrainer):
         names = cfg.DATASETS.TEST
         if cfg.VIS.ENABLED:
             draw_curves(cfg.OUTPUT_DIR)
-        if cfg.VIS.ENABLED and names:
+        if cfg.VIS.ENABLED and names and cfg.VIS.NUM_IMAGES > 0:
             draw_detections(
                 cfg.OUTPUT_DIR,
                 model,
