@@ -64,6 +64,12 @@ def is_dense_detector(architecture: str) -> bool:
     Raises:
         KeyError: it is not registered.
     """
+    if architecture not in META_ARCH_REGISTRY:
+        raise KeyError(
+            f"MODEL.META_ARCHITECTURE is {architecture!r}, which is not registered. Registered: "
+            f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}. If it is defined in a module of yours, add "
+            "that module to MODEL.FOCAL.IMPORTS."
+        )
     model = META_ARCH_REGISTRY.get(architecture)
     return isinstance(model, type) and issubclass(model, DenseDetector)
 

@@ -69,6 +69,14 @@ def test_nothing_to_compare(sets):
     check_num_classes(make_cfg(train=(), test=()))
 
 
+def test_a_model_that_is_not_registered(sets):
+    sets(train=["a"])
+    with pytest.raises(
+        KeyError, match=r"MODEL\.META_ARCHITECTURE is 'FocalNet'.*FocalRetinaNet.*MODEL\.FOCAL\.IMPORTS"
+    ):
+        check_num_classes(make_cfg(arch="FocalNet", test=()))
+
+
 def test_unregistered():
     with pytest.raises(KeyError, match=r"DATASETS\.TEST names 'nowhere'.*DATASETS\.LOCAL"):
         check_num_classes(make_cfg(train=(), test=("nowhere",)))
