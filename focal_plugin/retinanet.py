@@ -112,6 +112,11 @@ class FocalRetinaNet(DenseDetector):
         import_user_modules(cfg)
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
+        if unknown := [name for name in cfg.MODEL.RETINANET.IN_FEATURES if name not in shapes]:
+            raise ValueError(
+                f"MODEL.RETINANET.IN_FEATURES has {', '.join(unknown)}, which MODEL.BACKBONE.NAME "
+                f"{cfg.MODEL.BACKBONE.NAME} does not give; it gives {', '.join(shapes)}."
+            )
         input_shape = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
         return {
             "backbone": backbone,

@@ -14,8 +14,7 @@ from focal_plugin.retinanet import _top
 CLASSES, LEVELS = 3, [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
 
 
-@pytest.fixture(scope="module")
-def model():
+def config():
     cfg = get_cfg()
     add_focal_config(cfg)
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "FocalRetinaNet", "cpu"
@@ -24,7 +23,21 @@ def model():
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size, size * 1.5] for size in (16, 32, 64, 128, 256)]
     cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = CLASSES, 1
-    return build_model(cfg).eval()
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(config()).eval()
+
+
+def test_levels_that_the_backbone_does_not_have():
+    cfg = config()
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p2", "p3"]
+    with pytest.raises(
+        ValueError, match=r"IN_FEATURES has p2, which .*resnet_fpn_backbone.* gives p3, p4, p5, p6, p7\."
+    ):
+        build_model(cfg)
 
 
 def predictions(num_images, shift=-2.0, device="cpu"):
