@@ -57,7 +57,7 @@ class TimmEncoder(Backbone):
         timm = import_timm()
         check_name(name)
         if norm not in NORMS:
-            raise ValueError(f"The norm of the timm encoder is {norm!r}; expected one of {', '.join(NORMS)}.")
+            raise ValueError(f"MODEL.FOCAL.TIMM.NORM (norm) is {norm!r}; expected one of {', '.join(NORMS)}.")
         with torch.device("meta"):  # only to read what it has
             features = _features_by_level(timm.create_model(name, features_only=True).feature_info.info)
         unknown = [feature for feature in out_features if feature not in features]

@@ -111,7 +111,10 @@ def _local_file(weights: str) -> str:
     if not weights.startswith("package://"):
         path = PathManager.get_local_path(weights)
         if not Path(path).is_file():
-            raise FileNotFoundError(f"MODEL.FOCAL.TIMM.WEIGHTS: there is no file {weights}.")
+            raise FileNotFoundError(
+                f"MODEL.FOCAL.TIMM.WEIGHTS is {weights}, which is no file (current folder: {Path.cwd()}). Expected "
+                "timm, a path, a URL, package://..., or nothing for random weights."
+            )
         return path
     package, _, inner = weights.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package)  # found, not imported

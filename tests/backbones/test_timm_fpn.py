@@ -129,7 +129,7 @@ def test_images_of_other_channels(channels):
         ({"out_features": []}, r"none was named.*MODEL\.FPN\.IN_FEATURES"),
         ({"name": "test_vit"}, r"no feature c3, c5; it has c4 \(stride 16\)"),
         ({"name": "test_convnext", "out_features": ["c1"]}, r"no feature c1; it has c2 \(stride 4\)"),
-        ({"norm": "GN"}, r"norm .* is 'GN'; expected one of FrozenBN, BN, SyncBN"),
+        ({"norm": "GN"}, r"MODEL\.FOCAL\.TIMM\.NORM .* is 'GN'; expected one of FrozenBN, BN, SyncBN"),
         ({"name": "mvitv2_tiny", "freeze_at": 2}, r"MODEL\.BACKBONE\.FREEZE_AT"),
     ],
 )

@@ -81,6 +81,13 @@ def test_a_file_that_is_not_there(weights):
         create_encoder(NAME, weights)
 
 
+def test_a_path_that_is_none_is_told_from_where():
+    with pytest.raises(
+        FileNotFoundError, match=r"is no/file\.pth, which is no file \(current folder: /.*Expected timm"
+    ):
+        create_encoder(NAME, "no/file.pth")
+
+
 def drop_last(tensors):
     return dict(list(tensors.items())[:-1])
 
