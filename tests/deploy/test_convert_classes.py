@@ -100,6 +100,20 @@ def test_loading_names_the_command(checkpoint, tiny_config, caplog):
 # The command line
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["MODEL.FOCAL.CLS_LOSS.NAME", "Nope"], "MODEL.FOCAL.CLS_LOSS.NAME is 'Nope'"),
+        (["MODEL.META_ARCHITECTURE", "Nope"], "No object named 'Nope'"),
+        (["MODEL.FOCAL.IMPORTS", "['nope']"], "MODEL.FOCAL.IMPORTS names 'nope'"),
+    ],
+)
+def test_mistakes_in_the_config_by_command(words, message, checkpoint, tiny_config, tmp_path, capsys):
+    given = [checkpoint[0], str(tmp_path / "out.pth"), "--config-file", tiny_config, "--from-classes", "square,disc"]
+    assert main(["classes", *given, "--opts", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 def test_classes_by_command(checkpoint, tiny_config, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("square\ndisc\n")
     categories = [{"id": 9, "name": "disc"}, {"id": 3, "name": "star"}, {"id": 4, "name": "sun"}]
@@ -150,12 +164,14 @@ def test_a_backbone_by_command(tmp_path, capsys):
         (["detectron1", "text.pkl", "out.pth"], "text.pkl is damaged or no pickle"),
         (["torchvision", "number.pth", "out.pth"], "has int for 'epoch'; expected tensors by name"),
         (["torchvision", "number.pth", "out.pkl"], "out.pkl does not end in .pth"),
+        (["resnet", "text.safetensors", "out.pth"], "text.safetensors is damaged or no file of safetensors'"),
     ],
 )
 def test_bad_files(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.pkl").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
     torch.save({"epoch": 3}, "number.pth")
     assert main(words) == 2
     assert message in capsys.readouterr().err

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ...data import DataError
 from ...engine import load_config
 from ...engine.checkpoint import replace_file
-from ...safe_load import WeightsError
-from ...safe_yaml import ConfigError
 from .backbones import convert_resnet
 from .classes import class_names, map_classes
 from .detectors import convert_detectron1, convert_mmdetection, convert_torchvision
@@ -86,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             converted = _convert(args)
             config = write(converted, args.output, args.source, args.force)
             print(*converted.notes, f"Written: {args.output} and {config}", sep="\n")
-    except (ConfigError, ConvertError, DataError, WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     return 0
 

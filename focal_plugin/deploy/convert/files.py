@@ -62,9 +62,13 @@ def read_content(path: str) -> dict[str, Any]:
         return load_zoo(path)
     if path.endswith(".safetensors"):
         try:
-            return importlib.import_module("safetensors.torch").load_file(path)
+            safetensors, torch_part = map(importlib.import_module, ("safetensors", "safetensors.torch"))
         except ImportError as error:
             raise ConvertError(f"{path} needs the package safetensors: pip install safetensors") from error
+        try:
+            return torch_part.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{path} is damaged or no file of safetensors': {error}") from error
     return load_torch(path)
 
 
