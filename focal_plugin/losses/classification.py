@@ -1,11 +1,12 @@
 """Classification losses over a batch's dense logits, each a module that holds only its hyper-parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..registry import CLS_LOSS_REGISTRY
 from ..structures import IGNORED, DenseTargets
@@ -19,13 +20,15 @@ from .functional import (
     varifocal_loss,
 )
 
+_BLOCK_SIZE = 2**22  # logits whose temporaries are in memory at a time
+
 
 class ElementwiseLoss(nn.Module, ABC):
     """A loss that is a sum over anchors and classes of a function of one logit and its target.
 
     A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves the ignored anchors out
-    and sums. It costs a one-hot copy of the logits a level: write a loss that must be cheaper as a module of its own,
-    or with a ``forward`` of its own.
+    and sums. The targets, and whatever ``elementwise`` computes on its way, are in memory for a few million logits at a
+    time, and are computed again in backward.
 
     Targets are 0 and 1. With the class attribute ``needs_quality = True`` they are soft: a positive's target for its
     class is its quality, the IoU of the box that is predicted for it with its ground truth.
@@ -45,16 +48,21 @@ class ElementwiseLoss(nn.Module, ABC):
         """
         total = torch.zeros((), device=logits[0].device)
         for i, (level, labels) in enumerate(zip(logits, targets.labels)):
-            level = level.float() if level.dtype in (torch.float16, torch.bfloat16) else level
-            classes = torch.arange(level.shape[2], device=level.device).view(-1, 1, 1)  # (K, 1, 1)
-            wanted = (labels.unsqueeze(2) == classes).to(level.dtype)  # (N, A, K, H, W)
+            quality = torch.ones(labels.shape, device=labels.device)  # (N, A, H, W)
             if self.needs_quality:
-                image, anchor, y, x = torch.unravel_index(targets.positives[i], labels.shape)
-                wanted[image, anchor, labels[image, anchor, y, x], y, x] = self._quality(targets, i).to(level.dtype)
-            loss = self.elementwise(level, wanted)  # (N, A, K, H, W)
-            # where, not a product with the mask: an ignored anchor's loss may be infinite
-            total = total + torch.where(labels.unsqueeze(2) == IGNORED, 0.0, loss).sum()
+                quality.view(-1)[targets.positives[i]] = self._quality(targets, i).to(quality.dtype)
+            for block in _blocks(level, labels, quality):
+                total = total + checkpoint(self._sum, *block, use_reentrant=False, preserve_rng_state=False)
         return total
+
+    def _sum(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+        """The sum over logits (..., K, H, W) with labels and quality (..., H, W)."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        labels = labels.unsqueeze(-3)  # (..., 1, H, W)
+        classes = torch.arange(logits.shape[-3], device=logits.device).view(-1, 1, 1)  # (K, 1, 1)
+        wanted = torch.where(labels == classes, quality.unsqueeze(-3), 0.0).to(logits.dtype)  # (..., K, H, W)
+        # where, not a product with the mask: an ignored anchor's loss may be infinite
+        return torch.where(labels == IGNORED, 0.0, self.elementwise(logits, wanted)).sum()
 
     def _quality(self, targets: DenseTargets, level: int) -> Tensor:
         """The quality of the positives of a level, (P_l,)."""
@@ -64,6 +72,15 @@ class ElementwiseLoss(nn.Module, ABC):
                 "targets.with_quality(boxes), with the predicted boxes of the positives."
             )
         return targets.quality.split([len(positives) for positives in targets.positives])[level]
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, cut along their first dimension and that of the parts, until the first has few elements."""
+    if tensors[0].numel() <= _BLOCK_SIZE or tensors[0].dim() <= 3:
+        yield tensors
+        return
+    for parts in zip(*(tensor.unbind() for tensor in tensors)):
+        yield from _blocks(*parts)
 
 
 class _AlphaLoss(ElementwiseLoss):

@@ -1,5 +1,7 @@
 """Every element-by-element loss against its formula in float64, through DenseTargets and through the model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torchvision
@@ -7,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 import focal_plugin
 from focal_plugin import (
@@ -22,6 +25,7 @@ from focal_plugin import (
     build_cls_loss,
 )
 from focal_plugin.engine import load_config
+from focal_plugin.losses import classification
 from tests.losses.batches import BATCHES, draw_logits, draw_targets, elements, views
 
 CLASS_ALPHA = [0.1, 0.5, 0.9]
@@ -93,8 +97,10 @@ pairs = [
 ]
 
 
+@pytest.mark.parametrize("block_size", [0, 60, 2**22])
 @pytest.mark.parametrize("name, batch", pairs)
-def test_loss_and_gradient_are_the_formulas(name, batch):
+def test_loss_and_gradient_are_the_formulas(name, batch, block_size, monkeypatch):
+    monkeypatch.setattr(classification, "_BLOCK_SIZE", block_size)
     loss, formula = LOSSES[name]
     targets = draw_targets(**BATCHES[batch])
     logits = draw_logits(targets)
@@ -104,6 +110,46 @@ def test_loss_and_gradient_are_the_formulas(name, batch):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
     for mine, wanted in zip(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits)):
         torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-9)
+
+
+class Scaled(ElementwiseLoss):
+    """A user's loss, with a parameter that is learnt."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def elementwise(self, logits, targets):
+        return ((logits - targets) * self.scale) ** 2
+
+
+@pytest.mark.parametrize("block_size", [0, 2**22])
+def test_a_parameter_of_a_loss_learns(block_size, monkeypatch):
+    monkeypatch.setattr(classification, "_BLOCK_SIZE", block_size)
+    targets = draw_targets([2, 0, 3])
+    logits = draw_logits(targets, torch.float32)
+    loss = Scaled()
+    found = loss(views(logits, targets), targets)
+    (gradient,) = torch.autograd.grad(found, [loss.scale])
+    torch.testing.assert_close(gradient, 2 * found / loss.scale)  # of s²·x
+
+
+def test_the_graph_keeps_no_copies_of_the_logits():
+    """A level is larger than a block: what lives from forward to backward is the logits."""
+    labels = torch.full((1, 9, 80, 80), 80)
+    targets = SimpleNamespace(labels=[labels], positives=[torch.empty(0, dtype=torch.int64)])
+    logits = torch.zeros(1, 9, 80, 80, 80, requires_grad=True)
+    assert logits.numel() > classification._BLOCK_SIZE
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        FocalLossStar(beta=1.0)([logits], targets)
+    kept.pop(logits.untyped_storage().data_ptr())  # whose views are what backward starts from
+    assert sum(kept.values()) < 0.1 * logits.nbytes
 
 
 @all_losses
