@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         table = find_table(args.rows)
         base = find_base(args.data) if args.data else None
         runs = plan(table, base, args.opts, args.seeds, args.output)
-        launcher = make_launcher(args)
+        launcher = None if args.report_only else make_launcher(args)
         if not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
         images = {} if args.report_only else count_images(runs)
@@ -139,7 +139,7 @@ def make_launcher(args: argparse.Namespace) -> LocalLauncher | SlurmLauncher:
     """The launcher of the command line.
 
     Raises:
-        ValueError: SLURM's options are not enough.
+        ValueError: SLURM is not there, or its options are not as they should be.
     """
     if args.launcher == "local":
         return LocalLauncher(args.jobs)

@@ -77,6 +77,9 @@ class SlurmLauncher:
     Args:
         num_jobs: how many are submitted at a time; None, all.
         options: of submitit's ``SlurmExecutor``, which are sbatch's: partition, time in minutes, gpus_per_node, ...
+
+    Raises:
+        ValueError: there is no SLURM here, an option is unknown, or time is missing.
     """
 
     def __init__(self, num_jobs: int | None = None, options: dict[str, str | int] | None = None):
@@ -84,6 +87,10 @@ class SlurmLauncher:
         self.options = {"job_name": "ablation", **(options or {})}
         if "time" not in self.options:
             raise ValueError("--launcher slurm: say how long a run may take, in minutes: --slurm time=240.")
+        try:
+            self._executor(Path())
+        except RuntimeError as error:
+            raise ValueError(f"--launcher slurm: {error}") from error
 
     def environment(self, slot: int) -> dict[str, str]:
         """Nothing: SLURM says what a job may use."""
@@ -96,11 +103,14 @@ class SlurmLauncher:
             earlier = submitit.SlurmJob(folder / "submitit", note.read_text())
             if earlier.watcher.get_state(earlier.job_id, mode="force") in _ALIVE:
                 return earlier
-        executor = submitit.SlurmExecutor(folder=folder / "submitit")
-        executor.update_parameters(**self.options)
-        job = executor.submit(train)
+        job = self._executor(folder).submit(train)
         note.write_text(job.job_id)
         return job
+
+    def _executor(self, folder: Path) -> submitit.SlurmExecutor:
+        executor = submitit.SlurmExecutor(folder=folder / "submitit")
+        executor.update_parameters(**self.options)
+        return executor
 
     def interrupt(self, jobs: Mapping[Run, submitit.Job | None], say: Callable[[str], None]) -> None:
         """Let the jobs go on, and say so."""

@@ -242,6 +242,21 @@ def test_on_slurm(fake_slurm, ablation, table, capfd):
     assert set(starts(table).values()) == {1}
 
 
+def test_slurm_that_is_not_there(ablation, table, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ["--launcher", "slurm", "--slurm", "time=10"]
+    assert ablation(*words) == 1
+    assert "--launcher slurm: Could not detect" in capfd.readouterr().err
+    assert not table.exists()
+    assert ablation(*words, "--report-only") == 0  # which needs none
+
+
+def test_an_option_that_slurm_does_not_have(fake_slurm, ablation, table, capfd):
+    assert ablation(*fake_slurm, "--slurm", "colour=red") == 1
+    assert "['colour']" in capfd.readouterr().err
+    assert not table.exists()
+
+
 @pytest.mark.slow
 def test_on_slurm_jobs_outlive_the_runner(fake_slurm, start_ablation, ablation, table, monkeypatch, tmp_path):
     monkeypatch.setenv("PACE", "0.2")
