@@ -31,7 +31,7 @@ _DEPTHS = {
 BASE: dict[str, Any] = {
     "MODEL": {
         "META_ARCHITECTURE": "FocalRetinaNet",
-        "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone"},
+        "BACKBONE": {"NAME": "build_focal_resnet_fpn_backbone"},
         "RESNETS": {"OUT_FEATURES": ["res3", "res4", "res5"]},
         "FPN": {"IN_FEATURES": ["res3", "res4", "res5"]},
         "ANCHOR_GENERATOR": {

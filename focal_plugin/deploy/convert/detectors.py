@@ -55,7 +55,6 @@ def convert_torchvision(path: str, classes: str = "", norm_eps: float | None = N
         weights = _keep_classes(weights, _coco_ids(rows))
     settings = {
         "MODEL": {
-            "BACKBONE": {"NAME": "build_focal_resnet_fpn_backbone"},
             "RESNETS": resnet_settings(weights, BOTTOM_UP),
             "FOCAL": {"TOP_BLOCK": _top_block(weights)},
             "ANCHOR_GENERATOR": {
@@ -105,7 +104,6 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
     weights = match_norm_eps(weights, NORM_EPS)
     settings = {
         "MODEL": {
-            "BACKBONE": {"NAME": "build_focal_resnet_fpn_backbone"},
             "RESNETS": resnet_settings(weights, BOTTOM_UP, stride_in_1x1=style == "caffe"),
             "FOCAL": {"TOP_BLOCK": f"{_top_block(weights)}-linear"},
         }
