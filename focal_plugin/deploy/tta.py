@@ -97,10 +97,12 @@ def with_tta(cfg: CfgNode, model: nn.Module, *, batch_size: int = 1) -> nn.Modul
     ``GeneralizedRCNNWithTTA`` of a two-stage one.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or finds keypoints.
     """
     bare = getattr(model, "module", model)
     if isinstance(bare, GeneralizedRCNN):
+        if cfg.MODEL.KEYPOINT_ON:
+            raise ValueError("MODEL.KEYPOINT_ON is True, and Detectron2 has no test-time augmentation for keypoints.")
         return GeneralizedRCNNWithTTA(cfg, bare, batch_size=batch_size).eval()
     return DenseTTA(cfg, bare, batch_size=batch_size).eval()
 

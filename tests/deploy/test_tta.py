@@ -182,5 +182,9 @@ def test_two_stage_models_get_detectron2s_own(monkeypatch):
         def __init__(self):
             nn.Module.__init__(self)
 
+    cfg = get_cfg()
+    cfg.MODEL.KEYPOINT_ON = True
+    with pytest.raises(ValueError, match=r"MODEL\.KEYPOINT_ON"):
+        with_tta(cfg, TwoStage())
     wrapped = with_tta(get_cfg(), TwoStage())
     assert isinstance(wrapped, GeneralizedRCNNWithTTA) and not wrapped.training
