@@ -149,13 +149,16 @@ def predict_image(predictor: Predictor, path: str, folder: str, results: "Result
     """Predict on an image file.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: it cannot be read, or not be resized.
     """
     try:
         image = predictor.read(path)  # (H, W, C) in INPUT.FORMAT
     except FileNotFoundError as error:  # a link to nothing
         raise ImageError(f"{path} cannot be read: {error}") from error
-    (instances,) = predictor.detect([image])
+    try:
+        (instances,) = predictor.detect([image])
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
     drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), instances, predictor.metadata)
     name, suffix = os.path.splitext(os.path.basename(path))
     suffix = ".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png"

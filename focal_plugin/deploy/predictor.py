@@ -1,7 +1,7 @@
 """A trained model that takes images as they are: files and arrays, of any size, in tiles, with augmentation."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -103,11 +103,12 @@ class Predictor:
             else the model predicts.
 
         Raises:
-            ImageError: a file that is no image, is damaged, or has values of more than 8 bits.
+            ImageError: a file that is no image, is damaged, or has values of more than 8 bits; an image that is too
+                narrow to be resized.
             FileNotFoundError: there is no such file.
-            ValueError: an array of another shape or dtype.
+            ValueError: an array of another shape or dtype. TypeError: neither an array nor a path.
         """
-        single = isinstance(images, np.ndarray | str | os.PathLike)
+        single = isinstance(images, np.ndarray | str | os.PathLike) or not isinstance(images, Iterable)
         found = self.detect([self.read(image) for image in ([images] if single else images)])
         return found[0] if single else found
 
@@ -115,10 +116,15 @@ class Predictor:
         """An image, a path or an (H, W, 3) uint8 array in BGR, as the network wants it: (H, W, C) in ``INPUT.FORMAT``.
 
         Raises:
-            ImageError, FileNotFoundError, ValueError: see ``__call__``.
+            ImageError, FileNotFoundError, ValueError, TypeError: see ``__call__``.
         """
-        if not isinstance(image, np.ndarray):
+        if isinstance(image, str | os.PathLike):
             return read_file(os.fspath(image), self.cfg.INPUT.FORMAT)
+        if not isinstance(image, np.ndarray):
+            raise TypeError(
+                f"An image is of type {type(image).__name__}; expected a path or an (H, W, 3) uint8 array in BGR, as "
+                "cv2.imread makes of a file that it can read."
+            )
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(
                 f"An image is an array of {image.dtype} and shape {image.shape}; expected uint8 and (H, W, 3) in BGR. "
@@ -157,7 +163,13 @@ class Predictor:
         """What the model gets of the part of an image."""
         x0, y0, x1, y1 = window
         view = T.AugInput(image[y0:y1, x0:x1])
-        self._resize(view)
+        try:
+            self._resize(view)
+        except ValueError as error:  # Pillow's, of a side that is rounded to 0
+            raise ImageError(
+                f"{x1 - x0} × {y1 - y0} pixels are too long and narrow to be resized by INPUT.MIN_SIZE_TEST "
+                f"{self.cfg.INPUT.MIN_SIZE_TEST} and INPUT.MAX_SIZE_TEST {self.cfg.INPUT.MAX_SIZE_TEST}: {error}"
+            ) from error
         tensor = torch.from_numpy(np.array(view.image.transpose(2, 0, 1), order="C"))  # (C, H, W)
         return {"image": tensor, "height": y1 - y0, "width": x1 - x0}
 

@@ -164,6 +164,15 @@ def test_other_arrays_are_refused(predictor):
     ]:
         with pytest.raises(ValueError, match=re.escape(f"{np.dtype(dtype)} and shape {shape}")):
             predictor(np.zeros(shape, dtype))
+    whole = np.zeros((8, 8, 3), np.uint8)
+    for image in (None, Image.fromarray(whole), [None], [torch.zeros(8, 8, 3)]):  # cv2.imread has None for no image
+        with pytest.raises(TypeError, match=r"(NoneType|Image|Tensor); expected a path or .* uint8"):
+            predictor(image)
+
+
+def test_an_image_too_narrow_to_be_resized_is_refused(predictor):
+    with pytest.raises(ImageError, match=r"4000 × 1 pixels.*INPUT\.MAX_SIZE_TEST 1333"):
+        predictor(np.zeros((1, 4000, 3), np.uint8))
 
 
 # Tiles
