@@ -14,6 +14,7 @@ normalisation of the image and NMS, without reading and resizing it. KEY VALUE a
 
 import argparse
 import csv
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -131,7 +132,9 @@ def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dic
     try:
         ap = None if ap is None else float(ap)
     except ValueError:
-        raise UserError(f"--ap {name}={ap}: expected a number, the AP in percent.") from None
+        ap = math.nan
+    if ap is not None and not math.isfinite(ap):
+        raise UserError(f"--ap {name}={aps[name]}: expected a number, the AP in percent.")
     source = weights.get(name) or (last_checkpoint(folder) if is_folder else None)
     if source:
         cfg.MODEL.WEIGHTS, cfg.MODEL.FOCAL.TIMM.WEIGHTS = source, ""  # the encoder's own would be replaced
@@ -155,12 +158,17 @@ def last_checkpoint(folder: Path) -> str:
 
 
 def last_ap(folder: Path) -> float | None:
-    """The last box AP in a run's metrics.json; None if there is none, or it is of several test sets."""
+    """The last box AP in a run's metrics.json; None if there is none, or it is of several test sets.
+
+    Detectron2 says NaN where a model finds nothing at all, which is an AP of 0.
+    """
     path = folder / "metrics.json"
     if not path.is_file():
         return None
     series = [values for name, (_, values) in read_metrics(str(path)).items() if f"/{name}".endswith("/bbox/AP")]
-    return series[0][-1] if len(series) == 1 else None
+    if len(series) != 1:
+        return None
+    return 0.0 if math.isnan(series[0][-1]) else series[0][-1]
 
 
 def check_names(entries: Sequence[Entry], *given: dict[str, str]) -> None:

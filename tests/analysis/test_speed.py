@@ -109,6 +109,8 @@ def test_the_ap_of_a_run(tmp_path):
     assert last_ap(tmp_path) is None
     metrics.write_text('{"iteration": 1, "mine/bbox/AP": 7.5}\n')
     assert last_ap(tmp_path) == 7.5
+    metrics.write_text('{"iteration": 1, "bbox/AP": NaN}\n')  # it finds nothing at all
+    assert last_ap(tmp_path) == 0.0
     metrics.write_text('{"iteration": 1, "mine/bbox/AP": 7.5, "other/bbox/AP": 8.5}\n')
     assert last_ap(tmp_path) is None
 
@@ -121,6 +123,7 @@ def test_the_ap_of_a_run(tmp_path):
         (["--runs", "TINY", "TINY"], "tiny"),
         (["--runs", "TINY", "--ap", "tiny"], "NAME=VALUE"),
         (["--runs", "TINY", "--ap", "tiny=high"], "high"),
+        (["--runs", "TINY", "--ap", "tiny=nan"], "nan"),
         (["--runs", "TINY", "--ap", "other=3"], "other"),
         (["--runs", "TINY", "--weights", "tiny=nowhere.pth"], "nowhere.pth"),
         (["--runs", "TINY", "--warmup", "-1"], "--warmup"),
