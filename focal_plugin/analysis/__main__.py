@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..data import DataError
+from ..safe_yaml import ConfigError
 from . import anchors, doctor, init, loss_cdf, speed
 from .common import UserError
 
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         return _WHAT[args.what].main(args)
-    except UserError as error:
+    except (UserError, ConfigError, DataError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

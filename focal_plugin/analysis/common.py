@@ -62,7 +62,8 @@ def read_records(cfg: CfgNode, key: str, *, filter_empty: bool = False) -> list[
     """The records of the data sets of ``DATASETS.<key>``, "TRAIN" or "TEST".
 
     Raises:
-        UserError: the key is empty, or names a data set that is not registered or whose files are not there.
+        UserError: the key is empty, or names a data set that is not registered, has no image to read, or whose files
+            are not there.
     """
     names = cfg.DATASETS[key]
     if not names:
@@ -72,7 +73,7 @@ def read_records(cfg: CfgNode, key: str, *, filter_empty: bool = False) -> list[
             raise UserError(f"DATASETS.{key} names {name!r}, which is not registered; add an entry to DATASETS.LOCAL.")
     try:
         return get_detection_dataset_dicts(names, filter_empty=filter_empty, check_consistency=False)
-    except (OSError, ValueError) as error:  # a DataError is a ValueError
+    except (OSError, ValueError, AssertionError) as error:  # a DataError is a ValueError; Detectron2 asserts images
         raise UserError(f"DATASETS.{key} names {', '.join(names)}, which cannot be read: {error}") from error
 
 

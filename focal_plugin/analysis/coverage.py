@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data.records import check_image
 from ..registry import build_matcher
 from ..structures import POSITIVE, Anchors
+from .common import UserError
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class FeatureGrid:
 
     Attributes:
         shapes: a ``ShapeSpec`` a level of ``MODEL.RETINANET.IN_FEATURES``.
+
+    Raises:
+        UserError: the backbone lacks one of these levels.
     """
 
     def __init__(self, cfg: CfgNode, backbone: Backbone | None = None):
@@ -120,6 +124,11 @@ class FeatureGrid:
             cfg.MODEL.WEIGHTS, cfg.MODEL.FOCAL.TIMM.WEIGHTS = given, ""  # none is loaded: only its shape is asked for
             backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
+        if missing := [name for name in cfg.MODEL.RETINANET.IN_FEATURES if name not in shapes]:
+            raise UserError(
+                f"MODEL.RETINANET.IN_FEATURES names {', '.join(missing)}; the backbone has {', '.join(shapes)}. "
+                "Give the config of a RetinaNet."
+            )
         self.shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
         self.divisor = max(backbone.size_divisibility, 1)
 

@@ -109,10 +109,14 @@ def first_step(cfg: CfgNode) -> FirstStep:
     """The losses of a batch of the training set at the first step of ``cfg``.
 
     Raises:
-        UserError: the training set or the weights cannot be read; the model is no FocalRetinaNet.
+        UserError: the training set or the weights cannot be read, or the set has other classes than the config; the
+            model is no FocalRetinaNet.
     """
-    read_records(cfg, "TRAIN")
-    check_num_classes(cfg)
+    read_records(cfg, "TRAIN", filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    try:
+        check_num_classes(cfg)
+    except (KeyError, ValueError) as error:
+        raise UserError(error.args[0]) from error
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     model = build_focal_model(cfg, "init")
     if cfg.MODEL.WEIGHTS:

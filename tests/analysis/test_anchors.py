@@ -178,3 +178,9 @@ def test_nothing_to_gain(tiny_config, capsys, tmp_path):
 def test_mistakes(tiny_config, capsys):
     assert main(["anchors", "--config-file", tiny_config, "DATASETS.TRAIN", "()"]) == 2
     assert "DATASETS.TRAIN is empty" in capsys.readouterr().err
+
+
+def test_features_that_the_backbone_does_not_have(tiny_config, capsys):
+    """As with the config of another architecture."""
+    assert main(["anchors", "--config-file", tiny_config, "MODEL.RETINANET.IN_FEATURES", "['p2', 'p3']"]) == 2
+    assert "MODEL.RETINANET.IN_FEATURES names p2; the backbone has p3, p4, p5" in capsys.readouterr().err
