@@ -455,7 +455,7 @@ def test_the_command_compares_on_the_test_set_and_says_what_is_around_the_model(
     "words, message",
     [
         (["--image", "nowhere.png"], "nowhere.png"),
-        (["--image", "broken.png"], "broken.png cannot be read"),
+        (["--image", "broken.png"], "does not open: broken.png"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["DATASETS.TEST", "()"], "give --image"),
         (["DATASETS.TEST", "('unheard_of',)"], "unheard_of of DATASETS.TEST cannot be read"),
