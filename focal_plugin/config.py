@@ -38,7 +38,8 @@ def _defaults() -> CN:
     # SyncBN), "shared" (all), "per_level" (nothing: each has its own norm).
     cfg.MODEL.FOCAL.HEAD.NORM_SHARING = "auto"
 
-    # The classification loss. A name in CLS_LOSS_REGISTRY; α and γ are MODEL.RETINANET.FOCAL_LOSS_{ALPHA, GAMMA}.
+    # The classification loss, and its weight. A name in CLS_LOSS_REGISTRY; α and γ are those of MODEL.RETINANET,
+    # FOCAL_LOSS_{ALPHA, GAMMA}. (QualityFocalLoss: β is this γ; VarifocalLoss: the α of negatives is 1 − this.)
     cfg.MODEL.FOCAL.CLS_LOSS = CN()
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "SigmoidFocalLoss"
     cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT = 1.0
@@ -64,7 +65,7 @@ def _defaults() -> CN:
     # CLASS_ALPHA_POWER). Empty, load_config counts them in DATASETS.TRAIN if one of these is chosen.
     cfg.MODEL.FOCAL.CLASS_FREQUENCIES = []
 
-    # The box loss. A name in BOX_LOSS_REGISTRY; empty, MODEL.RETINANET.BBOX_REG_LOSS_TYPE chooses it.
+    # The box loss, and its weight. A name in BOX_LOSS_REGISTRY; empty, MODEL.RETINANET.BBOX_REG_LOSS_TYPE chooses it.
     cfg.MODEL.FOCAL.BOX_LOSS = CN()
     cfg.MODEL.FOCAL.BOX_LOSS.NAME = ""
     cfg.MODEL.FOCAL.BOX_LOSS.WEIGHT = 1.0
