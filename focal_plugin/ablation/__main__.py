@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         table = find_table(args.rows)
         base = find_base(args.data) if args.data else None
         runs = plan(table, base, args.opts, args.seeds, args.output)
-        launcher = None if args.report_only else make_launcher(args)
+        launcher = None if args.report_only else make_launcher(args, len(runs))
         if not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
         images = {} if args.report_only else count_images(runs)
@@ -135,14 +135,14 @@ def note_start(path: Path, images: dict[str, int]) -> None:
     new.replace(path)
 
 
-def make_launcher(args: argparse.Namespace) -> LocalLauncher | SlurmLauncher:
-    """The launcher of the command line.
+def make_launcher(args: argparse.Namespace, num_runs: int) -> LocalLauncher | SlurmLauncher:
+    """The launcher of the command line, for at most ``num_runs`` jobs.
 
     Raises:
         ValueError: SLURM is not there, or its options are not as they should be.
     """
     if args.launcher == "local":
-        return LocalLauncher(args.jobs)
+        return LocalLauncher(args.jobs and min(args.jobs, num_runs))
     pairs = (option.partition("=")[::2] for option in args.slurm)
     return SlurmLauncher(args.jobs, {key: int(value) if value.isdigit() else value for key, value in pairs})
 

@@ -1,5 +1,6 @@
 """Running what is left of a table: jobs through submitit, on this machine or on SLURM, and one bar over all of them."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -65,7 +66,8 @@ class LocalLauncher:
         while left := [run for run, job in jobs.items() if not has_ended(run, job)]:
             for run in left:
                 if run not in told and (pid := run.pid()):
-                    os.kill(pid, signal.SIGTERM)
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
+                        os.kill(pid, signal.SIGTERM)
                     told.add(run)
             time.sleep(0.1)
         say("They have stopped. The same command goes on from their last checkpoints.")

@@ -71,7 +71,8 @@ def to_markdown(summary: dict) -> str:
     lines += ["", f"AP in percent, mean ± standard deviation over seeds; Δ: to {summary['baseline']}.", ""]
     lines += ["![AP of each row, and training losses](report.png)", "", "## What was run", ""]
     lines += [f"- {name}: {text}" for name, text in summary["run"]["facts"].items()]
-    lines += ["", "```", *summary["run"]["commands"], "```", ""]
+    commands = summary["run"]["commands"]
+    lines += ["", *(["```", *commands, "```", ""] if commands else [])]
     lines += [_markdown_row(["row", "its own keys"]), _markdown_row(["---"] * 2)]
     for row in summary["rows"]:
         lines.append(_markdown_row([row["row"], ", ".join(f"`{key}` {value}" for key, value in row["keys"].items())]))

@@ -1,11 +1,13 @@
 """The program from its command line: what is run, what is left alone, and what becomes of it when it is killed."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import cloudpickle
 import pytest
 from detectron2.data import DatasetCatalog
 
-from focal_plugin.ablation.__main__ import parse
+from focal_plugin.ablation.__main__ import make_launcher, parse
 from focal_plugin.ablation.job import TrainJob
-from focal_plugin.ablation.runs import versions
+from focal_plugin.ablation.launch import LocalLauncher
+from focal_plugin.ablation.rows import find_base, find_table
+from focal_plugin.ablation.runs import plan, versions
 
 TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
 
@@ -183,6 +187,30 @@ def test_interrupted_it_lets_its_jobs_save_and_says_so(start_ablation, ablation,
     monkeypatch.setenv("PACE", "0")
     assert ablation("SOLVER.MAX_ITER", 100) == 0
     assert sorted(starts(table).values()) == [1, 2, 2]
+
+
+def test_a_job_that_ends_while_it_is_told_to(rows, tiny_config, table):
+    """Its lock is still held and its process gone already: the other jobs are told all the same."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    run, *_ = plan(find_table([str(rows.folder)]), find_base(tiny_config), [], 1, table)
+    run.prepare()
+    (run.folder / "job.pid").write_text(str(process.pid))
+    said = []
+    with open(run.folder / "job.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        LocalLauncher(1).interrupt({run: None}, said.append)
+    assert "They have stopped" in said[-1]
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [("2", "6"), ("3", "4"), ("8", "4")])
+def test_jobs_share_the_cores(jobs, threads, monkeypatch):
+    """All of them, also where there are fewer runs than jobs asked for."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    launcher = make_launcher(parse(["rows", "--jobs", jobs]), num_runs=3)
+    assert launcher.environment(0)["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.slow
