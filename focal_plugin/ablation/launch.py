@@ -1,7 +1,6 @@
 """Running what is left of a table: jobs through submitit, on this machine or on SLURM, and one bar over all of them."""
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -17,8 +16,6 @@ from tqdm import tqdm
 from . import job as job_module
 from .job import PID, TrainJob
 from .runs import Outcome, Run
-
-logger = logging.getLogger(__name__)
 
 cloudpickle.register_pickle_by_value(job_module)  # so that a job does not import this package, and PyTorch with it
 
@@ -159,7 +156,7 @@ def train_command(run: Run, train_net: Path) -> list[str]:
     return [sys.executable, str(train_net), "--config-file", str(run.config_file), "--resume"]
 
 
-def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict[Run, Outcome]:
+def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> None:
     """Run what is not over, at most ``launcher.num_jobs`` at a time, and wait for all of it.
 
     A run that fails, or diverges, does not keep the others from running. One that another start of this program has
@@ -171,9 +168,6 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict
         train_net: the path of train_net.py.
         facts: what the jobs note of themselves.
 
-    Returns:
-        How each of the runs ended.
-
     Raises:
         KeyboardInterrupt: after having said what becomes of the jobs.
     """
@@ -181,7 +175,7 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict
         run.prepare()
     waiting = [run for run in runs if not run.outcome().over]
     if not waiting:
-        return {run: run.outcome() for run in runs}
+        return
     progress = Progress(waiting)
     # Those that an earlier start has left running come first, without a job of ours.
     slots: dict[Run, int] = {}
@@ -224,7 +218,6 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> dict
         raise
     finally:
         progress.bar.close()
-    return {run: run.outcome() for run in runs}
 
 
 def has_ended(run: Run, job: submitit.Job | None) -> bool:
