@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from . import job as job_module
-from .job import PID, TrainJob
+from .job import LOG, PID, TrainJob
 from .runs import Outcome, Run
 
 cloudpickle.register_pickle_by_value(job_module)  # so that a job does not import this package, and PyTorch with it
 
+JOBS = "submitit"  # the folder of a run's jobs, with what they said before training
 POLL_SECONDS = 1.0
 _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")  # of SLURM's states
 _A_YEAR = 60 * 24 * 365  # in minutes
@@ -47,7 +48,7 @@ class LocalLauncher:
 
     def submit(self, folder: Path, train: TrainJob) -> submitit.Job:
         """Start a job."""
-        executor = submitit.LocalExecutor(folder=folder / "submitit")
+        executor = submitit.LocalExecutor(folder=folder / JOBS)
         executor.update_parameters(timeout_min=_A_YEAR)
         # Ctrl+C in a terminal reaches all processes there, and is for this one alone: see interrupt.
         former = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -99,7 +100,7 @@ class SlurmLauncher:
         """Submit a job, and note its number in the folder; or find the one again that an earlier start submitted."""
         note = folder / "slurm_job"
         if note.exists():
-            earlier = submitit.SlurmJob(folder / "submitit", note.read_text())
+            earlier = submitit.SlurmJob(folder / JOBS, note.read_text())
             if earlier.watcher.get_state(earlier.job_id, mode="force") in _ALIVE:
                 return earlier
         job = self._executor(folder).submit(train)
@@ -107,7 +108,7 @@ class SlurmLauncher:
         return job
 
     def _executor(self, folder: Path) -> submitit.SlurmExecutor:
-        executor = submitit.SlurmExecutor(folder=folder / "submitit")
+        executor = submitit.SlurmExecutor(folder=folder / JOBS)
         executor.update_parameters(**self.options)
         return executor
 
@@ -206,7 +207,7 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> None
                 if ended:
                     outcome = run.outcome()  # what it wrote at its end
                     del jobs[run], slots[run]
-                    progress.say(f"{run.name}: {describe(outcome)}")
+                    progress.say(f"{run.name}: {describe(run, outcome)}")
                 progress.update(run, outcome, ended)
             while waiting and len(jobs) < launcher.num_jobs:
                 start(waiting[0], own=True)
@@ -225,12 +226,12 @@ def has_ended(run: Run, job: submitit.Job | None) -> bool:
     return (job is None or job.done()) and not run.is_running()
 
 
-def describe(outcome: Outcome) -> str:
-    """An outcome in a line, or in some more if it failed."""
+def describe(run: Run, outcome: Outcome) -> str:
+    """The outcome of a job that has ended, in a line, or in some more if it failed."""
     if outcome.status == "finished":
         return f"AP {outcome.results['AP']:.1f}"
     if outcome.status == "diverged":
         return f"diverged at step {outcome.step}. {outcome.reason}"
     if outcome.status == "failed":
         return f"failed after {outcome.step} steps, {outcome.reason}"
-    return f"{outcome.status}, {outcome.step} steps done"
+    return f"{outcome.status}, {outcome.step} steps done; see {run.folder / LOG} and {run.folder / JOBS}"

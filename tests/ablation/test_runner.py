@@ -130,6 +130,16 @@ def test_what_failed_goes_on(ablation, rows, table, train_net):
     assert [attempt["exit_code"] for attempt in attempts] == [1, 0]
 
 
+def test_a_job_that_cannot_start_says_where_to_look(ablation, table, capfd):
+    (table / "gamma_1/seed1/job.log").mkdir(parents=True)
+    assert ablation() == 1
+    folder = table / "gamma_1/seed1"
+    where = f"see {folder}/job.log and {folder}/submitit"
+    assert f"gamma_1 seed 1: unfinished, 0 steps done; {where}" in capfd.readouterr().err
+    assert any("IsADirectoryError" in path.read_text() for path in table.glob("gamma_1/seed1/submitit/*.err"))
+    assert report(table) == {"gamma_0": 1.0, "gamma_1": None, "gamma_2": 21.0}
+
+
 def kill_all(runner, table):
     """As a power cut does."""
     os.killpg(runner.pid, signal.SIGKILL)
