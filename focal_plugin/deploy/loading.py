@@ -30,13 +30,6 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
     Raises:
         ValueError: it is a ``.py`` file, or ``opts`` has a key that the config does not have.
     """
-    try:
-        return _read_config(config, opts)
-    except AssertionError as error:  # what a config raises for a key that it does not have
-        raise ValueError(f"{' '.join(map(str, opts))}: {error}") from error
-
-
-def _read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str]) -> CfgNode:
     if not isinstance(config, CfgNode):
         path = os.fspath(config)
         if path.endswith(".py"):
@@ -45,7 +38,10 @@ def _read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str]) -> Cf
     cfg = config.clone()
     cfg.defrost()
     add_focal_config(cfg)
-    cfg.merge_from_list(list(opts))
+    try:
+        cfg.merge_from_list(list(opts))
+    except AssertionError as error:  # what a config raises for a key that it does not have
+        raise ValueError(f"{' '.join(map(str, opts))}: {error}") from error
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     return cfg
 
