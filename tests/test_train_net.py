@@ -151,6 +151,11 @@ def test_weights_that_are_not_there(train_net):
             train_net(*words, "MODEL.WEIGHTS", "nowhere.pth")
 
 
+def test_words_of_yaml_for_a_lazy_config(train_net, lazy_config):
+    with pytest.raises(ValueError, match=r"SOLVER\.BASE_LR 0\.1: .* path\.key=value, as in optimizer\.lr"):
+        train_net("train.seed=1", "SOLVER.BASE_LR", 0.1, config=str(lazy_config))
+
+
 def test_a_stock_model_trains_too(train_net):
     assert train_net("MODEL.META_ARCHITECTURE", "RetinaNet", "SOLVER.ACCUMULATE", 2)["bbox"]
 

@@ -8,6 +8,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
+from ..safe_yaml import ConfigError
 from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer, explained_full_disk
 from .console import EarlyWriter
@@ -36,8 +37,16 @@ def main(args) -> dict | None:
 
     Returns:
         The results of the last evaluation; None on other processes than the main one.
+
+    Raises:
+        ConfigError: a word of ``args.opts`` gives no value.
     """
     args.config_file = find_config(args.config_file)
+    if words := [str(word) for word in args.opts if "=" not in str(word) and not str(word).startswith("~")]:
+        raise ConfigError(
+            f"{' '.join(words)}: a LazyConfig's keys are changed by path.key=value, as in optimizer.lr=0.01, without "
+            "spaces."
+        )
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     cfg.train.device = usable_device(cfg.train.device)
     again = args.resume or args.eval_only
