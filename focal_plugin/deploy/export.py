@@ -35,6 +35,7 @@ from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
 from .export_formats import FORMATS, Run, quiet
 from .export_graph import ExportedDetector, ExportedHeads
+from .inputs import split_words
 from .loading import class_metadata, load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
@@ -227,11 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if os.path.lexists(args.output):  # before minutes of work
             raise FileExistsError(f"{args.output} exists and is left as it is: remove it, or choose another --output.")
-        cfg = read_config(args.config_file, args.opts)
+        files, opts = split_words(args.image) if args.image else ([], [])  # keys may follow it
+        cfg = read_config(args.config_file, opts + args.opts)
         cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
         model = load_model(cfg)
         _check_supported(model)
-        images = read_images(cfg, args.image)
+        images = read_images(cfg, files)
         print(f"Exporting to {args.format} ...")
         about = describe(cfg, model, args.raw)
         export_model(model, args.output, args.format, images, raw=args.raw, opset=args.opset, metadata=about)

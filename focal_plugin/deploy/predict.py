@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -27,8 +26,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import add_focal_config
-from .inputs import InputError, Source, find_sources
+from .inputs import Source, find_sources, split_words
 from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
 from .predictor import ImageError, Predictor
 
@@ -94,32 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problems:
             print(f"{len(problems)} of {len(sources)} inputs not read:", *problems, sep="\n  ", file=sys.stderr)
     return 1 if problems else 0
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What to predict on, and the ``KEY VALUE`` pairs that follow, from the first word that is a key of the config.
-
-    Raises:
-        InputError: there is nothing to predict on, or a key has no value.
-    """
-    cfg = get_cfg()
-    add_focal_config(cfg)
-    first = next((i for i, word in enumerate(words) if _is_key(cfg, word)), len(words))
-    inputs, opts = list(words[:first]), list(words[first:])
-    if not inputs:
-        raise InputError(f"Nothing to predict on before {opts[0]}: expected an image, a folder, a video or a camera.")
-    if len(opts) % 2:
-        raise InputError(f"{' '.join(opts)}: expected keys of the config, each with a value.")
-    return inputs, opts
-
-
-def _is_key(cfg: CfgNode, word: str) -> bool:
-    node = cfg
-    for name in word.split("."):
-        if not isinstance(node, CfgNode) or name not in node:
-            return cfg.key_is_renamed(word) or cfg.key_is_deprecated(word)
-        node = node[name]
-    return not isinstance(node, CfgNode)  # a section's name, such as TEST, is a folder's
 
 
 def predict(

@@ -460,6 +460,7 @@ def test_the_command_compares_on_the_test_set_and_says_what_is_around_the_model(
         (["DATASETS.TEST", "()"], "give --image"),
         (["DATASETS.TEST", "('unheard_of',)"], "unheard_of of DATASETS.TEST cannot be read"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "A RetinaNet cannot be exported"),
+        (["--image", "broken.png", "MODEL.META_ARCHITECTURE", "RetinaNet"], "A RetinaNet cannot be exported"),
     ],
 )
 def test_mistakes_are_said(trained, words, message, tmp_path, monkeypatch, capsys):

@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from focal_plugin.deploy import DenseTTA, Predictor, media, predict
-from focal_plugin.deploy.inputs import InputError, find_sources
-from focal_plugin.deploy.predict import main, split_words
+from focal_plugin.deploy.inputs import InputError, find_sources, split_words
+from focal_plugin.deploy.predict import main
 from focal_plugin.engine import load_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Prediction\n")[1].split("\n## ")[0]
