@@ -91,7 +91,8 @@ def _what_was_run(table: Table, runs: Sequence[Run], base: Path | None, opts: Se
     attempts = [attempt for run in runs for attempt in run.attempts()]
     named = lambda names: ", ".join(f"{name} ({images.get(name, '?')} images)" for name in names)  # noqa: E731
     solver = cfg.SOLVER
-    steps = f", at steps {', '.join(map(str, solver.STEPS))}" if "MultiStep" in solver.LR_SCHEDULER_NAME else ""
+    has_steps = "MultiStep" in solver.LR_SCHEDULER_NAME and solver.STEPS
+    steps = f", at steps {', '.join(map(str, solver.STEPS))}" if has_steps else ""
     num_images = sum(images.get(name, 0) for name in cfg.DATASETS.TRAIN)
     epochs = f" ({solver.MAX_ITER * solver.IMS_PER_BATCH / num_images:.3g} epochs)" if num_images else ""
     threads = {attempt.get("env", {}).get("OMP_NUM_THREADS") for attempt in attempts} - {None}

@@ -104,6 +104,7 @@ def test_one_seed_has_no_spread(rows, tiny_config, tmp_path):
     assert "| gamma_0 (baseline) | 40.0 |  | 80.0 | 20.0 |" in text
     assert "paper" not in text.partition("## What was not run")[0]
     assert "```" not in text  # no command has been noted
+    assert "WarmupMultiStepLR (of the baseline" in text  # which has no SOLVER.STEPS
 
 
 def test_markdown(reported):
