@@ -40,12 +40,11 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 def near_keys(key: str, keys: Sequence[str], most: int = 4) -> list[str]:
-    """Those of ``keys`` that may be meant by ``key``: first those that end alike, then any like it."""
+    """Those of ``keys`` that ``key`` may mean: those that end like it, or else are spelt like it, the nearest first."""
     key = key.upper()
     last = key.rpartition(".")[2]
     alike = [other for other in keys if last in other.rpartition(".")[2]]
-    near = get_close_matches(key, alike, most, 0.3) + get_close_matches(key, keys, most, 0.75)
-    return list(dict.fromkeys(near))[:most]
+    return get_close_matches(key, alike, most, 0.3) or get_close_matches(key, keys, most, 0.75)
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
