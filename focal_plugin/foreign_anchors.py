@@ -29,7 +29,7 @@ class TorchvisionAnchorGenerator(nn.Module):
         offset: of the first location from the corner, 0: torchvision knows no other.
 
     Raises:
-        ValueError: another offset.
+        ValueError: another offset, or lists for another number of features.
     """
 
     box_dim: int = 4
@@ -116,7 +116,12 @@ def _detectron1_cell(sizes: Sequence[float], aspect_ratios: Sequence[float], str
 
 def _per_level(values: Sequence, levels: int) -> list[Sequence[float]]:
     """A list of numbers for each level, from one for all or one each."""
-    values = list(values) if isinstance(values[0], Sequence) else [values]
+    values = list(values) if values and isinstance(values[0], Sequence) else [values]
+    if len(values) not in (1, levels) or not all(values):
+        raise ValueError(
+            f"MODEL.ANCHOR_GENERATOR has {values} for its {levels} features; expected a list of numbers for each, or "
+            "one for all, in SIZES and in ASPECT_RATIOS."
+        )
     return values * levels if len(values) == 1 else values
 
 

@@ -65,3 +65,11 @@ def test_detectron1():
 def test_no_other_offset(kind, offset):
     with pytest.raises(ValueError, match=r"MODEL\.ANCHOR_GENERATOR\.OFFSET"):
         kind(sizes=[[32]], aspect_ratios=[[1.0]], strides=[8], offset=offset)
+
+
+@pytest.mark.parametrize(
+    "sizes, aspect_ratios", [([[8], [16], [32]], [1.0]), ([8], [[1.0], [1.0], [1.0]]), ([], [1.0]), ([8], [[]])]
+)
+def test_lists_for_other_features_are_refused(sizes, aspect_ratios):
+    with pytest.raises(ValueError, match=r"MODEL\.ANCHOR_GENERATOR has .* its 2 features; expected"):
+        TorchvisionAnchorGenerator(sizes=sizes, aspect_ratios=aspect_ratios, strides=[8, 16])
