@@ -3,7 +3,7 @@
 
 As Detectron2's tools/train_net.py and lazyconfig_train_net.py, for YAML and .py configs, on GPUs or on the CPU:
 
-    train_net.py --config-file configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml --num-gpus 8
+    train_net.py --config-file configs/COCO-Detection/focal_retinanet_R_50_FPN_1x.yaml --num-gpus 8
     train_net.py --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml MODEL.META_ARCHITECTURE FocalRetinaNet
     train_net.py --config-file my.yaml --doctor
     train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth

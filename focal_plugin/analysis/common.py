@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..data import check_files
 from ..engine import AtomicCheckpointer, Trainer, load_config
 from ..retinanet import FocalRetinaNet
 from ..safe_load import WeightsError
@@ -71,6 +72,10 @@ def read_records(cfg: CfgNode, key: str, *, filter_empty: bool = False) -> list[
     for name in names:
         if name not in DatasetCatalog:
             raise UserError(f"DATASETS.{key} names {name!r}, which is not registered; add an entry to DATASETS.LOCAL.")
+    try:
+        check_files(cfg, [key])
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
     try:
         return get_detection_dataset_dicts(names, filter_empty=filter_empty, check_consistency=False)
     except (OSError, ValueError, AssertionError) as error:  # a DataError is a ValueError; Detectron2 asserts images

@@ -1,14 +1,15 @@
 """Whether the files of the data sets that a config names are there."""
 
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 
-def check_files(cfg: CfgNode) -> None:
-    """Check, before anything is trained, that what ``DATASETS.{TRAIN, TEST}`` name is on this machine.
+def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """Check, before anything is trained, that what these ``keys`` of ``DATASETS`` name is on this machine.
 
     That is the JSON file, or of Pascal VOC's sets the folder, in the metadata of a registered set. Sets of
     ``DATASETS.LOCAL`` are checked as they are read.
@@ -16,7 +17,7 @@ def check_files(cfg: CfgNode) -> None:
     Raises:
         FileNotFoundError: one is not there.
     """
-    for key in ("TRAIN", "TEST"):
+    for key in keys:
         for name in cfg.DATASETS[key]:
             metadata = MetadataCatalog.get(name)
             path = metadata.get("json_file") or metadata.get("dirname")

@@ -122,6 +122,11 @@ def test_clipping(find):
     assert find("gradient clipping", *unclipped, *timm, "MODEL.FOCAL.TIMM.WEIGHTS", "")[0][0] == WARNING
 
 
+def test_a_data_set_of_detectron2_that_is_not_there(find):
+    (finding,) = find("test data", "DATASETS.TEST", ("coco_2017_val",))
+    assert finding[0] == ERROR and "DETECTRON2_DATASETS" in finding[1] and "DATASETS.LOCAL" in finding[1]
+
+
 def test_unread_keys(find):
     found = find("unread keys", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.3, "MODEL.ROI_HEADS.NUM_CLASSES", 2)
     ((level, text),) = found  # the classes are 2 where it counts
