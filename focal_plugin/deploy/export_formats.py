@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .export_graph import class_wise_nms, offset_nms
+from .export_graph import ExportedHeads, class_wise_nms, offset_nms
 
 # Of what is traced. No side is a multiple of anything, and P7 has more than one cell: PyTorch takes a 1 for a constant.
-_EXAMPLE_SIZE = (3, 298, 426)
+_EXAMPLE_SIZE = (298, 426)
 _HEIGHT_AND_WIDTH = ({1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)
 
 Run = Callable[[Tensor], list[np.ndarray]]
 
 
 def write_onnx(
-    module: nn.Module, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
+    module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
     """An ONNX file with the weights inside, whose metadata are texts: themselves, or JSON."""
     _import("onnxscript")
@@ -50,7 +50,7 @@ def run_onnx(path: str) -> Run:
 
 
 def write_torchscript(
-    module: nn.Module, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
+    module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
     """A TorchScript file, whose metadata are the texts of its extra files."""
     traced = torch.jit.trace(module, _example(module), check_trace=False)
@@ -64,7 +64,7 @@ def run_torchscript(path: str) -> Run:
 
 
 def write_torch_export(
-    module: nn.Module, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
+    module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
     """A file of ``torch.export``, whose metadata are the texts of its extra files."""
     program = torch.export.export(module, (_example(module),), dynamic_shapes=_HEIGHT_AND_WIDTH, strict=False)
@@ -119,9 +119,9 @@ def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold:
     return op.Gather(kept, order)
 
 
-def _example(module: nn.Module) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.rand(_EXAMPLE_SIZE, generator=generator) * 255).to(next(module.parameters()).device)
+def _example(module: ExportedHeads) -> Tensor:
+    generator, mean = torch.Generator().manual_seed(0), module.model.pixel_mean  # (C, 1, 1)
+    return (torch.rand((len(mean), *_EXAMPLE_SIZE), generator=generator) * 255).to(mean.device)
 
 
 def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:

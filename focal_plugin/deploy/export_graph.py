@@ -19,9 +19,9 @@ ClassWiseNMS = Callable[[Tensor, Tensor, Tensor, int, float, int], Tensor]
 class ExportedHeads(nn.Module):
     """What the network predicts before any of it becomes a box.
 
-    ``forward`` takes a (3, H, W) image in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, normalises
-    it and pads it at the right and the bottom to what the backbone needs. It returns the logits (1, A·K, H', W') of
-    each level, finest first, and then the deltas (1, A·4, H', W') of each.
+    ``forward`` takes a (3, H, W) image in the channel order of ``INPUT.FORMAT`` (1, H, W for L) with values from 0 to
+    255, normalises it and pads it at the right and the bottom to what the backbone needs. It returns the logits
+    (1, A·K, H', W') of each level, finest first, and then the deltas (1, A·4, H', W') of each.
 
     Args:
         model: a copy for this alone, in eval mode; some layers are changed to what exporters follow.

@@ -517,3 +517,11 @@ def test_boxes_are_clipped_before_nms_where_the_model_does_so(photo, tmp_path):
     assert len(expected_detections(plain, image)[0]) != len(expected_detections(clipping, image)[0])
     export.export_model(clipping, tmp_path / "model.ts", "torchscript", {"a photo": image})  # compares, and may raise
     assert (tmp_path / "model.ts").exists()
+
+
+def test_a_model_of_grey_images(trained, tmp_path):
+    grey = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[100.0]", "MODEL.PIXEL_STD", "[50.0]"]
+    torch.save({"model": build_model(load_config(trained[1], grey)).state_dict()}, tmp_path / "grey.pth")
+    words = ["--weights", str(tmp_path / "grey.pth"), "--format", "torchscript", "--raw", "--output"]
+    assert export.main([*trained, *words, str(tmp_path / "x.ts"), *grey]) == 0
+    assert (tmp_path / "x.ts").exists()
