@@ -22,6 +22,25 @@ def test_a_wrong_config(tiny_config, capsys, opts, message):
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["loss-cdf", "--weights", "MODEL.pth", "--config-file", "TINY", "--gamma", "0", "1"],
+            "MODEL.pth, which",
+        ),
+        (["speed", "--runs", "TINY", "--ap", "tiny=high"], "--ap tiny=high"),
+        (["speed", "--ap", "tiny=high", "--runs", "TINY"], "--ap tiny=high"),
+    ],
+)
+def test_keys_after_a_flag_of_several_values(tiny_config, capsys, words, message):
+    words = [tiny_config if word == "TINY" else word for word in words]
+    assert main([*words, "SEED", "3", "MODEL.DEVICE", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*words, "MODEL.NO_SUCH", "3"]) == 2
+    assert "no key MODEL.NO_SUCH" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", ["init", "anchors", "loss-cdf"])
 def test_a_config_that_is_not_there(capsys, what):
     assert main([what, "--config-file", "nowhere.yaml"]) == 2
