@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def load_torch(path: str) -> dict:
             if wanted := re.search(r"GLOBAL (\S+)", str(error)):
                 raise WeightsError(f"{path} asks for {wanted[1]}, which is refused. {_CONVERT}") from error
             problem = re.search(r"WeightsUnpickler error: (.+)", str(error))
-            problem = problem[1] if problem else _first_line(error)
+            problem = problem[1] if problem else _first_line(error) if _is_zip(file) else _beginning(file)
             raise WeightsError(f"{path} is damaged or no file of PyTorch's: {problem}") from error
     return _need_dict(content, path)
 
@@ -95,6 +96,18 @@ def unpickle(data: bytes, where: str) -> object:
         raise WeightsError(f"{where} {error}") from error
     except Exception as error:  # a damaged pickle fails in any way
         raise WeightsError(f"{where} is damaged or no pickle: {_first_line(error)}") from error
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(2) == b"PK"
+
+
+def _beginning(file: BinaryIO) -> str:
+    """What ``file`` is by its looks: a page of HTML in place of a download, a pointer of Git LFS, nothing."""
+    file.seek(0)
+    beginning, size = file.read(40), file.seek(0, io.SEEK_END)
+    return f"it begins with {beginning!r} and has {size} bytes" if size else "it is empty"
 
 
 def _first_line(error: Exception) -> str:

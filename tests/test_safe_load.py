@@ -321,6 +321,21 @@ def test_a_damaged_file(tmp_path, old):
         load_torch(str(tmp_path / "gone.pth"))
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"<html>404</html>", r"b'<html>404</html>' and has 16 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", r"b'version https://git-lfs"),
+        (b"", "it is empty"),
+    ],
+)
+def test_a_file_that_was_not_downloaded(tmp_path, content, says):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=says) as error:
+        load_torch(str(tmp_path / "a.pth"))
+    assert "weights_only" not in str(error.value)  # PyTorch's advice is to read it as a program
+
+
 # Any bytes at all
 
 SEEDS = [pickle.dumps(value, protocol) for value in VALUES.values() for protocol in (0, 2, 4)]

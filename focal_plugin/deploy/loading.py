@@ -60,15 +60,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
         raise FileNotFoundError(f"The weights {path} are no file (current folder: {os.getcwd()}).")
     model = build_model(cfg)
     checkpointer = _Checkpointer(model)
-    try:
-        checkpointer.load(path)
-    except WeightsError:
-        raise
-    except ValueError as error:  # fvcore's, which does not name the file
-        raise WeightsError(
-            f"{path} is no checkpoint of Detectron2's: {error} Those of torchvision, MMDetection and Detectron are "
-            "converted by `python -m focal_plugin.deploy.convert`."
-        ) from error
+    checkpointer.load(path)
     problems = checkpointer.problems
     if problems:
         listed = "\n  ".join(problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5))

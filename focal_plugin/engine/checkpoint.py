@@ -15,7 +15,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ..safe_load import load_torch, load_zoo
+from ..safe_load import WeightsError, load_torch, load_zoo
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,22 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 "detectron2://ImageNetPretrained/MSRA/R-50.pkl, or nothing for random weights."
             )
         return self.load(path, checkpointables=[])
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As Detectron2's.
+
+        Raises:
+            WeightsError: it is damaged, asks for more than data, or is a checkpoint of another project's.
+        """
+        try:
+            return super().load(path, checkpointables)
+        except WeightsError:
+            raise
+        except ValueError as error:  # fvcore's, which does not name the file
+            raise WeightsError(
+                f"{path} is no checkpoint of Detectron2's: {error} Those of torchvision, MMDetection and Detectron are "
+                "converted by `python -m focal_plugin.deploy.convert`."
+            ) from error
 
     def last_whole_checkpoint(self) -> str:
         """The path of the checkpoint to resume from; what is passed over is logged.

@@ -12,6 +12,7 @@ from torch import nn
 from focal_plugin.engine import AtomicCheckpointer
 from focal_plugin.engine import checkpoint as module
 from focal_plugin.engine.checkpoint import explained_full_disk, replace_file, what_is_broken
+from focal_plugin.safe_load import WeightsError
 
 
 class Counter:
@@ -70,6 +71,13 @@ def test_nothing_to_resume_from(tmp_path):
     checkpointer = make(tmp_path, 5)
     assert checkpointer.resume_or_load("", resume=True) == {}
     assert checkpointer.model.weight.unique().item() == 5
+
+
+def test_a_checkpoint_of_another_project(tmp_path):
+    model = nn.Linear(2, 2)
+    torch.save({"meta": {"epoch": 12}, "state_dict": model.state_dict()}, tmp_path / "mmdetection.pth")
+    with pytest.raises(WeightsError, match=r"mmdetection\.pth is no checkpoint of Detectron2's.*deploy\.convert"):
+        AtomicCheckpointer(model, str(tmp_path)).resume_or_load(str(tmp_path / "mmdetection.pth"), resume=False)
 
 
 @pytest.mark.parametrize("resume", [True, False])
