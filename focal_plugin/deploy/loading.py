@@ -66,7 +66,8 @@ def load_model(cfg: CfgNode) -> nn.Module:
         listed = "\n  ".join(problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5))
         raise WeightsError(
             f"{path} has not the weights of this config's model; expected a checkpoint of training with it, with the "
-            f"same classes:\n  {listed}"
+            "same classes (to train on from one with others: `python -m focal_plugin.deploy.convert classes`):\n  "
+            f"{listed}"
         )
     return model.eval()
 

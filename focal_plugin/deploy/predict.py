@@ -113,6 +113,7 @@ def predict(
                     predict_video(predictor, Video(source), folder, results, bar)
             except (ImageError, VideoError) as error:
                 problems.append(str(error))
+                bar.update()
             except KeyboardInterrupt:
                 if source.kind != "camera":
                     raise

@@ -19,6 +19,8 @@ from .optimize import optimize_for_inference
 from .tiles import Window, merge_tiles, tile_windows
 from .tta import with_tta
 
+_WITHOUT_INSTANCES = ("ProposalNetwork", "SemanticSegmentor")  # of Detectron2's models
+
 
 class ImageError(ValueError):
     """An image that cannot be read. The message names the file and why."""
@@ -52,8 +54,8 @@ class Predictor:
 
     Raises:
         FileNotFoundError: the config or the weights are no file.
-        ValueError: they do not belong together, or an option is out of range. ``WeightsError`` and ``ConfigError``, for
-            files that cannot be read, are ValueErrors.
+        ValueError: they do not belong together, the model is no detector, or an option is out of range.
+            ``WeightsError`` and ``ConfigError``, for files that cannot be read, are ValueErrors.
     """
 
     def __init__(
@@ -78,6 +80,11 @@ class Predictor:
         if tta is not None:
             cfg.TEST.AUG.ENABLED = tta
         cfg.freeze()
+        if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_INSTANCES:
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which finds no instances of classes; "
+                "expected a detector, such as FocalRetinaNet or GeneralizedRCNN."
+            )
 
         model = load_model(cfg)
         self.metadata = class_metadata(cfg, model)

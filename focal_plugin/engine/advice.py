@@ -18,7 +18,7 @@ _FIXED_TOP_BLOCK = ("build_retinanet_resnet_fpn_backbone", "build_resnet_fpn_bac
 
 def advise(cfg: CfgNode) -> list[str]:
     """What is probably not meant in ``cfg``, each a message that names the key and says what to do instead."""
-    return [message for rule in (learning_rate, warmup, roi_heads_keys, top_block) for message in rule(cfg)]
+    return [message for rule in (learning_rate, warmup, roi_heads_keys, backbone_keys) for message in rule(cfg)]
 
 
 def scaled_learning_rate(cfg: CfgNode) -> float:
@@ -72,11 +72,17 @@ def roi_heads_keys(cfg: CfgNode) -> Iterator[str]:
             )
 
 
-def top_block(cfg: CfgNode) -> Iterator[str]:
-    """Other levels above the pyramid than C5's, with a backbone that knows only its own."""
+def backbone_keys(cfg: CfgNode) -> Iterator[str]:
+    """Keys of one builder of backbones, set with another."""
     source, name = cfg.MODEL.FOCAL.TOP_BLOCK, cfg.MODEL.BACKBONE.NAME
     if source != "c5" and name in _FIXED_TOP_BLOCK:
         yield (
             f"MODEL.FOCAL.TOP_BLOCK is set to {source!r}, but Detectron2's {name} does not read it: set "
             "MODEL.BACKBONE.NAME build_focal_resnet_fpn_backbone, which is the same but for that."
+        )
+    depth = cfg.MODEL.RESNETS.DEPTH
+    if name == "build_timm_fpn_backbone" and depth != get_cfg().MODEL.RESNETS.DEPTH:
+        yield (
+            f"MODEL.RESNETS.DEPTH is set to {depth}, but {name} makes the encoder that MODEL.FOCAL.TIMM.NAME names, "
+            f"{cfg.MODEL.FOCAL.TIMM.NAME}: set that instead."
         )

@@ -323,3 +323,9 @@ def test_options_out_of_range_are_refused(options, found, tiny_config):
 def test_lazy_configs_are_refused(weights):
     with pytest.raises(ValueError, match=r"model\.py is a LazyConfig"):
         Predictor("model.py", weights)
+
+
+@pytest.mark.parametrize("name", ["ProposalNetwork", "SemanticSegmentor"])
+def test_models_without_instances_are_refused(name, tiny_config, weights):
+    with pytest.raises(ValueError, match=f"META_ARCHITECTURE is {name}"):
+        Predictor(tiny_config, weights, opts=["MODEL.META_ARCHITECTURE", name])

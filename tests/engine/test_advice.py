@@ -85,6 +85,13 @@ def test_a_top_block_that_the_backbone_does_not_read(source):
     assert advise(config("MODEL.FOCAL.TOP_BLOCK", "c5", *stock)) == []
 
 
+def test_a_depth_that_timm_does_not_read():
+    timm = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.FOCAL.TIMM.NAME", "resnet18"]
+    (message,) = advise(config("MODEL.RESNETS.DEPTH", 101, *timm))
+    assert "MODEL.RESNETS.DEPTH is set to 101" in message and "resnet18" in message
+    assert advise(config(*timm)) == [] and advise(config("MODEL.RESNETS.DEPTH", 101)) == []
+
+
 def test_advice_changes_nothing():
     cfg = config("SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 2, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
     before = cfg.dump()

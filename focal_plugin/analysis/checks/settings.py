@@ -7,7 +7,7 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
-from ...engine.advice import learning_rate, roi_heads_keys, scaled_learning_rate, top_block, warmup
+from ...engine.advice import backbone_keys, learning_rate, roi_heads_keys, scaled_learning_rate, warmup
 from .case import ERROR, OK, WARNING, Case, Finding, few
 
 _NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may be others when a run goes on
@@ -47,7 +47,7 @@ def check_clipping(case: Case) -> Iterator[Finding]:
 
 def check_unread_keys(case: Case) -> Iterator[Finding]:
     """Keys that are set, and that this model or backbone does not read."""
-    yield from _by_rules(case, [roi_heads_keys, top_block], "none set under MODEL.ROI_HEADS or TOP_BLOCK in vain")
+    yield from _by_rules(case, [roi_heads_keys, backbone_keys], "of heads and backbone, none set in vain")
 
 
 def check_output_dir(case: Case) -> Iterator[Finding]:
