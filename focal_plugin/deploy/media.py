@@ -1,6 +1,7 @@
 """What OpenCV reads, draws and writes: frames of videos and cameras, pictures with their detections, videos of them."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG"}  # what most builds of OpenCV write, in the order of preference
+_MOST_PIXELS = 40_000_000  # that are drawn on: Visualizer needs some 20 bytes for each
 _DEFAULT_FPS = 25.0  # where a camera does not tell
 
 
@@ -64,7 +66,16 @@ class Video:
 
 
 def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """An image with detections drawn on it, (H, W, 3) uint8 RGB both."""
+    """An image with detections drawn on it, (H, W, 3) uint8 RGB both.
+
+    One of more than 40 megapixels comes out smaller, unless its detections have more than boxes.
+    """
+    scale = math.sqrt(_MOST_PIXELS / (image.shape[0] * image.shape[1]))
+    if scale < 1 and instances.get_fields().keys() <= {"pred_boxes", "scores", "pred_classes"}:
+        boxes = instances.pred_boxes.clone()
+        boxes.scale(scale, scale)
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        instances = Instances(image.shape[:2], **(instances.get_fields() | {"pred_boxes": boxes}))
     return Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
 
 

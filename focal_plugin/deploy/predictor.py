@@ -1,7 +1,8 @@
 """A trained model that takes images as they are: files and arrays, of any size, in tiles, with augmentation."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ class Predictor:
         opts: ``KEY VALUE`` pairs that change the config.
         score_thresh: detections with a lower score are left out; None, those that the config leaves out
             (``MODEL.RETINANET.SCORE_THRESH_TEST``).
-        tile: cut images that are larger into overlapping tiles with this side, in pixels; 0, never. Each tile is an
+        tile: cut images that are larger into overlapping tiles with this side, in pixels; 0, never. Files of any size
+            are read then, not only those of up to 179 million pixels, which is where Pillow stops. Each tile is an
             image for the network, resized as one; so is the image as a whole, for objects larger than a tile, unless
             ``INPUT.MIN_SIZE_TEST`` is 0, which leaves all in their size. How their detections become one set, of boxes
             alone and of any number: ``focal_plugin.deploy.tiles.merge_tiles``.
@@ -126,7 +128,8 @@ class Predictor:
             ImageError, FileNotFoundError, ValueError, TypeError: see ``__call__``.
         """
         if isinstance(image, str | os.PathLike):
-            return read_file(os.fspath(image), self.cfg.INPUT.FORMAT)
+            with _any_size() if self._tile else nullcontext():
+                return read_file(os.fspath(image), self.cfg.INPUT.FORMAT)
         if not isinstance(image, np.ndarray):
             raise TypeError(
                 f"An image is of type {type(image).__name__}; expected a path or an (H, W, 3) uint8 array in BGR, as "
@@ -181,6 +184,16 @@ class Predictor:
         return {"image": tensor, "height": y1 - y0, "width": x1 - x0}
 
 
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Inside, Pillow reads images of any number of pixels; from 179 million on it takes them for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def read_file(path: str, image_format: str) -> np.ndarray:
     """The image in a file as Detectron2 reads it: (H, W, C) in ``image_format``, turned by its EXIF orientation.
 
@@ -194,7 +207,9 @@ def read_file(path: str, image_format: str) -> np.ndarray:
         with readable_image(path):
             return read_image(path, image_format)
     except DataError as error:
-        raise ImageError(str(error)) from error
+        too_large = isinstance(error.__cause__, Image.DecompressionBombError)
+        hint = " With tile (--tile), images of any size are read." if too_large else ""
+        raise ImageError(f"{error}{hint}") from error
     except Exception as error:  # Pillow fails in many ways on what is damaged
         raise ImageError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
 

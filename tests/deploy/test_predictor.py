@@ -170,6 +170,17 @@ def test_other_arrays_are_refused(predictor):
             predictor(image)
 
 
+def test_images_of_any_size_are_read_for_tiles(tiny_config, weights, tmp_path, monkeypatch):
+    path = tmp_path / "survey.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), pixels)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"survey\.png.*With tile \(--tile\)"):
+        Predictor(tiny_config, weights).read(path)
+    np.testing.assert_array_equal(Predictor(tiny_config, weights, tile=64).read(path), pixels)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
 def test_an_image_too_narrow_to_be_resized_is_refused(predictor):
     with pytest.raises(ImageError, match=r"4000 × 1 pixels.*INPUT\.MAX_SIZE_TEST 1333"):
         predictor(np.zeros((1, 4000, 3), np.uint8))
