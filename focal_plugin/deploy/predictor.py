@@ -12,6 +12,7 @@ from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_n
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from tqdm import tqdm
 
 from ..data import DataError
 from ..data.mapper import readable_image
@@ -151,7 +152,8 @@ class Predictor:
         windows = [self._windows(*image.shape[:2]) for image in images]
         views = [(image, window) for image, here in zip(images, windows) for window in here]
         found = []
-        for start in range(0, len(views), self._batch_size):
+        starts = range(0, len(views), self._batch_size)
+        for start in tqdm(starts, desc="Tiles", unit="batch", leave=False, delay=3, disable=None):  # in a terminal
             batch = [self._view(*view) for view in views[start : start + self._batch_size]]
             found += [output["instances"].to("cpu") for output in self.model(batch)]
         results = []
