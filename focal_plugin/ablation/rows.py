@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_focal_config
 from ..engine import find_config
+from ..engine.config_errors import merge_from_list
 from ..safe_yaml import merge_from_file, parse_yaml
 
 ROOT = Path(__file__).parents[2]  # of the checkout
@@ -166,7 +167,7 @@ def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
     ``opts``, as KEY VALUE pairs.
 
     Raises:
-        ValueError: a key is not known, or a value has another type; names the row's file.
+        ValueError: a key is not known, or a value has another type; names the row's file, or the command line.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
@@ -174,9 +175,9 @@ def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
         merge_from_file(cfg, str(base or row.file))
         if base:
             cfg.merge_from_other_cfg(CfgNode(row.own_keys))
-        cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(f"{row.file}{f' on {base}' if base else ''}: {error}") from error
+    merge_from_list(cfg, opts)
     return cfg
 
 

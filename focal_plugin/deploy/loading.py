@@ -14,6 +14,7 @@ from torch import nn
 from ..config import add_focal_config
 from ..data import DataError
 from ..engine import AtomicCheckpointer, load_config
+from ..engine.config_errors import merge_from_list
 from ..engine.setup import usable_device
 from ..safe_load import WeightsError
 
@@ -28,7 +29,7 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:
-        ValueError: it is a ``.py`` file, or ``opts`` has a key that the config does not have.
+        ValueError: it is a ``.py`` file. ``ConfigError``, a ValueError: ``opts`` are no keys of it with their values.
     """
     if not isinstance(config, CfgNode):
         path = os.fspath(config)
@@ -38,10 +39,7 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
     cfg = config.clone()
     cfg.defrost()
     add_focal_config(cfg)
-    try:
-        cfg.merge_from_list(list(opts))
-    except AssertionError as error:  # what a config raises for a key that it does not have
-        raise ValueError(f"{' '.join(map(str, opts))}: {error}") from error
+    merge_from_list(cfg, opts)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     return cfg
 

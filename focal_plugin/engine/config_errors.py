@@ -39,6 +39,21 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {problem}") from error
 
 
+def merge_from_list(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """``cfg.merge_from_list`` of the ``KEY VALUE`` pairs of a command line.
+
+    Raises:
+        ConfigError: a key has no value; and as ``explained_keys``.
+    """
+    if len(opts) % 2:
+        raise ConfigError(
+            f"{' '.join(map(str, opts))}: expected pairs of a key and its value, as in SOLVER.BASE_LR 0.01, without = "
+            "between them."
+        )
+    with explained_keys(cfg, "The command line"):
+        cfg.merge_from_list(list(opts))
+
+
 def near_keys(key: str, keys: Sequence[str], most: int = 4) -> list[str]:
     """Those of ``keys`` that ``key`` may mean: those that end like it, or else are spelt like it, the nearest first."""
     key = key.upper()

@@ -15,9 +15,9 @@ from ..class_frequencies import fill_class_frequencies, needs_class_frequencies
 from ..config import add_focal_config
 from ..data import check_files, check_num_classes, register_local_datasets
 from ..registry import import_user_modules
-from ..safe_yaml import ConfigError, merge_from_file
+from ..safe_yaml import merge_from_file
 from .advice import advise
-from .config_errors import explained_keys
+from .config_errors import explained_keys, merge_from_list
 from .console import off_screen
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,7 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     if config_file:
         with explained_keys(cfg, config_file):
             merge_from_file(cfg, find_config(config_file))
-    if len(opts) % 2:
-        raise ConfigError(
-            f"{' '.join(map(str, opts))}: expected pairs of a key and its value, as in SOLVER.BASE_LR 0.01, without = "
-            "between them."
-        )
-    with explained_keys(cfg, "The command line"):
-        cfg.merge_from_list(list(opts))
+    merge_from_list(cfg, opts)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     import_user_modules(cfg)
     register_local_datasets(cfg)

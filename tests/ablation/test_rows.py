@@ -111,6 +111,19 @@ def test_what_is_wrong_with_a_row(rows, tiny_config, text, word):
         compose(row, find_base(tiny_config), [])
 
 
+@pytest.mark.parametrize(
+    "opts, says",
+    [
+        (["SOLVER.BASE_RL", 1], "The command line: there is no key SOLVER.BASE_RL. Near it: SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR=1"], "expected pairs of a key and its value"),
+    ],
+)
+def test_what_is_wrong_with_the_command_line(rows, tiny_config, opts, says):
+    (row,) = find_table([str(rows.add("right", ""))]).rows
+    with pytest.raises(ValueError, match=says):
+        compose(row, find_base(tiny_config), opts)
+
+
 def test_a_row_may_compute_as_detectron2s_configs_do(rows, tiny_config):
     sizes = "!!python/object/apply:eval ['[[x, x * 2] for x in [4, 8]]']"
     path = rows.add("wide", f"MODEL: {{ANCHOR_GENERATOR: {{SIZES: {sizes}}}}}")

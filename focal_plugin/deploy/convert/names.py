@@ -66,6 +66,14 @@ def _layer(kind: str, conv: int, layers: int, part: str, is_norm: bool = False) 
     return f"head.{_SUBNETS.get(kind, kind)}_subnet.{conv * layers + is_norm}.{part}"
 
 
+def _subnet_rules(conv: str, norm: str, layers: int) -> list[Rule]:
+    """Of the subnets' convs and norms, from patterns whose groups are the subnet and the number of the conv."""
+    return [
+        (rf"{conv}(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3])),
+        (rf"{norm}(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3], is_norm=True)),
+    ]
+
+
 def torchvision_rules(has_norm: bool) -> list[Rule]:
     """Of ``torchvision.models.detection.RetinaNet`` on a ResNet; ``has_norm``: its subnets have norms (v2)."""
     layers = 3 if has_norm else 2
@@ -76,8 +84,7 @@ def torchvision_rules(has_norm: bool) -> list[Rule]:
         (r"backbone\.fpn\.inner_blocks\.([012])(?:\.0)?\.(weight|bias)", _level("backbone.fpn_lateral")),
         (r"backbone\.fpn\.layer_blocks\.([012])(?:\.0)?\.(weight|bias)", _level("backbone.fpn_output")),
         (r"backbone\.fpn\.extra_blocks\.(p6|p7)\.(weight|bias)", r"backbone.top_block.\1.\2"),
-        (rf"{conv}0\.(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3])),
-        (rf"{conv}1\.(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3], is_norm=True)),
+        *_subnet_rules(rf"{conv}0\.", rf"{conv}1\.", layers),
         (rf"{conv}(weight|bias)", lambda m: _layer(m[1], int(m[2]) // 2, layers, m[3])),
         (r"head\.classification_head\.cls_logits\.(weight|bias)", r"head.cls_score.\1"),
         (r"head\.regression_head\.bbox_reg\.(weight|bias)", r"head.bbox_pred.\1"),
@@ -93,8 +100,7 @@ def mmdetection_rules(has_norm: bool) -> list[Rule]:
         (r"neck\.lateral_convs\.([012])\.conv\.(weight|bias)", _level("backbone.fpn_lateral")),
         (r"neck\.fpn_convs\.([012])\.conv\.(weight|bias)", _level("backbone.fpn_output")),
         (r"neck\.fpn_convs\.([34])\.conv\.(weight|bias)", lambda m: f"backbone.top_block.p{int(m[1]) + 3}.{m[2]}"),
-        (rf"{conv}conv\.(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3])),
-        (rf"{conv}gn\.(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3], is_norm=True)),
+        *_subnet_rules(rf"{conv}conv\.", rf"{conv}gn\.", layers),
         (r"bbox_head\.retina_cls\.(weight|bias)", r"head.cls_score.\1"),
         (r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1"),
     ]
