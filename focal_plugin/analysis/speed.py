@@ -3,8 +3,9 @@
 ``--runs`` takes folders of runs (config.yaml, their last checkpoint, and the last AP in metrics.json) and configs,
 files or names of Detectron2's model zoo such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml. A config's AP comes from
 ``--ap NAME=AP`` and its weights from ``--weights NAME=FILE``; without weights it is timed with random ones, which may
-find fewer boxes than trained ones. NAME is the folder's name, or the file's without its suffix. A model without an AP
-stands on the axis, hollow.
+find fewer boxes than trained ones. NAME is the folder's name, or the file's without its suffix, or what is said with
+``--runs NAME=RUN``. A model without an AP stands on the axis, hollow. ``--join a,b,c`` draws a line through these, as
+the paper's figure does through one model at several image sizes.
 
 All models see the same images, those of DATASETS.TEST of ``--config-file`` (if not given, of the first run), one at a
 time, each model at its own INPUT.MIN_SIZE_TEST. They take turns, image by image, in an order that rotates, after a
@@ -17,7 +18,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from . import style
 from .common import UserError, add_flags, load_weights, output_stem, read_records, spread, synchronize, written
 
 _SUFFIXES = (".png", ".csv", ".md")
+_OPTIMIZED = ", optimised"
 _PAPER = {  # table 1e: test-dev AP and ms on an M40 GPU at 400, 500, 600, 700 and 800 pixels
     "RetinaNet-50, paper": ([64, 72, 98, 121, 153], [30.5, 32.5, 34.3, 35.1, 35.7]),
     "RetinaNet-101, paper": ([81, 90, 122, 154, 198], [31.9, 34.4, 36.0, 37.1, 37.8]),
@@ -64,7 +66,7 @@ class Entry:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser.add_argument("--runs", nargs="+", required=True, metavar="RUN", help="folders of runs, and configs")
+    parser.add_argument("--runs", nargs="+", required=True, metavar="[NAME=]RUN", help="folders of runs, and configs")
     parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=AP", help="in percent, where a run has none")
     parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE", help="where a run has none")
     parser.add_argument("--num-images", type=int, default=20, help="spread over the set; 0 for all (default: 20)")
@@ -72,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimize", action="store_true", help="time each model also after deploy.optimize_for_inference"
     )
+    parser.add_argument("--join", nargs="+", default=[], metavar="NAME,NAME", help="models to draw a line through")
     parser.add_argument("--paper", action="store_true", help="draw the paper's table 1e as series of their own")
     add_flags(parser, config_required=False)
 
@@ -82,11 +85,13 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--warmup is {args.warmup}; expected a number ≥ 0.")
     aps, weights = parse_pairs(args.ap, "--ap"), parse_pairs(args.weights, "--weights")
     entries = [build_entry(run, args.opts, aps, weights) for run in args.runs]
-    check_names(entries, aps, weights)
+    lines = [names.split(",") for names in args.join]
+    check_names(entries, aps, weights, *lines)
     data_cfg = load_config(args.config_file, args.opts) if args.config_file else entries[0].cfg
     records = spread(read_records(data_cfg, "TEST"), args.num_images)
     if args.optimize:
         entries = [either for entry in entries for either in (entry, optimized(entry))]
+        lines += [[f"{name}{_OPTIMIZED}" for name in names] for names in lines]
     times = time_models(entries, records, args.warmup)  # (number of entries, number of images) in ms
     rows = table(entries, times)
     print(f"{len(records)} images of DATASETS.TEST, one at a time, on {where(entries)}:")
@@ -95,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
     stem = output_stem(args, data_cfg, "speed", _SUFFIXES)
     Path(f"{stem}.md").write_text(f"{len(records)} images, one at a time, on {where(entries)}.\n\n{text}\n")
     write_csv(Path(f"{stem}.csv"), rows)
-    draw(Path(f"{stem}.png"), rows, paper=args.paper, title=f"On {where(entries)}")
+    draw(Path(f"{stem}.png"), rows, lines, paper=args.paper, title=f"On {where(entries)}")
     print(written(stem, _SUFFIXES))
     return 0
 
@@ -113,14 +118,17 @@ def parse_pairs(words: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dict[str, str]) -> Entry:
-    """The model of a run's folder or of a config.
+    """The model of a run's folder or of a config, ``RUN`` or ``NAME=RUN``.
 
     Raises:
         UserError: there is no such folder or config, the folder lacks a file, or an AP is no number.
     """
+    given, equals, rest = run.partition("=")
+    if named := bool(equals) and not os.path.exists(run):
+        run = rest
     folder = Path(run)
     is_folder = folder.is_dir()
-    name = folder.resolve().name if is_folder else folder.stem
+    name = given if named else folder.resolve().name if is_folder else folder.stem
     config_file = str(folder / "config.yaml") if is_folder else run
     if is_folder and not os.path.isfile(config_file):
         raise UserError(f"--runs {run}: there is no config.yaml in that folder.")
@@ -171,22 +179,22 @@ def last_ap(folder: Path) -> float | None:
     return 0.0 if math.isnan(series[0][-1]) else series[0][-1]
 
 
-def check_names(entries: Sequence[Entry], *given: dict[str, str]) -> None:
+def check_names(entries: Sequence[Entry], *given: Collection[str]) -> None:
     """Refuse two models of one name, and a name in ``given`` that no model has."""
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"--runs: several are called {', '.join(twice)}; expected folders and files of different names."
+            f"--runs: several are called {', '.join(twice)}; give them names of their own: --runs NAME={twice[0]} ..."
         )
-    if unknown := sorted({name for pairs in given for name in pairs} - set(names)):
-        raise UserError(f"--ap or --weights: {', '.join(unknown)} is none of the models {', '.join(names)}.")
+    if unknown := sorted({name for some in given for name in some} - set(names)):
+        raise UserError(f"--ap, --weights or --join: {', '.join(unknown)} is none of the models {', '.join(names)}.")
 
 
 def optimized(entry: Entry) -> Entry:
     """The same model, optimised for inference. Its AP is the model's before, and said to be."""
     source = "-" if entry.ap is None else "before optimisation"
     model = optimize_for_inference(entry.model)
-    return Entry(f"{entry.name}, optimised", entry.cfg, model, entry.weights, entry.ap, source)
+    return Entry(f"{entry.name}{_OPTIMIZED}", entry.cfg, model, entry.weights, entry.ap, source)
 
 
 def where(entries: Sequence[Entry]) -> str:
@@ -249,8 +257,11 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
         writer.writerows(rows)
 
 
-def draw(path: Path, rows: Sequence[dict], *, paper: bool, title: str) -> None:
-    """Draw ms against AP to a PNG; bars from quartile to quartile; models without AP on the axis, hollow."""
+def draw(path: Path, rows: Sequence[dict], lines: Sequence[Sequence[str]], *, paper: bool, title: str) -> None:
+    """Draw ms against AP to a PNG; bars from quartile to quartile; models without AP on the axis, hollow.
+
+    Each of ``lines`` joins the models it names, those of known AP.
+    """
     figure, (axis,) = style.panels(1, width=7.0, height=5.2)
     known = [row["AP"] for row in rows if row["AP"] is not None]
     drawn = known + [ap for _, aps in _PAPER.values() for ap in aps] * paper
@@ -271,6 +282,9 @@ def draw(path: Path, rows: Sequence[dict], *, paper: bool, title: str) -> None:
             clip_on=has_ap,
             label=row["model"] + ("" if has_ap else " (AP not known)"),
         )
+    points = {row["model"]: (row["ms (median)"], row["AP"]) for row in rows if row["AP"] is not None}
+    for names in lines:
+        axis.plot(*zip(*(points[name] for name in names if name in points)), color=style.GRAY, zorder=1)
     if paper:
         for i, (name, (ms, aps)) in enumerate(_PAPER.items()):
             axis.plot(

@@ -125,15 +125,34 @@ def test_the_ap_of_a_run(tmp_path):
         (["--runs", "TINY", "--ap", "tiny=high"], "high"),
         (["--runs", "TINY", "--ap", "tiny=nan"], "nan"),
         (["--runs", "TINY", "--ap", "other=3"], "other"),
+        (["--runs", "TINY", "--join", "tiny,other"], "other"),
+        (["--runs", "name=nowhere"], "--runs nowhere"),
+        (["--runs", "tiny=TINY", "TINY"], "NAME=tiny"),
         (["--runs", "TINY", "--weights", "tiny=nowhere.pth"], "nowhere.pth"),
         (["--runs", "TINY", "--warmup", "-1"], "--warmup"),
     ],
 )
 def test_mistakes(tiny_config, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
-    words = [{"TINY": tiny_config, "EMPTY": str(tmp_path / "empty")}.get(word, word) for word in words]
+    words = [word.replace("TINY", tiny_config).replace("EMPTY", str(tmp_path / "empty")) for word in words]
     assert main(["speed", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_and_lines(tiny_config, folder, monkeypatch):
+    """Runs of one folder's name are told apart, and a line goes through those of known AP in the order given."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, *xy, **style: drawn.append(xy))
+    rows = [
+        {"model": name, "AP": ap, **{f"ms ({which})": ms for which in ("median", "25 %", "75 %")}}
+        for name, ap, ms in (("a", 30.0, 9.0), ("b", None, 8.0), ("c", 32.0, 11.0))
+    ]
+    speed.draw(folder / "x.png", rows, [["c", "b", "a"], ["b"]], paper=False, title="")
+    assert [points for points in drawn if points] == [((11.0, 9.0), (32.0, 30.0))]
+    cfg_words = ["MODEL.DEVICE", "cpu"]
+    entries = [speed.build_entry(run, cfg_words, {"other": "3"}, {}) for run in (str(folder), f"other={folder}")]
+    assert [(entry.name, entry.ap) for entry in entries] == [("ours", 34.5), ("other", 3.0)]
+    assert {entry.weights for entry in entries} == {str(folder / "model_0000003.pth")}
 
 
 def test_a_run_without_weights(folder, capsys):
