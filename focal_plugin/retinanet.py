@@ -13,7 +13,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -193,7 +193,8 @@ class FocalRetinaNet(DenseDetector):
             deltas: (P, 4), the positives'.
             targets: what each anchor should predict.
         """
-        get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(targets.labels[0]))
+        if has_event_storage():  # not in a training loop of the user's own
+            get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(targets.labels[0]))
         normalizer = self.normalizer(targets.num_positives, logits[0].device)
         views = [x.view(len(x), -1, self.num_classes, *x.shape[-2:]) for x in logits]  # L × (N, A, K, H, W)
         if getattr(self.cls_loss, "needs_quality", False):

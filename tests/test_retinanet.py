@@ -1,4 +1,4 @@
-"""Inference on many images at once. That it finds what Detectron2 finds is in test_parity.py."""
+"""The model outside of a trainer, and inference on many images at once. What it computes is in test_parity.py."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 
 from focal_plugin import add_focal_config
 from focal_plugin.retinanet import _top
@@ -38,6 +38,15 @@ def test_levels_that_the_backbone_does_not_have():
         ValueError, match=r"IN_FEATURES has p2, which .*resnet_fpn_backbone.* gives p3, p4, p5, p6, p7\."
     ):
         build_model(cfg)
+
+
+@pytest.mark.parametrize("architecture", ["FocalRetinaNet", "FocalFCOS"])
+def test_losses_in_a_loop_without_detectron2s_event_storage(architecture):
+    cfg = config()
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    instances = Instances((64, 80), gt_boxes=Boxes(torch.tensor([[8.0, 8, 60, 50]])), gt_classes=torch.tensor([1]))
+    losses = build_model(cfg)([{"image": torch.rand(3, 64, 80), "instances": instances}])
+    assert len(losses) >= 2 and all(0 < loss < math.inf for loss in losses.values())
 
 
 def predictions(num_images, shift=-2.0, device="cpu"):

@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,7 +105,8 @@ class FocalFCOS(FCOS):
             torch.stack(gt_boxes).split(sizes, dim=1),
             self.num_classes,
         )
-        get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(gt_labels))
+        if has_event_storage():  # not in a training loop of the user's own
+            get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(gt_labels))
         normalizer = self.normalizer(targets.num_positives, pred_logits[0].device)
 
         deltas = targets.gather([rows_as_dense(level) for level in pred_anchor_deltas]).float()  # (P, 4)
