@@ -1,5 +1,6 @@
 """Box losses over the positives, each a module that holds only its hyper-parameters."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,14 +20,16 @@ class SmoothL1BoxLoss(nn.Module):
         beta: where the loss turns from quadratic to linear; 0 is L1. .1 by Detectron2's default, 0 in its configs.
 
     Raises:
-        ValueError: beta is negative.
+        ValueError: beta is negative or not finite.
     """
 
     @configurable
     def __init__(self, *, beta: float = 0.0):
         super().__init__()
-        if beta < 0:
-            raise ValueError(f"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA is {beta}; expected 0 (L1) or more.")
+        if not 0 <= beta < math.inf:
+            raise ValueError(
+                f"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA is {beta}; expected a finite number, 0 (L1) or more."
+            )
         self.beta = beta
 
     @classmethod

@@ -1,7 +1,8 @@
 """The weight of the positives: one number for all classes, or one a class."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -68,14 +69,16 @@ def checked_alpha(alpha: float | Sequence[float]) -> float | Tensor:
     """``alpha`` as a number, or as a (K,) float32 tensor, if it is one that a loss takes.
 
     Raises:
-        ValueError: a number neither −1 nor in [0, 1], or one of several that is not in [0, 1].
+        ValueError: a number neither −1 nor in [0, 1], or one of several that is not in [0, 1]. TypeError: no numbers.
     """
-    if isinstance(alpha, (int, float)):
+    if isinstance(alpha, Real):
         if not (alpha == -1 or 0 <= alpha <= 1):
             raise ValueError(
                 f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {alpha}; expected a number in [0, 1], or -1 for no weighting."
             )
         return float(alpha)
+    if not isinstance(alpha, Iterable) or not all(isinstance(number, Real) for number in alpha):
+        raise TypeError(f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {alpha!r}; expected a number, or one for each class.")
     alpha = [float(number) for number in alpha]
     if not alpha or not all(0 <= number <= 1 for number in alpha):
         raise ValueError(f"MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA is {alpha}; expected a number in [0, 1] for each class.")

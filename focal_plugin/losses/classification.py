@@ -1,7 +1,9 @@
 """Classification losses over a batch's dense logits, each a module that holds only its hyper-parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import ClassVar
 
 import torch
 from detectron2.config import configurable
@@ -83,30 +85,55 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from _blocks(*parts)
 
 
-class _AlphaLoss(ElementwiseLoss):
-    """A loss with the weight of the positives, α: a number, or one a class, (K,)."""
+class _FunctionLoss(ElementwiseLoss):
+    """A loss that is a function of ``losses.functional``. What that refuses is refused when the loss is made.
 
-    def __init__(self, alpha: float | Sequence[float]):
+    Attributes:
+        function: what is called with (logits, targets, **hyper-parameters).
+        keys: the hyper-parameters, which are attributes of the loss, and the key of a config that each is.
+    """
+
+    function: Callable[..., Tensor]
+    keys: ClassVar[Mapping[str, str]]
+
+    def __init__(self, **numbers: float | Tensor):
         super().__init__()
-        alpha = checked_alpha(alpha)
-        if isinstance(alpha, Tensor):
-            self.register_buffer("alpha", alpha, persistent=False)  # a checkpoint holds what is learnt
-        else:
-            self.alpha = alpha
+        for name, value in numbers.items():
+            if isinstance(value, Tensor):  # one number a class, (K,)
+                self.register_buffer(name, value, persistent=False)  # a checkpoint holds what is learnt
+            elif isinstance(value, Real):
+                setattr(self, name, float(value))
+            else:
+                raise TypeError(f"{type(self).__name__}: {name} ({self.keys[name]}) is {value!r}; expected a number.")
+        num_classes = max(torch.as_tensor(value).numel() for value in numbers.values())
+        example = torch.zeros(num_classes, 1, 1)
+        try:
+            _FunctionLoss.elementwise(self, example, example)
+        except ValueError as error:
+            keys = " and ".join(f"{name} is {key}" for name, key in self.keys.items())
+            raise ValueError(f"{type(self).__name__}: {error} In a config, {keys}.") from error
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """``function`` of each element."""
+        numbers = {name: getattr(self, name) for name in self.keys}
+        numbers = {name: x.view(-1, 1, 1) if isinstance(x, Tensor) else x for name, x in numbers.items()}
+        return self.function(logits, targets, **numbers)  # of (..., K, H, W)
+
+    def extra_repr(self) -> str:
+        numbers = {name: getattr(self, name) for name in self.keys}
+        return ", ".join(f"{name}={x.tolist() if isinstance(x, Tensor) else x}" for name, x in numbers.items())
+
+
+class _AlphaLoss(_FunctionLoss):
+    """A loss with the weight of the positives, α: a number, or one a class."""
+
+    def __init__(self, alpha: float | Sequence[float], **numbers: float):
+        super().__init__(alpha=checked_alpha(alpha), **numbers)
 
     @classmethod
     def needs_class_frequencies(cls, cfg) -> bool:
         """Whether α comes from the classes' frequencies."""
         return cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER != 0
-
-    @property
-    def broadcast_alpha(self) -> float | Tensor:
-        """α as it multiplies (N, A, K, H, W) tensors."""
-        return self.alpha.view(-1, 1, 1) if isinstance(self.alpha, Tensor) else self.alpha
-
-    def extra_repr(self) -> str:
-        alpha = self.alpha.tolist() if isinstance(self.alpha, Tensor) else self.alpha
-        return f"alpha={alpha}"
 
 
 @CLS_LOSS_REGISTRY.register()
@@ -118,28 +145,23 @@ class SigmoidFocalLoss(_AlphaLoss):
         gamma: the focusing parameter, ≥ 0; 0 is the α-balanced cross entropy of equation 3.
 
     Raises:
-        ValueError: alpha is not such a weight.
+        ValueError: alpha is not such a weight, or gamma negative or not finite. TypeError: one is no number.
     """
+
+    function = staticmethod(sigmoid_focal_loss)
+    keys: ClassVar = {"alpha": "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
 
     @configurable
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0):
-        super().__init__(alpha)
-        self.gamma = gamma
+        super().__init__(alpha, gamma=gamma)
 
     @classmethod
     def from_config(cls, cfg):
         return {"alpha": alpha_from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
-    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Equation 5 of each element."""
-        return sigmoid_focal_loss(logits, targets, self.broadcast_alpha, self.gamma)
-
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
         """The sum over all that is not ignored, a float32 scalar. ``logits``: one (N, A, K, H, W) view a level."""
         return dense_focal_loss(logits, targets.labels, alpha=self.alpha, gamma=self.gamma)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gamma={self.gamma}"
 
 
 @CLS_LOSS_REGISTRY.register()
@@ -185,13 +207,17 @@ class FocalLossStar(_AlphaLoss):
         alpha: as of ``SigmoidFocalLoss``.
         gamma: the steepness γ > 0.
         beta: the shift β; the paper's (γ, β) are (2, 1) and (4, 0).
+
+    Raises:
+        ValueError, TypeError: they are none of these.
     """
+
+    function = staticmethod(sigmoid_focal_loss_star)
+    keys: ClassVar = {**SigmoidFocalLoss.keys, "beta": "MODEL.FOCAL.CLS_LOSS.BETA"}
 
     @configurable
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0, beta: float = 0.0):
-        super().__init__(alpha)
-        self.gamma = gamma
-        self.beta = beta
+        super().__init__(alpha, gamma=gamma, beta=beta)
 
     @classmethod
     def from_config(cls, cfg):
@@ -201,94 +227,73 @@ class FocalLossStar(_AlphaLoss):
             "beta": cfg.MODEL.FOCAL.CLS_LOSS.BETA,
         }
 
-    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """FL* of each element."""
-        return sigmoid_focal_loss_star(logits, targets, self.broadcast_alpha, self.gamma, beta=self.beta)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gamma={self.gamma}, beta={self.beta}"
-
 
 @CLS_LOSS_REGISTRY.register()
-class HingeLoss(ElementwiseLoss):
+class HingeLoss(_FunctionLoss):
     """max(0, m − p_t): no loss for what is right with probability m (section 5.1, which found it unstable).
 
     The paper says of its hinge that it acts on p_t and is 0 above a value of it, no more; this is the simplest such.
 
     Args:
-        margin: m in (0, 1].
+        margin: m in (0, 1]; all else is a ValueError or TypeError.
     """
+
+    function = staticmethod(sigmoid_hinge_loss)
+    keys: ClassVar = {"margin": "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN"}
 
     @configurable
     def __init__(self, *, margin: float = 0.9):
-        super().__init__()
-        self.margin = margin
+        super().__init__(margin=margin)
 
     @classmethod
     def from_config(cls, cfg):
         return {"margin": cfg.MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN}
 
-    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The hinge of each element."""
-        return sigmoid_hinge_loss(logits, targets, self.margin)
-
-    def extra_repr(self) -> str:
-        return f"margin={self.margin}"
-
 
 @CLS_LOSS_REGISTRY.register()
-class QualityFocalLoss(ElementwiseLoss):
+class QualityFocalLoss(_FunctionLoss):
     """|y − σ|^β times the cross entropy, y a positive's IoU (Li et al., NeurIPS 2020): see ``quality_focal_loss``.
 
     Args:
-        beta: β, 0 or at least 1; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a config. There is no α.
+        beta: β, 0 or at least 1; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a config; all
+            else is a ValueError or TypeError. There is no α.
     """
 
     needs_quality = True
+    function = staticmethod(quality_focal_loss)
+    keys: ClassVar = {"beta": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
 
     @configurable
     def __init__(self, *, beta: float = 2.0):
-        super().__init__()
-        self.beta = beta
+        super().__init__(beta=beta)
 
     @classmethod
     def from_config(cls, cfg):
         return {"beta": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
-    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each element; ``targets`` are soft."""
-        return quality_focal_loss(logits, targets, self.beta)
-
-    def extra_repr(self) -> str:
-        return f"beta={self.beta}"
-
 
 @CLS_LOSS_REGISTRY.register()
-class VarifocalLoss(ElementwiseLoss):
+class VarifocalLoss(_FunctionLoss):
     """Focused negatives, positives that weigh as much as their IoU (Zhang et al., CVPR 2021): see ``varifocal_loss``.
 
     Args:
         alpha: the weight of the negatives: in a config 1 − ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, as in the focal loss,
             and 1 where that is −1. .75 in the paper.
         gamma: the focusing parameter γ ≥ 0; 2 in the paper.
+
+    Raises:
+        ValueError, TypeError: they are none of these.
     """
 
     needs_quality = True
+    function = staticmethod(varifocal_loss)
+    keys: ClassVar = {"alpha": "1 - MODEL.RETINANET.FOCAL_LOSS_ALPHA", "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
 
     @configurable
     def __init__(self, *, alpha: float = 0.75, gamma: float = 2.0):
-        super().__init__()
-        self.alpha = alpha
-        self.gamma = gamma
+        super().__init__(alpha=alpha, gamma=gamma)
 
     @classmethod
     def from_config(cls, cfg):
         alpha = checked_alpha(cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA)
         return {"alpha": 1 - alpha if alpha != -1 else 1.0, "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
-
-    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each element; ``targets`` are soft."""
-        return varifocal_loss(logits, targets, self.alpha, self.gamma)
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, gamma={self.gamma}"

@@ -69,6 +69,7 @@ def test_what_is_no_number_is_no_finite_loss(loss, value):
     assert result[1] == loss(torch.zeros(2, 4), ANCHORS, BOXES, TRANSFORM)[1]
 
 
-def test_a_negative_beta_is_refused():
-    with pytest.raises(ValueError, match=r"MODEL\.RETINANET\.SMOOTH_L1_LOSS_BETA is -1"):
-        SmoothL1BoxLoss(beta=-1)
+@pytest.mark.parametrize("beta", [-1, math.nan, math.inf])
+def test_a_beta_that_is_none_is_refused(beta):
+    with pytest.raises(ValueError, match=rf"MODEL\.RETINANET\.SMOOTH_L1_LOSS_BETA is {beta}"):
+        SmoothL1BoxLoss(beta=beta)

@@ -251,6 +251,40 @@ def test_a_weight_must_be_a_weight(loss, alpha):
         loss(alpha=alpha)
 
 
+@pytest.mark.parametrize(
+    "loss, numbers, key",
+    [
+        (SigmoidFocalLoss, {"gamma": -0.5}, "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (SigmoidFocalLoss, {"gamma": float("nan")}, "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (SigmoidFocalLoss, {"gamma": float("inf"), "alpha": CLASS_ALPHA}, "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (FocalLossStar, {"gamma": 0}, "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (FocalLossStar, {"beta": float("nan")}, "MODEL.FOCAL.CLS_LOSS.BETA"),
+        (HingeLoss, {"margin": 0}, "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN"),
+        (HingeLoss, {"margin": 1.5}, "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN"),
+        (QualityFocalLoss, {"beta": 0.5}, "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+        (VarifocalLoss, {"alpha": -1}, "MODEL.RETINANET.FOCAL_LOSS_ALPHA"),
+        (VarifocalLoss, {"gamma": -1}, "MODEL.RETINANET.FOCAL_LOSS_GAMMA"),
+    ],
+)
+def test_what_the_function_refuses_is_refused_when_the_loss_is_made(loss, numbers, key):
+    name = next(iter(numbers))
+    with pytest.raises(ValueError, match=rf"{loss.__name__}: {name} is .*; expected .*{name} is .*{key}"):
+        loss(**numbers)
+
+
+@pytest.mark.parametrize("value", ["2", None, [2.0]])
+@pytest.mark.parametrize("loss", [SigmoidFocalLoss, FocalLossStar, VarifocalLoss])
+def test_a_gamma_that_is_no_number(loss, value):
+    with pytest.raises(TypeError, match=r"gamma \(MODEL\.RETINANET\.FOCAL_LOSS_GAMMA\) is .*expected a number"):
+        loss(gamma=value)
+
+
+@pytest.mark.parametrize("alpha", ["0.25", None, ["0.25", "0.5"]])
+def test_an_alpha_that_is_no_number(alpha):
+    with pytest.raises(TypeError, match=r"ALPHA is .*expected"):
+        SigmoidFocalLoss(alpha=alpha)
+
+
 def test_an_alpha_a_class_is_no_part_of_a_checkpoint():
     loss = SigmoidFocalLoss(alpha=CLASS_ALPHA)
     assert loss.state_dict() == {}
@@ -298,6 +332,18 @@ def test_varifocal_without_alpha(cfg):
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "VarifocalLoss"
     cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA = -1
     assert build_cls_loss(cfg).alpha == 1
+
+
+@pytest.mark.parametrize("name", sorted(name for name, _ in focal_plugin.CLS_LOSS_REGISTRY))
+def test_a_config_with_a_gamma_that_is_none_makes_no_loss(cfg, name):
+    """But for the losses that have no γ."""
+    cfg.MODEL.FOCAL.CLS_LOSS.NAME = name
+    cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA = -1.0
+    if name in ("AlphaBalancedBCELoss", "BCELoss", "HingeLoss", "OHEMLoss", "SampledBCELoss"):
+        build_cls_loss(cfg)
+        return
+    with pytest.raises(ValueError, match=r"is -1\.0; expected .*MODEL\.RETINANET\.FOCAL_LOSS_GAMMA"):
+        build_cls_loss(cfg)
 
 
 @pytest.mark.parametrize("name", ["AlphaBalancedBCELoss", "SigmoidFocalLoss", "FocalLossStar"])
