@@ -47,11 +47,7 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         bias_init: Callable[[nn.Linear, int, int], None],
         **kwargs,
     ):
-        if kwargs.get("use_fed_loss"):
-            raise ValueError(
-                "MODEL.ROI_BOX_HEAD.USE_FED_LOSS (use_fed_loss) is True, and the loss of MODEL.FOCAL.CLS_LOSS.NAME is "
-                "over all classes: set it to False, or use Detectron2's own ROI heads."
-            )
+        refuse_federated_loss(kwargs.get("use_fed_loss", False))
         super().__init__(input_shape, num_classes=num_classes, **kwargs)
         self.cls_score = nn.Linear(self.cls_score.in_features, num_classes)
         nn.init.normal_(self.cls_score.weight, std=0.01)
@@ -108,6 +104,15 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         """Each image's (P_i, K + 1) scores. The last column, where Detectron2 has background's, is 0."""
         scores = F.pad(predictions[0].sigmoid(), (0, 1))
         return scores.split([len(image) for image in proposals])
+
+
+def refuse_federated_loss(asked_for: bool) -> None:
+    """Raise a ValueError if it is asked for."""
+    if asked_for:
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS (use_fed_loss) is True, and the loss of MODEL.FOCAL.CLS_LOSS.NAME is over "
+            "all classes: set it to False, or use Detectron2's own ROI heads."
+        )
 
 
 def _gt_boxes(proposals: Instances) -> Tensor:

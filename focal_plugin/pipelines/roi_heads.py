@@ -9,7 +9,7 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 
-from .box_predictor import FocalBoxPredictor
+from .box_predictor import FocalBoxPredictor, refuse_federated_loss
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -17,7 +17,7 @@ class FocalROIHeads(StandardROIHeads):
     """``StandardROIHeads``, of the FPN and DC5 models, with a ``FocalBoxPredictor``; mask and keypoint heads as there.
 
     Raises:
-        ValueError: the config has no box head, as those of C4 models have not.
+        ValueError: the config has no box head, as those of C4 models have not; or it asks for federated loss.
     """
 
     @classmethod
@@ -27,6 +27,7 @@ class FocalROIHeads(StandardROIHeads):
                 "MODEL.ROI_BOX_HEAD.NAME is empty, and FocalROIHeads needs a box head, such as FastRCNNConvFCHead. "
                 "For a C4 model, set MODEL.ROI_HEADS.NAME to FocalRes5ROIHeads."
             )
+        refuse_federated_loss(cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS)  # before Detectron2 looks for its class weights
         args = super()._init_box_head(cfg, input_shape)
         args["box_predictor"] = _in_place_of(args["box_predictor"], cfg)
         return args
@@ -38,6 +39,7 @@ class FocalCascadeROIHeads(CascadeROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
+        refuse_federated_loss(cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS)  # before Detectron2 looks for its class weights
         args = super()._init_box_head(cfg, input_shape)
         args["box_predictors"] = [_in_place_of(stage, cfg) for stage in args["box_predictors"]]
         return args
@@ -49,6 +51,7 @@ class FocalRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
+        refuse_federated_loss(cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS)
         args = super().from_config(cfg, input_shape)
         args["box_predictor"] = _in_place_of(args["box_predictor"], cfg)
         return args

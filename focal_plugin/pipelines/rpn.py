@@ -36,7 +36,7 @@ class FocalRPN(RPN):
 
     Raises:
         TypeError: the matcher is Detectron2's, which knows anchors only by their IoU.
-        ValueError: the head has no conv ``objectness_logits``.
+        ValueError: the anchors are rotated, or the head has no conv ``objectness_logits``.
     """
 
     @configurable
@@ -54,6 +54,13 @@ class FocalRPN(RPN):
                 "FocalRPN calls its anchor_matcher with (Anchors, Instances), and Detectron2's Matcher takes a matrix. "
                 "Expected an entry of ANCHOR_MATCHER_REGISTRY, such as IgnoreBandMatcher(thresholds=[0.3, 0.7], "
                 "labels=[0, -1, 1])."
+            )
+        generator = kwargs.get("anchor_generator")
+        if getattr(generator, "box_dim", 4) != 4:
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.NAME (anchor_generator) is {type(generator).__name__}, whose boxes are "
+                "rotated; FocalRPN takes upright ones: use DefaultAnchorGenerator, or Detectron2's RRPN as "
+                "MODEL.PROPOSAL_GENERATOR.NAME."
             )
         super().__init__(anchor_matcher=anchor_matcher, **kwargs)
         self.cls_loss = cls_loss

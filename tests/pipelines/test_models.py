@@ -189,3 +189,12 @@ def test_a_stock_model_is_left_as_it_is(small_words):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr
     assert re.findall(r"loss_\w+", run.stdout) == ["loss_box_reg", "loss_cls", "loss_rpn_cls", "loss_rpn_loc"]
+
+
+@pytest.mark.parametrize("which", ["Faster R-CNN", "Cascade R-CNN", "C4"])
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_federated_loss_is_refused(small_config, which, sigmoid):
+    name, words = MODELS[which]
+    words = [*words, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", sigmoid]
+    with pytest.raises(ValueError, match=r"MODEL\.ROI_BOX_HEAD\.USE_FED_LOSS .*is True.*set it to False"):
+        build_model(small_config(name, *words))

@@ -194,5 +194,7 @@ def test_errors(small_config):
         FocalRPN(cfg, SHAPES, anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1]))
     with pytest.raises(ValueError, match=r"HEAD_NAME.*Identity.*objectness_logits"):
         FocalRPN(cfg, SHAPES, head=torch.nn.Identity(), bias_init=PriorBiasInit())
+    with pytest.raises(ValueError, match=r"MODEL\.ANCHOR_GENERATOR\.NAME.*RotatedAnchorGenerator.*RRPN"):
+        FocalRPN(small_config(RPN_CONFIG, "MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"), SHAPES)
     with pytest.raises(AssertionError, match="gt_instances"):
         FocalRPN(cfg, SHAPES)(*inputs([])[:2])
