@@ -4,9 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode, get_cfg
-
 from ..data import DataError
+from ..engine.config_errors import split_pairs
 from ..safe_yaml import ConfigError
 from . import anchors, doctor, init, loss_cdf, speed
 from .common import UserError
@@ -27,19 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def is_key(word: str) -> bool:
-    """Whether a word of the command line is a key of a config, and not a value of the flag before it."""
-    first, dot, _ = word.partition(".")
-    value = get_cfg().get(first) if word.isupper() else None
-    return value is not None and bool(dot) == isinstance(value, CfgNode)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one analysis. 0, 1 for a finding that is wrong, 2 for what the user can put right."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    first = next((i for i, word in enumerate(words) if is_key(word)), len(words))
-    args = build_parser().parse_args(words[:first])
-    args.opts += words[first:]
+    words, pairs = split_pairs(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser().parse_args(words)
+    args.opts += pairs
     try:
         return _WHAT[args.what].main(args)
     except (UserError, ConfigError, DataError, FileNotFoundError, ImportError) as error:

@@ -30,12 +30,12 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..engine.config_errors import split_pairs
 from ..foreign_anchors import TorchvisionAnchorGenerator
 from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
 from .export_formats import FORMATS, Run, quiet
 from .export_graph import ExportedDetector, ExportedHeads
-from .inputs import split_words
 from .loading import class_metadata, load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
@@ -228,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if os.path.lexists(args.output):  # before minutes of work
             raise FileExistsError(f"{args.output} exists and is left as it is: remove it, or choose another --output.")
-        files, opts = split_words(args.image) if args.image else ([], [])  # keys may follow it
+        files, opts = split_pairs(args.image)  # keys may follow it
+        if opts and not files:
+            raise ExportError(f"--image names no file before {opts[0]}.")
         cfg = read_config(args.config_file, opts + args.opts)
         cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
         model = load_model(cfg)

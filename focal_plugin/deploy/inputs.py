@@ -1,13 +1,9 @@
-"""What to predict on: the images, videos and cameras that the words of a command line stand for, keys after them."""
+"""What to predict on: the images, videos and cameras that the words of a command line stand for."""
 
 import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from detectron2.config import CfgNode, get_cfg
-
-from ..config import add_focal_config
 
 IMAGES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -30,32 +26,6 @@ class Source:
     kind: str
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What to predict on, and the ``KEY VALUE`` pairs that follow, from the first word that is a key of the config.
-
-    Raises:
-        InputError: there is nothing to predict on, or a key has no value.
-    """
-    cfg = get_cfg()
-    add_focal_config(cfg)
-    first = next((i for i, word in enumerate(words) if _is_key(cfg, word)), len(words))
-    inputs, opts = list(words[:first]), list(words[first:])
-    if not inputs:
-        raise InputError(f"Nothing to predict on before {opts[0]}: expected an image, a folder, a video or a camera.")
-    if len(opts) % 2:
-        raise InputError(f"{' '.join(opts)}: expected keys of the config, each with a value.")
-    return inputs, opts
-
-
-def _is_key(cfg: CfgNode, word: str) -> bool:
-    node = cfg
-    for name in word.split("."):
-        if not isinstance(node, CfgNode) or name not in node:
-            return cfg.key_is_renamed(word) or cfg.key_is_deprecated(word)
-        node = node[name]
-    return not isinstance(node, CfgNode)  # a section's name, such as TEST, is a folder's
-
-
 def find_sources(words: Sequence[str]) -> list[Source]:
     """The sources that ``words`` stand for, in their order.
 
@@ -63,8 +33,10 @@ def find_sources(words: Sequence[str]) -> list[Source]:
     in which ``**`` stands for any folders; or a number, for a camera. A file whose name ends as a video's does is one.
 
     Raises:
-        InputError: there is no such file, no image in the folder, or no file that matches.
+        InputError: there is no word, no such file, no image in the folder, or no file that matches.
     """
+    if not words:
+        raise InputError("Nothing to predict on: expected an image, a folder, a pattern, a video or a camera's number.")
     return [source for word in words for source in _find(word)]
 
 

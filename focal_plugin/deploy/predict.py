@@ -27,7 +27,8 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from .inputs import Source, find_sources, split_words
+from ..engine.config_errors import split_pairs
+from .inputs import Source, find_sources
 from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
 from .predictor import ImageError, Predictor
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Predict. 0; 1 if an input could not be read; 2 for what the user can put right before; 130 after Ctrl+C."""
     args = build_parser().parse_intermixed_args(arguments)
     try:
-        words, opts = split_words(args.words)
+        words, opts = split_pairs(args.words)
         sources = find_sources(words)
         predictor = Predictor(
             args.config_file,

@@ -1,12 +1,14 @@
-"""What is wrong with a key of a config, said so that it can be put right."""
+"""The keys of a command line, and what is wrong with a key of a config, said so that it can be put right."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
+from ..config import add_focal_config
 from ..safe_yaml import ConfigError
 
 _NO_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")
@@ -37,6 +39,24 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         else:
             raise
         raise ConfigError(f"{where}: {problem}") from error
+
+
+def split_pairs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line before its ``KEY VALUE`` pairs, and the pairs, from the first that is like a key on.
+
+    Such a word is in upper case, with a section of the config before its first dot (whether there is such a key is for
+    the config to say) or, without a dot, a key itself, such as SEED; and there is no file of that name.
+    """
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    first = next((i for i, word in enumerate(words) if _is_like_key(cfg, word)), len(words))
+    return list(words[:first]), list(words[first:])
+
+
+def _is_like_key(cfg: CfgNode, word: str) -> bool:
+    section, dot, _ = word.partition(".")
+    known = word.isupper() and section in cfg and isinstance(cfg[section], CfgNode) == bool(dot)
+    return known and not os.path.lexists(word)
 
 
 def merge_from_list(cfg: CfgNode, opts: Sequence[str]) -> None:

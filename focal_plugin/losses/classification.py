@@ -255,8 +255,8 @@ class QualityFocalLoss(_FunctionLoss):
     """|y − σ|^β times the cross entropy, y a positive's IoU (Li et al., NeurIPS 2020): see ``quality_focal_loss``.
 
     Args:
-        beta: β, 0 or at least 1; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a config; all
-            else is a ValueError or TypeError. There is no α.
+        beta: β, 0 or at least 1, all else is a ValueError or TypeError; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a
+            config. There is no α.
     """
 
     needs_quality = True

@@ -11,9 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from focal_plugin.deploy import DenseTTA, Predictor, media, predict
-from focal_plugin.deploy.inputs import InputError, find_sources, split_words
+from focal_plugin.deploy.inputs import InputError, find_sources
 from focal_plugin.deploy.predict import main
-from focal_plugin.engine import load_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Prediction\n")[1].split("\n## ")[0]
 
@@ -124,9 +123,9 @@ def test_what_cannot_begin_is_an_error_and_leaves_nothing(run, tiny_config, tmp_
         ([str(tmp_path / "empty")], "without an image"),
         ([str(tmp_path / "*.mp4")], "No file matches"),
         (["MODEL.DEVICE", "cpu"], "Nothing to predict on"),
-        ([image, "MODEL.DEVICE"], "each with a value"),
-        ([image, "MODEL.DEVISE", "cpu"], "MODEL.DEVISE"),
-        ([image, "SEED", "1", "MODEL.DEVISE", "cpu"], "MODEL.DEVISE"),
+        ([image, "MODEL.DEVICE"], "expected pairs of a key and its value"),
+        ([image, "MODEL.DEVISE", "cpu"], "no key MODEL.DEVISE. Near it: MODEL.DEVICE"),
+        ([image, "SEED", "1", "MODEL.DEVISE", "cpu"], "no key MODEL.DEVISE"),
         ([image, "--score-thresh", "50"], "score_thresh is 50"),
         ([image, "--overlap", "50"], "overlap 50"),
         ([image, "--weights", str(tmp_path / "none.pth")], "none.pth"),
@@ -266,16 +265,6 @@ def test_what_the_words_stand_for(tmp_path, monkeypatch):
     assert len(find_sources(["a", "0", "a/2.png"])) == 4
     with pytest.raises(InputError, match="There is no b"):
         find_sources(["a", "b"])
-
-
-def test_keys_of_the_config_follow_the_inputs(tiny_config):
-    assert split_words(["a.jpg", "IMG.JPG"]) == (["a.jpg", "IMG.JPG"], [])
-    assert split_words(["TEST", "INPUT", "SEED", "1"]) == (["TEST", "INPUT"], ["SEED", "1"])  # sections are no keys
-    words = ["a.jpg", "TEST.AUG.FLIP", "False", "MODEL.FOCAL.TIMM.TOP_BLOCK", "p5"]
-    assert split_words(words) == (["a.jpg"], words[1:])
-    assert split_words(["a.jpg", *words[3:]]) == (["a.jpg"], words[3:])  # a key that was renamed: the config says so
-    with pytest.raises(KeyError, match=r"renamed to MODEL\.FOCAL\.TOP_BLOCK"):
-        load_config(tiny_config, words[3:])
 
 
 # The README
