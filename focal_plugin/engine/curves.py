@@ -15,14 +15,21 @@ def read_metrics(path: str) -> dict[str, tuple[list[int], list[float]]]:
 
     A run that starts again, or resumes from an earlier iteration, appends to the file; what it does again replaces what
     was there. A line cut off in the middle, as a killed run leaves it, is passed over.
+
+    Raises:
+        ValueError: a line is not of a ``metrics.json``; names it.
     """
     lines: list[dict] = []
     with open(path) as file:
-        for text in file:
+        for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
+            if not isinstance(line, dict) or not isinstance(line.get("iteration"), int):
+                raise ValueError(
+                    f"{path}, line {number}: expected an 'iteration' and values, found {text.strip()[:80]}."
+                )
             while lines and lines[-1]["iteration"] >= line["iteration"]:
                 lines.pop()
             lines.append(line)

@@ -1,6 +1,7 @@
 """metrics.json is read as the run went, whatever its restarts, and drawn."""
 
 import json
+import re
 
 import cv2
 import pytest
@@ -43,6 +44,13 @@ def test_what_is_done_again_replaces_what_was_there(write, again, iterations, lo
 
 def test_a_line_that_was_cut_off(write):
     assert read_metrics(write(step(19, 3.0), '{"iteration": 39, "tot'))["total_loss"] == ([19], [3.0])
+
+
+@pytest.mark.parametrize("line", [{"total_loss": 1.0}, {"iteration": "9"}, [], 7])
+def test_a_line_of_something_else(write, line):
+    path = write(step(19, 3.0), line)
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: ") + ".*iteration"):
+        read_metrics(path)
 
 
 @pytest.mark.parametrize(
