@@ -16,12 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-from detectron2.config import get_cfg
-
+from ..engine.config_errors import split_pairs
+from .job import read_json
 from .launch import LocalLauncher, SlurmLauncher, execute
 from .report import to_markdown, write_report
-from .rows import DATA, ROOT, find_base, find_table
+from .rows import DATA, ROOT, find_base, find_tables
 from .runs import Run, count_images, plan, versions
+from .unread import without_effect
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,9 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
     args = parser.parse_intermixed_args(argv)
 
-    keys = get_cfg()
-    first = next((i for i, word in enumerate(args.words) if word.split(".")[0] in keys), len(args.words))
-    args.rows, args.opts = args.words[:first], args.words[first:]
+    args.rows, args.opts = split_pairs(args.words)
     if not args.rows:
         parser.error("name the rows: a folder, YAML files, or the beginning of their names")
     if len(args.opts) % 2:
@@ -82,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run and report. 0 if every run has a result; 1 if one has failed or is wrongly asked for."""
     args = parse(argv)
     try:
-        table = find_table(args.rows)
+        tables = find_tables(args.rows)
         base = find_base(args.data) if args.data else None
-        runs = plan(table, base, args.opts, args.seeds, args.output)
+        runs = plan([row for table in tables for row in table.rows], base, args.opts, args.seeds, args.output)
         launcher = None if args.report_only else make_launcher(args, len(runs))
         if not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
@@ -93,12 +92,22 @@ def main(argv: list[str] | None = None) -> int:
     except (ImportError, OSError, KeyError, ValueError) as error:
         print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 1
-    if not args.report_only and (code := run_all(args, runs, launcher, images)):
-        return code
-    summary = write_report(table, runs, base, args.opts, args.output)
-    print(to_markdown(summary))
-    print(f"Written: {args.output}/report.html, .md, .csv, .json and .png")
-    statuses = {run["status"] for row in summary["rows"] for run in row["runs"]}
+    runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
+    try:
+        if not args.report_only:
+            for line in [line for own in runs_of.values() for line in without_effect(own)]:
+                print(f"Without effect: {line}", file=sys.stderr)
+            if code := run_all(args, runs, launcher, images):
+                return code
+        statuses = set()
+        for table in tables:
+            summary = write_report(table, runs_of[table.name], base, args.opts, args.output)
+            print(to_markdown(summary))
+            print(f"Written: {args.output / table.name}/report.html, .md, .csv, .json and .png")
+            statuses |= {run["status"] for row in summary["rows"] for run in row["runs"]}
+    except OSError as error:
+        print(f"{args.output}: {error}. The same command goes on when that is mended.", file=sys.stderr)
+        return 1
     return int(not args.report_only and not statuses <= {"finished", "diverged"})
 
 
@@ -126,7 +135,7 @@ def run_all(args: argparse.Namespace, runs: list[Run], launcher, images: dict[st
 
 def note_start(path: Path, images: dict[str, int]) -> None:
     """Add this start of the program to the notes of the output folder."""
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    starts = read_json(path, {}).get("starts", [])
     command = shlex.join(["python", "-m", "focal_plugin.ablation", *sys.argv[1:]])
     new = path.with_suffix(".new")
     new.write_text(

@@ -111,13 +111,16 @@ def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> 
 
 
 def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
-    """The ``detections.png`` of each row's first run that has one, as a small JPEG in a data URI."""
+    """The ``detections.png`` of each row's first run that has a whole one, as a small JPEG in a data URI."""
     pictures: dict[str, dict] = {}
     for run in runs:
         path = run.folder / "detections.png"
         if path.exists() and run.row.name not in pictures and run.outcome().status == "finished":
-            with Image.open(path) as image:
-                small = image.convert("RGB")
+            try:
+                with Image.open(path) as image:
+                    small = image.convert("RGB")
+            except (OSError, SyntaxError):  # what Pillow says of half a file, as a killed run leaves it
+                continue
             small.thumbnail((width, 10 * width))
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=65, optimize=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 LOCK, PID, NOTES, LOG = "job.lock", "job.pid", "job.json", "job.log"
+DIVERGED = "diverged.json"  # the training's record of a divergence
 
 
 class TrainJob(Checkpointable):
@@ -46,8 +47,8 @@ class TrainJob(Checkpointable):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return "another job is running it"
-            attempts = _read(folder / NOTES)
-            if (attempts and attempts[-1].get("exit_code") == 0) or (folder / "diverged.json").exists():
+            attempts = read_json(folder / NOTES, [])
+            if (attempts and attempts[-1].get("exit_code") == 0) or read_json(folder / DIVERGED, None):
                 return "it has ended already"
             attempt = {"started": time.time(), "command": shlex.join(self.command), "env": self.env}
             attempt |= {**machine(), **self.facts}
@@ -106,8 +107,12 @@ def machine() -> dict:
     }
 
 
-def _read(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
+def read_json(path: Path, otherwise):
+    """What a file holds; ``otherwise`` if it is not there, not yet in full, or cut off, as a power cut leaves it."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return otherwise
 
 
 def _write(path: Path, attempts: list[dict]) -> None:

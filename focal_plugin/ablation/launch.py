@@ -232,6 +232,8 @@ def describe(run: Run, outcome: Outcome) -> str:
         return f"AP {outcome.results['AP']:.1f}"
     if outcome.status == "diverged":
         return f"diverged at step {outcome.step}. {outcome.reason}"
+    if outcome.status == "no AP":
+        return f"no AP. {outcome.reason}"
     if outcome.status == "failed":
         return f"failed after {outcome.step} steps, {outcome.reason}"
     return f"{outcome.status}, {outcome.step} steps done; see {run.folder / LOG} and {run.folder / JOBS}"

@@ -16,26 +16,28 @@ _TEMPLATES = Path(__file__).parent
 
 
 def write_report(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequence[str], output: Path) -> dict:
-    """Write ``report.{json,csv,md,png,html}`` in ``output`` from what is in the folders of ``runs``.
+    """Write ``report.{json,csv,md,png,html}`` of a table from what is in the folders of ``runs``.
 
     Args:
         table: the rows.
         runs: all of the table, whether they have been run or not.
         base: what the rows' own keys went onto, if anything.
         opts: the KEY VALUE pairs that changed all configs.
-        output: where to write, and where the notes of the runner are.
+        output: where the notes of the runner are. The report goes there; that of one of several tables into a folder
+            there of the table's name.
 
     Returns:
         What report.json has: see ``summarize``.
     """
     summary = summarize(table, runs, base, opts, output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    (output / "report.md").write_text(to_markdown(summary))
-    write_csv(output / "report.csv", summary)
-    save_picture(output / "report.png", summary, runs)
+    folder = output / table.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    (folder / "report.md").write_text(to_markdown(summary), encoding="utf-8")
+    write_csv(folder / "report.csv", summary)
+    save_picture(folder / "report.png", summary, runs)
     page = to_html(summary, themed_svgs(summary, runs), detections(runs))
-    (output / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8")
     return summary
 
 
@@ -69,6 +71,8 @@ def to_markdown(summary: dict) -> str:
     lines = [f"# {summary['title']}", "", _markdown_row(table), _markdown_row(["---"] * len(table))]
     lines += [_markdown_row(cells) for cells in zip(*table.values())]
     lines += ["", f"AP in percent, mean ± standard deviation over seeds; Δ: to {summary['baseline']}.", ""]
+    if summary["without_effect"]:
+        lines += ["Without effect:", "", *(f"- {line}" for line in summary["without_effect"]), ""]
     lines += ["![AP of each row, and training losses](report.png)", "", "## What was run", ""]
     lines += [f"- {name}: {text}" for name, text in summary["run"]["facts"].items()]
     commands = summary["run"]["commands"]
@@ -78,7 +82,7 @@ def to_markdown(summary: dict) -> str:
         lines.append(_markdown_row([row["row"], ", ".join(f"`{key}` {value}" for key, value in row["keys"].items())]))
     failures = [(row["row"], run) for row in summary["rows"] for run in row["runs"] if run["reason"]]
     if failures:
-        lines += ["", "## Diverged and failed", ""]
+        lines += ["", "## Runs without a result", ""]
         lines += [f"- {name} seed {run['seed']} {run['status']}: {_indented(run['reason'])}" for name, run in failures]
     if summary["not_run"]:
         lines += ["", "## What was not run", "", *(f"- {line}" for line in summary["not_run"])]
@@ -88,9 +92,9 @@ def to_markdown(summary: dict) -> str:
 def write_csv(path: Path, summary: dict) -> None:
     """A line a row, numbers in full precision, empty where there is none."""
     numbers = [name for metric in METRICS for name in (metric, f"{metric}_std")]
-    counts = ("finished", "diverged", "failed", "unfinished", "not started")
+    counts = ("finished", "diverged", "no AP", "failed", "unfinished", "not started")
     header = ["row", "baseline", "paper_AP", "paper_difference", *numbers, "difference", "seeds", *counts, "minutes"]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [name.replace(" ", "_") for name in header])
         writer.writeheader()
         for row in summary["rows"]:

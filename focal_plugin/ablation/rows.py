@@ -34,11 +34,13 @@ class Row:
 
     Attributes:
         file: its YAML file; the row is called as the file is.
+        own_keys: what the file says itself, without its ``_BASE_``.
         paper: what the paper measured, {metric: percent}; empty if it did not.
         diverged: whether the row diverged in the paper.
     """
 
     file: Path
+    own_keys: dict
     paper: dict[str, float] = field(default_factory=dict)
     diverged: bool = False
 
@@ -47,74 +49,83 @@ class Row:
         """The file's name without its ending."""
         return self.file.stem
 
-    @property
-    def own_keys(self) -> dict:
-        """What the file says itself, without its ``_BASE_``.
-
-        Raises:
-            ConfigError: it is no YAML mapping, or asks for code to be run.
-        """
-        keys = parse_yaml(self.file.read_bytes(), str(self.file))
-        return {key: value for key, value in keys.items() if key != "_BASE_"}
-
 
 @dataclass(frozen=True)
 class Table:
     """Rows to compare.
 
     Attributes:
+        name: what tells it from the other tables of a call; empty if it is the only one.
         rows: in the order of the report.
         baseline: the name of the row that differences are taken to.
         missing: rows of the paper's table that are not among ``rows``.
     """
 
+    name: str
     rows: list[Row]
     baseline: str
     missing: list[str]
 
 
-def find_table(words: Sequence[str]) -> Table:
-    """The rows that ``words`` name: folders, YAML files, or beginnings of file names (``paper/table1b`` is
-    ``paper/table1b_*.yaml``).
+def find_tables(words: Sequence[str]) -> list[Table]:
+    """The tables of the rows that ``words`` name: folders, YAML files, or beginnings of file names
+    (``paper/table1b`` is ``paper/table1b_*.yaml``).
 
     A folder's ``Base.yaml``, ``Base-*`` and ``Base_*`` are no rows. A ``results.csv`` beside the files has the paper's
     results, its order and its baseline; without one the order is that of the names, and the first row is the baseline.
 
+    All rows are one table, unless they have baselines of several of the paper's tables, whose rows begin with the same
+    word (``table1b_``): then each is a table by itself.
+
     Raises:
         FileNotFoundError: there is no row of that name.
-        ValueError: two rows have the same name.
+        ValueError: two rows have the same name; a row's file or a ``results.csv`` is not as it should be.
     """
     files = [file for word in words for file in _find_files(word)]
     names = [file.stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Rows are called as their files are, and {', '.join(twice)} is there more than once.")
-    paper: dict[str, dict] = {}
+        found = ", ".join(str(file) for file in files if file.stem in twice)
+        raise ValueError(f"{found}: rows are called as their files are, and no two may be called the same.")
+    paper: dict[Path, dict] = {}  # by the row's file, without its ending
     for folder in dict.fromkeys(file.parent for file in files):
-        paper |= read_results(folder / "results.csv")
-    order = {name: i for i, name in enumerate(paper)}
-    files.sort(key=lambda file: order.get(file.stem, len(order)))
-    rows = []
-    for file in files:
-        record = paper.get(file.stem, {})
-        results = {metric: float(record[metric]) for metric in METRICS if record.get(metric)}
-        rows.append(Row(file, results, record.get("note") == "diverged"))
-    marked = [row.name for row in rows if paper.get(row.name, {}).get("baseline")]
-    tables = {_table_of(row.name) for row in rows}
-    missing = [name for name in paper if _table_of(name) in tables and name not in names]
-    return Table(rows, (marked or [rows[0].name])[0], missing)
+        paper |= {folder / name: record for name, record in read_results(folder / "results.csv").items()}
+    order = {path: i for i, path in enumerate(paper)}
+    files.sort(key=lambda file: order.get(file.with_suffix(""), len(order)))
+    rows = [_read_row(file, paper.get(file.with_suffix(""), {})) for file in files]
+    marked = [file.stem for file in files if paper.get(file.with_suffix(""), {}).get("baseline")]
+    groups: dict[str, list[Row]] = {}
+    several = len({_table_of(name) for name in marked}) > 1
+    for row in rows:
+        groups.setdefault(_table_of(row.name) if several else "", []).append(row)
+    tables = []
+    for name, group in groups.items():
+        baseline = next((row.name for row in group if row.name in marked), group[0].name)
+        words = {_table_of(row.name) for row in group}
+        missing = [path.name for path in paper if _table_of(path.name) in words and path.name not in names]
+        tables.append(Table(name, group, baseline, missing))
+    return tables
+
+
+def _read_row(file: Path, record: dict) -> Row:
+    keys = {key: value for key, value in parse_yaml(file.read_bytes(), str(file)).items() if key != "_BASE_"}
+    results = {metric: float(record[metric]) for metric in METRICS if record.get(metric)}
+    return Row(file, keys, results, record.get("note") == "diverged")
 
 
 def read_results(path: Path) -> dict[str, dict]:
     """The lines of a ``results.csv`` by their column ``row``; none if there is no such file.
 
     Raises:
-        ValueError: it has no column ``row``, or what is to be a number is none.
+        ValueError: it is no text in UTF-8, has no column ``row``, or what is to be a number is none.
     """
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
         reader = csv.DictReader(file)
-        lines, headings = list(reader), reader.fieldnames or []
+        try:
+            lines, headings = list(reader), reader.fieldnames or []
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {error}; save it as UTF-8.") from error
     if "row" not in headings:
         raise ValueError(f"{path}: expected a column 'row', with the name of a file; found {', '.join(headings)}.")
     for line in lines:

@@ -1,7 +1,6 @@
 """A run: one row with one seed in a folder of its own, and what that folder says about it."""
 
 import fcntl
-import json
 import math
 import signal
 import subprocess
@@ -19,10 +18,11 @@ from detectron2.data import DatasetCatalog
 from ..data import register_local_datasets
 from ..engine.curves import read_metrics
 from ..registry import import_user_modules
-from .job import LOCK, LOG, NOTES, PID
-from .rows import METRICS, ROOT, Row, Table, as_yaml, compose, flat
+from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
+from .rows import METRICS, ROOT, Row, as_yaml, compose, flat
 
 CONFIG = "config-ablation.yaml"
+_NAN = "bbox/AP is NaN: the test set has no boxes, or where there are several test sets, the model may find nothing."
 _TOLD_TO_END = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that a signal has ended
 
 
@@ -31,11 +31,12 @@ class Outcome:
     """How a run stands.
 
     Attributes:
-        status: "finished", "diverged", "failed", "unfinished" or "not started".
+        status: "finished", "diverged", "no AP" (it has ended well without a result), "failed", "unfinished" or
+            "not started".
         step: how many steps are done; of a diverged run, the step it diverged at, counted from 0 as in its log.
         results: {metric: percent} of the final evaluation; NaN where the test set has no such boxes.
         seconds: the time of the training steps, without start, evaluation and interruptions; None if it is not known.
-        reason: of a failure the last lines of its log, of a divergence where it starts.
+        reason: of a failure the last lines of its log, of a divergence where it starts, of no AP why there is none.
     """
 
     status: str
@@ -46,8 +47,8 @@ class Outcome:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing left to run: finished or diverged."""
-        return self.status in ("finished", "diverged")
+        """Whether there is nothing left to run."""
+        return self.status in ("finished", "diverged", "no AP")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +125,7 @@ class Run:
 
     def attempts(self) -> list[dict]:
         """What the jobs of this run have noted: when, where, with which versions, and how it ended."""
-        notes = self.folder / NOTES
-        return json.loads(notes.read_text()) if notes.exists() else []
+        return read_json(self.folder / NOTES, [])
 
     def series(self) -> dict[str, tuple[list[int], list[float]]]:
         """The series in metrics.json: for each name its iterations and values."""
@@ -137,14 +137,17 @@ class Run:
         series = self.series()
         step = min(max((it[-1] + 1 for it, _ in series.values()), default=0), self.num_steps)
         seconds = _training_seconds(series)
-        if (self.folder / "diverged.json").exists():
-            record = json.loads((self.folder / "diverged.json").read_text())
+        if record := read_json(self.folder / DIVERGED, None):
             return Outcome("diverged", record["iteration"], seconds=seconds, reason=record["cause"])
         results = self._final_results(series)
+        if results and math.isnan(results["AP"]):
+            return Outcome("no AP", self.num_steps, seconds=seconds, reason=_NAN)
         if results:
             return Outcome("finished", self.num_steps, results, seconds)
         attempts = self.attempts()
         code = attempts[-1].get("exit_code") if attempts else None
+        if code == 0:
+            return Outcome("no AP", step, seconds=seconds, reason=self._what_is_missing(series))
         if code is not None and code not in _TOLD_TO_END:
             reason = f"exit code {code}; {self.folder / LOG} ends:\n{_tail(self.folder / LOG)}"
             return Outcome("failed", step, seconds=seconds, reason=reason)
@@ -158,15 +161,25 @@ class Run:
             if iterations and iterations[-1] >= self.num_steps:
                 found = {metric: series.get(f"{prefix}{metric}", ([], []))[1] for metric in METRICS}
                 results = {metric: values[-1] for metric, values in found.items() if values}
-                return _with_zeros(results)
+                if math.isnan(results["AP"]) and self._has_found_nothing():
+                    results |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
+                return results
         return {}
 
+    def _has_found_nothing(self) -> bool:
+        """Whether the model has no detection at all, of which Detectron2 says NaN. Unknown, and False, of several
+        test sets, since the last one's detections replace the others'."""
+        path = self.folder / "inference/coco_instances_results.json"
+        return len(self.cfg.DATASETS.TEST) == 1 and path.exists() and path.stat().st_size == len("[]")
 
-def _with_zeros(results: dict[str, float]) -> dict[str, float]:
-    """Detectron2 says NaN where a model finds nothing at all, which is an AP of 0."""
-    if not math.isnan(results["AP"]):
-        return results
-    return {metric: 0.0 if metric in ("AP", "AP50", "AP75") else value for metric, value in results.items()}
+    def _what_is_missing(self, series: dict) -> str:
+        """Of a run that has ended well without an AP, and what to do."""
+        last = [name for name, (iterations, _) in series.items() if "/" in name and iterations[-1] >= self.num_steps]
+        return (
+            f"{self.folder / 'metrics.json'} has no bbox/AP of step {self.num_steps}, only {', '.join(sorted(last))}. "
+            f"The evaluator of {self.cfg.DATASETS.TEST[0]} has to return {{'bbox': {{'AP': ...}}}}, as COCO's does. "
+            f"When it does, delete {self.folder / NOTES}: the same command then evaluates the last checkpoint again."
+        )
 
 
 def _training_seconds(series: dict) -> float | None:
@@ -186,15 +199,15 @@ def _tail(log: Path, lines: int = 15) -> str:
     return "\n".join(line.rpartition("\r")[2] for line in text.splitlines()[-lines:])
 
 
-def plan(table: Table, base: Path | None, opts: Sequence[str], seeds: int, output: Path) -> list[Run]:
-    """All rows with all seeds: every row with the first seed, then with the second, and so on. Nothing is written.
+def plan(rows: Sequence[Row], base: Path | None, opts: Sequence[str], seeds: int, output: Path) -> list[Run]:
+    """All ``rows`` with all seeds: every row with the first seed, then with the second, and so on. Nothing is written.
 
     Raises:
         ValueError: a config is not right, or a folder holds a run of another config.
     """
     runs = []
     for seed in range(1, seeds + 1):
-        for row in table.rows:
+        for row in rows:
             folder = output / row.name / f"seed{seed}"
             cfg = compose(row, base, [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)])
             if not cfg.DATASETS.TEST:
@@ -217,16 +230,28 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
 
     Raises:
         ImportError: a module of ``MODEL.FOCAL.IMPORTS``, which may register sets, is not found.
-        KeyError, ValueError, OSError: a set is not known, or its files are not as they should be.
+        KeyError, ValueError, OSError: a set is not known, its files are not as they should be, or there is no box to
+            find in the first of a run's test sets.
     """
+    has_boxes: dict[str, bool] = {}
     counts: dict[str, int] = {}
     for run in runs:
         import_user_modules(run.cfg)
         register_local_datasets(run.cfg)
         for name in (*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST):
             if name not in counts:
-                counts[name] = len(DatasetCatalog.get(name))
+                records = DatasetCatalog.get(name)
+                counts[name], has_boxes[name] = len(records), any(map(_has_box, records))
+        if not has_boxes[first := run.cfg.DATASETS.TEST[0]]:
+            raise ValueError(
+                f"{first}, the first of DATASETS.TEST, has no boxes (crowds are none), so that there would be no AP to "
+                "report: name another one. --report-only reports what has been run."
+            )
     return counts
+
+
+def _has_box(record: dict) -> bool:
+    return any(not annotation.get("iscrowd", 0) for annotation in record.get("annotations", ()))
 
 
 def versions() -> dict[str, str]:

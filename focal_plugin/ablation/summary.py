@@ -1,20 +1,21 @@
 """What a table came to: every row's results over its seeds, beside the paper's, and exactly what was run."""
 
-import json
 import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .job import read_json
 from .rows import METRICS, Table, flat
 from .runs import Outcome, Run
+from .unread import without_effect
 
 
 def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequence[str], output: Path) -> dict:
     """Everything the report says, as numbers, texts, lists and dicts that go into a JSON file.
 
-    The standard deviation is that of a sample (n − 1), and None for one seed. Diverged and failed runs are in no mean.
+    The standard deviation is that of a sample (n − 1), and None for one seed. Runs without a result are in no mean.
     """
     outcomes = {run: run.outcome() for run in runs}
     rows = [_row(table, [run for run in runs if run.row.name == row.name], outcomes) for row in table.rows]
@@ -23,9 +24,10 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
         row["difference"] = _minus(row["mean"].get("AP"), baseline["mean"].get("AP"))
         row["paper_difference"] = _minus(row["paper"].get("AP"), baseline["paper"].get("AP"))
     return {
-        "title": output.resolve().name,
+        "title": ": ".join(filter(None, [output.resolve().name, table.name])),
         "baseline": table.baseline,
         "rows": rows,
+        "without_effect": without_effect(runs),
         "run": _what_was_run(table, runs, base, opts, output),
         "not_run": _what_was_not_run(table, runs, outcomes, base),
     }
@@ -71,7 +73,7 @@ def _remark(outcomes: Sequence[Outcome]) -> str:
     parts = [f"{len(diverged)} of {len(outcomes)} diverged at step {', '.join(diverged)}"] if diverged else []
     if len(diverged) == len(outcomes):
         parts = [f"diverged at step {', '.join(diverged)}"]
-    for status in ("failed", "unfinished", "not started"):
+    for status in ("no AP", "failed", "unfinished", "not started"):
         if count := sum(outcome.status == status for outcome in outcomes):
             parts.append(f"{count} {status}" if len(outcomes) > 1 else status)
     return "; ".join(parts)
@@ -86,7 +88,7 @@ def _label(name: str, table: Table) -> str:
 
 def _what_was_run(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequence[str], output: Path) -> dict:
     cfg = next(run.cfg for run in runs if run.row.name == table.baseline)
-    notes = json.loads((output / "ablation.json").read_text()) if (output / "ablation.json").exists() else {}
+    notes = read_json(output / "ablation.json", {})
     images = notes.get("images", {})
     attempts = [attempt for run in runs for attempt in run.attempts()]
     named = lambda names: ", ".join(f"{name} ({images.get(name, '?')} images)" for name in names)  # noqa: E731

@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import math
 import re
 import subprocess
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from focal_plugin.ablation.report import write_report
-from focal_plugin.ablation.rows import find_base, find_table
+from focal_plugin.ablation.rows import ROOT, find_base, find_tables
 from focal_plugin.ablation.runs import plan
+from focal_plugin.ablation.unread import without_effect
 
 # AP of the seeds 1, 2, 3. By hand: 40, 41, 45 has mean 42 and std √((4 + 1 + 9) / 2) = √7; 50, 53 has 51.5 and √4.5.
 GAMMA_0, GAMMA_1 = (40.0, 41.0, 45.0), (50.0, 53.0)
@@ -47,8 +49,8 @@ def reported(tmp_path_factory):
         "VERSION: 2\nSOLVER: {MAX_ITER: 4, IMS_PER_BATCH: 2}\nDATASETS: {TRAIN: [shapes_train], TEST: [shapes_test]}"
     )
     output = folder / "my table"
-    table, base = find_table([str(folder)]), find_base(str(folder / "Base.yaml"))
-    runs = plan(table, base, ["SOLVER.BASE_LR", "0.5"], 3, output)
+    (table,), base = find_tables([str(folder)]), find_base(str(folder / "Base.yaml"))
+    runs = plan(table.rows, base, ["SOLVER.BASE_LR", "0.5"], 3, output)
     named = {(run.row.name, run.seed): run for run in runs}
     for seed, ap in enumerate(GAMMA_0, 1):
         write_run(named["gamma_0", seed], ap)
@@ -89,16 +91,137 @@ def test_numbers(reported):
     assert [run["status"] for run in second["runs"]] == ["finished", "finished", "failed"]
 
 
-def test_a_model_that_finds_nothing_has_an_ap_of_zero(rows, tiny_config, tmp_path):
-    run = plan(find_table([str(rows.folder)]), find_base(tiny_config), [], 1, tmp_path / "table")[0]
-    write_run(run, float("nan"))
+@pytest.fixture
+def table(rows):
+    (table,) = find_tables([str(rows.folder)])
+    return table
+
+
+@pytest.fixture
+def runs(table, tiny_config, tmp_path):
+    """Of one seed, not run yet."""
+    return plan(table.rows, find_base(tiny_config), [], 1, tmp_path / "table")
+
+
+def test_a_model_that_finds_nothing_has_an_ap_of_zero(runs):
+    """Detectron2 says NaN of it, where pycocotools would say 0."""
+    run = runs[0]
+    (run.folder / "inference").mkdir(parents=True)
+    write_run(run, float("nan"), **{"inference/coco_instances_results.json": "[]"})
     assert (run.outcome().status, run.outcome().results["AP"], run.outcome().results["AP50"]) == ("finished", 0.0, 0.0)
+    assert math.isnan(run.outcome().results["APs"])
 
 
-def test_one_seed_has_no_spread(rows, tiny_config, tmp_path):
-    runs = plan(find_table([str(rows.folder)]), find_base(tiny_config), [], 1, tmp_path / "table")
+@pytest.mark.parametrize("found", ['[{"image_id": 0}]', None], ids=["detections", "unknown"])
+def test_a_test_set_without_boxes_has_no_ap(table, runs, tmp_path, found):
+    (runs[0].folder / "inference").mkdir(parents=True)
+    write_run(runs[0], float("nan"), **({"inference/coco_instances_results.json": found} if found else {}))
+    write_run(runs[1], 50.0)
+    summary = write_report(table, runs, None, [], tmp_path / "table")
+    row, other, _ = summary["rows"]
+    assert (row["mean"], row["num_finished"], row["remark"], other["difference"]) == ({}, 0, "no AP", None)
+    assert row["runs"][0]["status"] == "no AP" and runs[0].outcome().over
+    for name in ("report.md", "report.html"):
+        assert "NaN" in (tmp_path / "table" / name).read_text()
+    with (tmp_path / "table/report.csv").open(newline="") as file:
+        line = next(csv.DictReader(file))
+    assert (line["AP"], line["finished"], line["no_AP"]) == ("", "0", "1")
+
+
+def test_a_run_that_ended_well_without_an_ap(runs):
+    """It cannot go on: what is missing, and what to do, is said."""
+    write_run(runs[0])
+    with (runs[0].folder / "metrics.json").open("a") as file:
+        file.write('\n{"iteration": 4, "segm/AP": 7.0}\n')
+    outcome = runs[0].outcome()
+    assert (outcome.status, outcome.step, outcome.over) == ("no AP", 4, True)
+    for part in (f"{runs[0].folder}/metrics.json has no bbox/AP of step 4, only segm/AP", "shapes_test", "job.json"):
+        assert part in outcome.reason
+
+
+def test_several_tables_are_reported_each_by_itself(rows, tiny_config, tmp_path):
+    results = "row,AP,baseline\ngamma_1,30.0,x\ngamma_2,31.0,\nalpha_1,40.0,\nalpha_2,42.0,x\nalpha_3,1,\n"
+    (rows.folder / "results.csv").write_text(results)
+    rows.add("alpha_1", "MODEL: {RETINANET: {FOCAL_LOSS_ALPHA: 0.1}}")
+    rows.add("alpha_2", "MODEL: {RETINANET: {FOCAL_LOSS_ALPHA: 0.2}}")
+    tables = find_tables([str(rows.folder)])
+    assert [(table.name, table.baseline, table.missing) for table in tables] == [
+        ("gamma", "gamma_1", []),
+        ("alpha", "alpha_2", ["alpha_3"]),
+    ]
+    output = tmp_path / "all"
+    for table, aps in zip(tables, [(50.0, 51.0, 49.0), (20.0, 23.0)]):
+        own = plan(table.rows, find_base(tiny_config), [], 1, output)
+        for run, ap in zip(own, aps, strict=True):
+            write_run(run, ap)
+        write_report(table, own, None, [], output)
+    gamma, alpha = (json.loads((output / name / "report.json").read_text()) for name in ("gamma", "alpha"))
+    assert (gamma["title"], alpha["title"]) == ("all: gamma", "all: alpha")
+    assert [(row["row"], row["difference"]) for row in gamma["rows"]] == [
+        ("gamma_1", 0.0),
+        ("gamma_2", 1.0),
+        ("gamma_0", -1.0),
+    ]
+    assert [(row["difference"], row["paper_difference"]) for row in alpha["rows"]] == [(-3.0, -2.0), (0.0, 0.0)]
+    assert "Δ: to alpha_2." in (output / "alpha/report.md").read_text()
+
+
+def test_keys_without_effect_are_told(table, tmp_path):
+    """Rows that vary the ResNet's depth, on an encoder of timm's."""
+    paper = ROOT / "configs/paper"
+    (table,) = find_tables([str(paper / f"table1e_{name}.yaml") for name in ("R50_400", "R101_400", "R50_500")])
+    runs = plan(table.rows, find_base("quickstart"), [], 2, tmp_path / "table")
+    advice, same = write_report(table, runs, None, [], tmp_path / "table")["without_effect"]
+    assert advice.startswith("table1e_R101_400: MODEL.RESNETS.DEPTH is set to 101, but build_timm_fpn_backbone")
+    assert same.startswith("table1e_R50_400, table1e_R101_400: the same run")
+    assert "MODEL.RESNETS.DEPTH" in same
+    for name in ("report.md", "report.html"):
+        assert "the same run" in (tmp_path / "table" / name).read_text()
+
+
+def test_the_other_keys_of_an_encoder_that_is_not_made(tmp_path):
+    (table,) = find_tables([str(ROOT / "configs/paper/table2")])
+    runs = plan(table.rows, find_base("quickstart"), [], 1, tmp_path)
+    assert any(line.startswith("table2_R101, table2_X101: the same run") for line in without_effect(runs))
+    assert without_effect(plan(table.rows, None, [], 1, tmp_path)) == []
+
+
+def test_rows_that_the_command_line_makes_the_same(table, tiny_config, tmp_path):
+    opts = ["MODEL.RETINANET.FOCAL_LOSS_GAMMA", "1.0"]
+    runs = plan(table.rows, find_base(tiny_config), opts, 1, tmp_path)
+    (same,) = without_effect(runs)
+    assert same.startswith("gamma_0, gamma_1, gamma_2: the same run") and "no key" in same
+    assert without_effect(plan(table.rows, find_base(tiny_config), [], 2, tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", ["detections.png", "diverged.json", "job.json", "../../ablation.json"])
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_a_file_that_was_cut_off(table, runs, tmp_path, name, part):
+    """As a kill, a full disk or a power cut leaves it: the rest is reported."""
+    run = runs[0]
+    write_run(run, 40.0)
+    Image.new("RGB", (64, 64)).save(run.folder / "detections.png")
+    (run.folder / "diverged.json").write_text(json.dumps({"iteration": 3, "cause": "It starts in the losses."}))
+    (tmp_path / "table/ablation.json").write_text(json.dumps({"images": {}, "starts": []}))
+    path = run.folder / name
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    if name != "diverged.json":
+        (run.folder / "diverged.json").unlink()
+    summary = write_report(table, runs, None, [], tmp_path / "table")
+    assert summary["rows"][0]["mean"]["AP"] == 40.0
+
+
+def test_a_row_that_is_edited_or_gone_when_it_is_reported(rows, table, runs, tmp_path):
+    """The report has what was run."""
+    (rows.folder / "gamma_1.yaml").unlink()
+    rows.add("gamma_2", "MODEL: {RETINANET: {FOCAL_LOSS_GAMMA: 9.0}}")
+    summary = write_report(table, runs, None, [], tmp_path / "table")
+    assert [row["keys"]["MODEL.RETINANET.FOCAL_LOSS_GAMMA"] for row in summary["rows"]] == ["0.0", "1.0", "2.0"]
+
+
+def test_one_seed_has_no_spread(table, runs, tmp_path):
     write_run(runs[0], 40.0)
-    summary = write_report(find_table([str(rows.folder)]), runs, None, [], tmp_path / "table")
+    summary = write_report(table, runs, None, [], tmp_path / "table")
     assert summary["rows"][0]["std"] == {}
     text = (tmp_path / "table/report.md").read_text()
     assert "| gamma_0 (baseline) | 40.0 |  | 80.0 | 20.0 |" in text

@@ -4,7 +4,13 @@ import pytest
 from detectron2.config import get_cfg
 
 from focal_plugin import add_focal_config
-from focal_plugin.ablation.rows import as_yaml, compose, find_base, find_table
+from focal_plugin.ablation.rows import ROOT, as_yaml, compose, find_base, find_tables
+
+
+def find_table(words):
+    """The only table of ``words``."""
+    (table,) = find_tables(words)
+    return table
 
 
 def test_a_folder_a_file_and_the_beginning_of_names(rows):
@@ -17,7 +23,7 @@ def test_a_folder_a_file_and_the_beginning_of_names(rows):
     assert find_table(two).baseline == "other"
     with pytest.raises(FileNotFoundError, match="delta"):
         find_table([str(rows.folder / "delta")])
-    with pytest.raises(ValueError, match="other is there more than once"):
+    with pytest.raises(ValueError, match=f"{two[0]}, {two[0]}: rows are called as their files are"):
         find_table([two[0], str(rows.folder)])
 
 
@@ -55,6 +61,35 @@ def test_results_of_a_spreadsheet(rows):
     assert table.baseline == "gamma_2"
 
 
+def test_results_are_of_the_rows_beside_them(rows, tmp_path):
+    """Another folder's row of the same name is another row."""
+    (rows.folder / "results.csv").write_text("row,AP,baseline\ngamma_1,34.0,x\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "delta.yaml").write_text("SEED: 1")
+    (other / "results.csv").write_text("row,AP,baseline\ndelta,1.0,\ngamma_1,2.0,\ngamma_2,3.0,x\n")
+    table = find_table([str(rows.folder), str(other)])
+    assert {row.name: row.paper for row in table.rows if row.paper} == {"gamma_1": {"AP": 34.0}, "delta": {"AP": 1.0}}
+    assert table.baseline == "gamma_1"
+
+
+def test_the_tables_of_the_paper():
+    """The whole folder is seven tables, each with a baseline of its own; a part of one is one table."""
+    tables = find_tables([str(ROOT / "configs/paper")])
+    assert {table.name: table.baseline for table in tables} == {
+        "table1a": "table1a_alpha_0.5",
+        "table1b": "table1b_gamma_0",
+        "table1c": "table1c_3x3",
+        "table1d": "table1d_focal",
+        "table1e": "table1e_R50_600",
+        "table2": "table2_R101",
+        "table3": "table3_fl_gamma_2",
+    }
+    assert all(row.name.startswith(f"{table.name}_") for table in tables for row in table.rows)
+    part = find_table([str(ROOT / "configs/paper/table1b"), str(ROOT / "configs/paper/table1a_ce_prior.yaml")])
+    assert (part.name, part.baseline) == ("", "table1b_gamma_0")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -69,6 +104,13 @@ def test_what_is_wrong_with_results(rows, text, message):
     path = rows.folder / "results.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{path}: {message}"):
+        find_table([str(rows.folder)])
+
+
+def test_results_that_are_no_utf8(rows):
+    path = rows.folder / "results.csv"
+    path.write_bytes("row,note\ngamma_1,über\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path}: .*UTF-8"):
         find_table([str(rows.folder)])
 
 
@@ -106,9 +148,8 @@ def test_the_yaml_of_a_config_gives_it_again(rows, tiny_config, tmp_path):
 def test_what_is_wrong_with_a_row(rows, tiny_config, text, word):
     path = rows.add("wrong", "")
     path.write_text(text)
-    (row,) = find_table([str(path)]).rows
     with pytest.raises(ValueError, match=f"(?s){path}.*{word}"):
-        compose(row, find_base(tiny_config), [])
+        compose(find_table([str(path)]).rows[0], find_base(tiny_config), [])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog
 from focal_plugin.ablation.__main__ import make_launcher, parse
 from focal_plugin.ablation.job import TrainJob
 from focal_plugin.ablation.launch import LocalLauncher
-from focal_plugin.ablation.rows import find_base, find_table
+from focal_plugin.ablation.rows import find_base, find_tables
 from focal_plugin.ablation.runs import plan, versions
 
 TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
@@ -203,7 +203,7 @@ def test_a_job_that_ends_while_it_is_told_to(rows, tiny_config, table):
     """Its lock is still held and its process gone already: the other jobs are told all the same."""
     process = subprocess.Popen(["true"])
     process.wait()
-    run, *_ = plan(find_table([str(rows.folder)]), find_base(tiny_config), [], 1, table)
+    run, *_ = plan(find_tables([str(rows.folder)])[0].rows, find_base(tiny_config), [], 1, table)
     run.prepare()
     (run.folder / "job.pid").write_text(str(process.pid))
     said = []
@@ -315,6 +315,85 @@ def test_a_data_set_that_is_not_there_is_told_before_anything_runs(ablation, tin
     assert not table.exists()
 
 
+@pytest.mark.parametrize("annotations", [[], [{"iscrowd": 1}]], ids=["no box", "crowds alone"])
+def test_a_test_set_without_boxes_is_told_before_anything_runs(ablation, tiny_config, table, capfd, annotations):
+    path = Path(tiny_config).parent / "shapes_test.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [{**content["annotations"][0], **record} for record in annotations]
+    path.write_text(json.dumps(content))
+    assert ablation() == 1
+    assert "shapes_test, the first of DATASETS.TEST, has no boxes" in capfd.readouterr().err
+    assert not table.exists()
+
+
+def test_no_test_set_is_told_before_anything_runs(ablation, table, capfd):
+    assert ablation("DATASETS.TEST", "()") == 1
+    assert "DATASETS.TEST is empty" in capfd.readouterr().err
+    assert not table.exists()
+
+
+def test_a_run_without_an_ap_is_not_run_again(ablation, train_net, table, capfd):
+    train_net.write_text(train_net.read_text().replace('"bbox/AP"', '"mine/AP"'))
+    assert ablation() == 1
+    assert "gamma_0 seed 1: no AP. " in capfd.readouterr().err
+    assert ablation() == 1
+    assert "has no bbox/AP of step 4, only bbox/AP50" in capfd.readouterr().out
+    assert set(starts(table).values()) == {1}
+    # An evaluator that is mended: only its evaluation is done again.
+    train_net.write_text(train_net.read_text().replace('"mine/AP"', '"bbox/AP"'))
+    for path in table.rglob("job.json"):
+        path.unlink()
+    assert ablation() == 0
+    assert report(table) == {"gamma_0": 1.0, "gamma_1": 11.0, "gamma_2": 21.0}
+
+
+def test_several_tables_at_once(ablation, rows, table, capfd):
+    (rows.folder / "results.csv").write_text("row,AP,baseline\ngamma_1,,x\nrate_1,,x\n")
+    rows.add("rate_1", "SOLVER: {BASE_LR: 0.002}")
+    assert ablation() == 0
+    assert set(starts(table)) == {"gamma_0/seed1", "gamma_1/seed1", "gamma_2/seed1", "rate_1/seed1"}
+    assert (report(table / "gamma"), report(table / "rate")) == (
+        {"gamma_0": 1.0, "gamma_1": 11.0, "gamma_2": 21.0},
+        {"rate_1": 21.0},
+    )
+    screen = capfd.readouterr().out
+    assert f"{table}/gamma/report.html" in screen and f"{table}/rate/report.html" in screen
+    assert not (table / "report.json").exists()
+
+
+def test_rows_that_are_the_same_run_are_told_before_they_are_run(ablation, table, capfd):
+    assert ablation("MODEL.RETINANET.FOCAL_LOSS_GAMMA", 1.0) == 0
+    screen = capfd.readouterr()
+    first, same = "gamma_0 seed 1: AP", "gamma_0, gamma_1, gamma_2: the same run"
+    assert same in screen.out and same in screen.err.partition(first)[0]
+
+
+def test_paths_with_spaces_and_other_letters(ablation, rows, tmp_path):
+    rows.add("γ = 1 'x' {y}", "SOLVER: {BASE_LR: 0.002}")
+    output = tmp_path / "mein Ergebnis, größer"
+    assert ablation("--output", output) == 0
+    assert report(output)["γ = 1 'x' {y}"] == 21.0
+
+
+def test_a_folder_that_was_moved(ablation, table, tmp_path):
+    assert ablation() == 0
+    table.rename(tmp_path / "elsewhere")
+    assert ablation("--output", tmp_path / "elsewhere") == 0
+    assert set(starts(tmp_path / "elsewhere").values()) == {1}
+
+
+@pytest.mark.parametrize("name", ["gamma_1/seed1/config-ablation.new", "report.json"])
+def test_what_cannot_be_written_is_told(ablation, table, name, capfd):
+    """As on a full disk."""
+    (table / name).mkdir(parents=True)
+    assert ablation() == 1
+    error = capfd.readouterr().err
+    assert f"{table}: [Errno 21]" in error and "The same command goes on" in error
+    (table / name).rmdir()
+    assert ablation() == 0
+    assert set(starts(table).values()) == {1}
+
+
 def test_data_sets_of_the_users_modules(ablation, table, tmp_path, monkeypatch, capfd):
     (tmp_path / "my_data_sets.py").write_text(
         "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('of_a_module', lambda: [{}] * 7)\n"
@@ -359,6 +438,7 @@ def test_the_command_line():
     args = parse(["configs/paper/table1b", "--data", "bccd", "SOLVER.MAX_ITER", "4", "SOLVER.BASE_LR", "-1"])
     assert (args.rows, args.opts) == (["configs/paper/table1b"], ["SOLVER.MAX_ITER", "4", "SOLVER.BASE_LR", "-1"])
     assert str(args.output) == "output/ablation/table1b-bccd"
+    assert parse(["rows", "VIS.ENABLED", "True"]).opts == ["VIS.ENABLED", "True"]  # a key that Detectron2 has not
     assert str(parse(["a/x.yaml", "b", "--data", "c/mine.yaml"]).output) == "output/ablation/x-b-mine"
     many = [f"a/{'x' * 40}_{i}.yaml" for i in range(20)]  # as a shell's pattern gives them
     assert str(parse([*many, "--data", "bccd"]).output) == f"output/ablation/{'x' * 40}_0-and-19-more-bccd"
@@ -382,6 +462,13 @@ def test_with_the_real_train_net(rows, ablation, table):
     assert finished["status"] == "finished" and 0 <= finished["results"]["AP"] <= 100
     assert diverged["status"] == "diverged" and 1 <= diverged["step"] < 4 and diverged["reason"]
     assert (table / "gamma_0/seed1/model_final.pth").exists()
+
+    # Where an AP is missing, the last checkpoint is evaluated again.
+    (table / "gamma_0/seed1/job.json").unlink()
+    metrics = table / "gamma_0/seed1/metrics.json"
+    metrics.write_text(metrics.read_text().replace("bbox/AP", "mine/AP"))
+    assert ablation("--train-net", TRAIN_NET, "--jobs", 2) == 0
+    assert report(table)["gamma_0"] == finished["results"]["AP"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+"""What rows say that no code reads, and rows that are therefore one and the same run."""
+
+from collections.abc import Sequence
+
+from ..engine.advice import backbone_keys, roi_heads_keys
+from .rows import difference, flat
+from .runs import Run
+
+
+def without_effect(runs: Sequence[Run]) -> list[str]:
+    """A line for each key that rows set without effect, and for rows that differ in nothing that is read.
+
+    Args:
+        runs: of a table; those of the first seed are looked at.
+    """
+    runs = [run for run in runs if run.seed == runs[0].seed]
+    advice = {run: [*backbone_keys(run.cfg), *roi_heads_keys(run.cfg)] for run in runs}
+    rows: dict[str, list[str]] = {}
+    for run, messages in advice.items():
+        for message in messages:
+            rows.setdefault(message, []).append(run.row.name)
+    lines = [f"{', '.join(names)}: {message}" for message, names in rows.items()]
+
+    same: dict[Run, dict[Run, set[str]]] = {}  # the first of its kind: the others, and in what they differ
+    for run in runs:
+        for first, others in same.items():
+            keys = (flat(difference(run.cfg, first.cfg)).keys() | flat(difference(first.cfg, run.cfg))) - {"OUTPUT_DIR"}
+            if all(key.startswith(_unread(advice[run] + advice[first])) for key in keys):
+                others[run] = keys
+                break
+        else:
+            same[run] = {}
+    for first, others in same.items():
+        if others:
+            keys = ", ".join(sorted(set().union(*others.values())))
+            names = ", ".join(run.row.name for run in (first, *others))
+            lines.append(f"{names}: the same run, as they differ in {f'{keys} alone, not read' if keys else 'no key'}.")
+    return lines
+
+
+def _unread(messages: Sequence[str]) -> tuple[str, ...]:
+    """The beginnings of keys that are not read: each message begins with one. Where the depth of Detectron2's ResNet
+    is not, none of that ResNet's are."""
+    return tuple(message.split()[0].removesuffix("DEPTH") for message in messages)
