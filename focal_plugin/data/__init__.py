@@ -1,7 +1,7 @@
 """Data sets from lines of a config, checked before they are used."""
 
 from .classes import check_num_classes, is_dense_detector
-from .files import check_files
+from .files import check_files, check_files_of
 from .local import register_local_dataset, register_local_datasets
 from .mapper import FocalDatasetMapper, build_augmentations
 from .records import DataError
@@ -11,6 +11,7 @@ __all__ = [
     "FocalDatasetMapper",
     "build_augmentations",
     "check_files",
+    "check_files_of",
     "check_num_classes",
     "is_dense_detector",
     "register_local_dataset",

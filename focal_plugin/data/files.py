@@ -19,11 +19,20 @@ def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
     for key in keys:
         for name in cfg.DATASETS[key]:
-            metadata = MetadataCatalog.get(name)
-            path = metadata.get("json_file") or metadata.get("dirname")
-            if path and not PathManager.exists(path):
-                raise FileNotFoundError(
-                    f"DATASETS.{key} names {name!r}, whose {path} does not exist (current folder: {os.getcwd()}). "
-                    "Detectron2 looks for its own data sets in the folder datasets, or in the one that the environment "
-                    "variable DETECTRON2_DATASETS names. Describe data of your own in DATASETS.LOCAL."
-                )
+            check_files_of(name, f"DATASETS.{key}", "Describe data of your own in DATASETS.LOCAL.")
+
+
+def check_files_of(name: str, key: str, hint: str) -> None:
+    """Check that the files of the data set ``name``, which ``key`` names, are there; ``hint`` ends the error.
+
+    Raises:
+        FileNotFoundError: they are not.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file") or metadata.get("dirname")
+    if path and not PathManager.exists(path):
+        raise FileNotFoundError(
+            f"{key} names {name!r}, whose {path} does not exist (current folder: {os.getcwd()}). Detectron2 looks for "
+            "its own data sets in the folder datasets, or in the one that the environment variable DETECTRON2_DATASETS "
+            f"names. {hint}"
+        )

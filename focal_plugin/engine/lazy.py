@@ -6,8 +6,10 @@ from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
+from omegaconf import OmegaConf
 from torch import nn
 
+from ..data import check_files_of
 from ..safe_yaml import ConfigError
 from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer, explained_full_disk
@@ -40,6 +42,7 @@ def main(args) -> dict | None:
 
     Raises:
         ConfigError: a word of ``args.opts`` gives no value.
+        FileNotFoundError: the files of a data set are not there. ValueError: ``train.device`` is no device.
     """
     args.config_file = find_config(args.config_file)
     if words := [str(word) for word in args.opts if "=" not in str(word) and not str(word).startswith("~")]:
@@ -48,10 +51,11 @@ def main(args) -> dict | None:
             "spaces."
         )
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    cfg.train.device = usable_device(cfg.train.device)
+    cfg.train.device = usable_device(cfg.train.device, "train.device")
     again = args.resume or args.eval_only
     cfg.train.seed = settled_seed(cfg.train.get("seed", -1), cfg.train.output_dir, again)
     start_logs(cfg, args, cfg.train.output_dir, cfg.train.device)
+    _check_files(cfg, args.eval_only)
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.get("channels_last", False):
         use_channels_last(model)
@@ -64,7 +68,7 @@ def main(args) -> dict | None:
         results = train(cfg, model, args.resume)
     if not comm.is_main_process():
         return None
-    log_report(cfg.train.output_dir, {_dataset_name(cfg): results})
+    log_report(cfg.train.output_dir, {", ".join(_dataset_names(cfg, "test")): results})
     return results
 
 
@@ -129,6 +133,19 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     return results
 
 
-def _dataset_name(cfg) -> str:
-    names = cfg.dataloader.test.dataset.names
-    return names if isinstance(names, str) else ", ".join(names)
+def _check_files(cfg, eval_only: bool) -> None:
+    """Check that the files of the data sets that are needed are there, where the config names them as Detectron2's do.
+
+    Raises:
+        FileNotFoundError: they are not.
+    """
+    needed = ["train"] * (not eval_only) + ["test"] * ("evaluator" in cfg.dataloader)
+    for part in needed:
+        for name in _dataset_names(cfg, part):
+            hint = "Register data of your own with focal_plugin.data.register_local_dataset in the config."
+            check_files_of(name, f"dataloader.{part}.dataset.names", hint)
+
+
+def _dataset_names(cfg, part: str) -> list[str]:
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=[])
+    return [names] if isinstance(names, str) else list(names)

@@ -69,8 +69,8 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     return cfg
 
 
-def usable_device(device: str) -> str:
-    """``device``, or ``cpu`` where it is a GPU and there is none.
+def usable_device(device: str, key: str = "MODEL.DEVICE") -> str:
+    """``device``, or ``cpu`` where it is a GPU and there is none; ``key`` is where it is from.
 
     Raises:
         ValueError: PyTorch knows no such device.
@@ -78,7 +78,7 @@ def usable_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise ValueError(f"MODEL.DEVICE is {device!r}; expected cpu, cuda, or cuda:N for the GPU N.") from None
+        raise ValueError(f"{key} is {device!r}; expected cpu, cuda, or cuda:N for the GPU N.") from None
     return "cpu" if kind == "cuda" and not torch.cuda.is_available() else device
 
 
@@ -155,7 +155,7 @@ def _prepare_cpu() -> None:
     processes = comm.get_world_size()
     if processes > 1 and torch.distributed.get_backend() == "nccl":
         raise ValueError(
-            f"MODEL.DEVICE is cpu, but the {processes} processes would talk through their GPUs. To use the CPU alone, "
+            f"The device is cpu, but the {processes} processes would talk through their GPUs. To use the CPU alone, "
             "set CUDA_VISIBLE_DEVICES to nothing in the environment."
         )
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:

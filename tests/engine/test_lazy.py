@@ -1,0 +1,35 @@
+"""What a LazyConfig gets wrong is said by its own keys, before anything is built."""
+
+import pytest
+
+TRAIN, TEST = "dataloader.train.dataset.names", "dataloader.test.dataset.names"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ([f"{TRAIN}=coco_2017_val"], TRAIN),
+        ([f"{TEST}=coco_2017_val"], TEST),
+        ([f"{TEST}=[shapes_test,coco_2017_val]"], TEST),
+        (
+            ["--eval-only", f"{TRAIN}=coco_2017_train", f"{TEST}=coco_2017_val"],
+            TEST,
+        ),  # not what is trained on
+    ],
+)
+def test_data_that_are_not_there(train_net, lazy_config, monkeypatch, tmp_path, words, key):
+    monkeypatch.chdir(tmp_path)
+    message = rf"{key} names 'coco_2017_val', whose .*instances_val2017\.json does not exist .*DETECTRON2_DATASETS"
+    with pytest.raises(FileNotFoundError, match=message):
+        train_net(*words, config=lazy_config)
+
+
+def test_test_data_that_nothing_evaluates_need_not_be_there(train_net, lazy_config):
+    with open(lazy_config, "a") as file:
+        file.write("\ndel dataloader['evaluator']\n")
+    assert train_net(f"{TEST}=coco_2017_val", "train.max_iter=1", config=lazy_config) == {}
+
+
+def test_a_device_that_is_none(train_net, lazy_config):
+    with pytest.raises(ValueError, match=r"train\.device is 'gpu'; expected cpu, cuda"):
+        train_net("train.device=gpu", config=lazy_config)
