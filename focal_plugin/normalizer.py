@@ -19,7 +19,7 @@ class NumPositives(nn.Module):
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
         """The scalar float32 normaliser on ``device``. Waits for the other processes with ``sync``, else not."""
-        count = torch.tensor(float(num_positives), device=device)
+        count = torch.full((), float(num_positives), device=device)  # without a copy, for which a GPU is waited
         world_size = comm.get_world_size()
         if self.sync and world_size > 1:
             torch.distributed.all_reduce(count)

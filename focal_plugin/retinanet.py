@@ -21,7 +21,7 @@ from .frozen_norm import fold_frozen_norms
 from .ignore_regions import ignore_covered
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
-from .structures import Anchors, DenseTargets
+from .structures import NEGATIVE, Anchors, DenseTargets, unravel
 
 
 @META_ARCH_REGISTRY.register()
@@ -178,7 +178,11 @@ class FocalRetinaNet(DenseDetector):
             gt_instances: of each image, with ``gt_boxes`` and ``gt_classes``.
             ignore_boxes: of each image, or None where it has none; empty, no image has any.
         """
-        matches = [self.anchor_matcher(anchors, instances) for instances in gt_instances]
+        matches = []
+        for instances in gt_instances:
+            matched, labels = self.anchor_matcher(anchors, instances)
+            # As in Detectron2, an image without boxes is background, whatever IOU_LABELS begin with.
+            matches.append((matched, labels if len(instances) else torch.full_like(labels, NEGATIVE)))
         for image, regions in enumerate(ignore_boxes):
             if regions is not None and self.ignore_ioa > 0:
                 matched, labels = matches[image]
@@ -243,9 +247,9 @@ class FocalRetinaNet(DenseDetector):
         floor = _logit(self.test_score_thresh) - 0.1
         values, places = _top(logits.flatten(1), self.test_topk_candidates, floor)  # (N, C)
         if channels_last:
-            y, x, anchor, cls = torch.unravel_index(places, (h, w, a, self.num_classes))
+            y, x, anchor, cls = unravel(places, (h, w, a, self.num_classes))
         else:
-            anchor, cls, y, x = torch.unravel_index(places, (a, self.num_classes, h, w))
+            anchor, cls, y, x = unravel(places, (a, self.num_classes, h, w))
         image = torch.arange(n, device=places.device)[:, None]  # (N, 1)
         deltas = deltas.view(n, a, 4, h, w)[image, anchor, :, y, x]  # (N, C, 4)
         return values, cls, deltas, anchors[(y * w + x) * a + anchor]

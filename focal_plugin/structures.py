@@ -12,6 +12,15 @@ from torch import Tensor
 IGNORED, NEGATIVE, POSITIVE = -1, 0, 1
 
 
+def unravel(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """As ``torch.unravel_index``, which has a GPU waited for: it copies the shape there."""
+    places = []
+    for size in reversed(shape[1:]):
+        places.append(indices % size)
+        indices = indices // size
+    return indices, *reversed(places)
+
+
 @dataclass(frozen=True)
 class Anchors:
     """The anchors of one image size, and the grid they stand on when there is one.
@@ -104,7 +113,7 @@ class DenseTargets:
         for level, labels, indices in zip(dense, self.labels, self.positives if places is None else places):
             n, a, h, w = labels.shape
             level = level.view(n, a, -1, h, w)  # (N, A, C, H, W), whatever the memory format
-            image, anchor, y, x = torch.unravel_index(indices, (n, a, h, w))
+            image, anchor, y, x = unravel(indices, (n, a, h, w))
             rows.append(level[image, anchor, :, y, x])  # (P_l, C)
         return torch.cat(rows)
 

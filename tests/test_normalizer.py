@@ -13,6 +13,18 @@ def test_num_positives(count, expected):
         assert NumPositives(sync=sync)(count, CPU).item() == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalizer", [NumPositives(), EMANumPositives()])
+def test_does_not_wait_for_a_gpu(normalizer):
+    normalizer = normalizer.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = normalizer(7, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.is_cuda
+
+
 def test_ema_by_hand():
     normalizer = EMANumPositives(initial=100, momentum=0.9)
     mean = 100.0

@@ -1,14 +1,17 @@
 """The model outside of a trainer, and inference on many images at once. What it computes is in test_parity.py."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 
-from focal_plugin import add_focal_config
+from focal_plugin import Anchors, IgnoreBandMatcher, add_focal_config
 from focal_plugin.retinanet import _top
 
 CLASSES, LEVELS = 3, [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
@@ -47,6 +50,22 @@ def test_losses_in_a_loop_without_detectron2s_event_storage(architecture):
     instances = Instances((64, 80), gt_boxes=Boxes(torch.tensor([[8.0, 8, 60, 50]])), gt_classes=torch.tensor([1]))
     losses = build_model(cfg)([{"image": torch.rand(3, 64, 80), "instances": instances}])
     assert len(losses) >= 2 and all(0 < loss < math.inf for loss in losses.values())
+
+
+@pytest.mark.parametrize("labels", [[0, -1, 1], [-1, 0, 1], [1, 0, 1]])
+def test_an_image_without_boxes_is_background(model, monkeypatch, labels):
+    """As in Detectron2, whatever the label of an anchor that overlaps no box."""
+    thresholds, gt = [0.1, 0.4], torch.tensor([[8.0, 8, 60, 40]])
+    instances = [Instances((48, 64), gt_boxes=Boxes(x), gt_classes=torch.ones(len(x)).long()) for x in (gt[:0], gt)]
+    features, _ = predictions(2)
+    stock = SimpleNamespace(num_classes=CLASSES, anchor_matcher=Matcher(thresholds, labels, True))
+    expected, _ = RetinaNet.label_anchors(stock, model.anchor_generator(features), instances)
+    assert (expected[0] == CLASSES).all()
+
+    monkeypatch.setattr(model, "anchor_matcher", IgnoreBandMatcher(thresholds=thresholds, labels=labels))
+    found = model.label_anchors(Anchors.from_generator(model.anchor_generator, features), instances).labels
+    found = torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in found], dim=1)  # (N, R)
+    assert found.equal(torch.stack(expected))
 
 
 def predictions(num_images, shift=-2.0, device="cpu"):
@@ -124,6 +143,15 @@ def test_top(count, floor):
         assert top[: len(expected)].equal(expected)
         assert (top[len(expected) :] == -math.inf).all()
         assert row[where[: len(expected)]].equal(expected)
+
+
+def test_nothing_is_copied_to_the_device_before_nms(model, monkeypatch):
+    """Which a GPU would have to be waited for."""
+    _, outputs = predictions(2)
+    anchors = [torch.rand(h * w * 6, 4) for h, w in LEVELS]
+    monkeypatch.setattr(torch, "tensor", None)
+    for level in zip(*outputs, anchors):
+        model._best_of_level(*level)
 
 
 @pytest.mark.gpu

@@ -7,10 +7,23 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from focal_plugin import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
+from focal_plugin.structures import unravel
 
 # (H, W) of the levels, their strides, and sizes such that they have 4, 2 and 2 anchors a location
 GRIDS, STRIDES, SIZES, RATIOS = [(3, 5), (2, 3), (1, 1)], [8, 16, 32], [[16, 20], [32], [64]], [[0.5, 2.0]]
 K = 7
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 1, 5, 3), (1, 1)])
+def test_unravel(shape):
+    indices = torch.randperm(torch.Size(shape).numel())
+    for some in (indices, indices[:0], indices[None]):
+        expected = torch.unravel_index(some, shape)
+        assert len(expected) == len(shape) and all(map(torch.equal, unravel(some, shape), expected))
+
+
+def test_unravel_without_places():
+    assert [len(x) for x in unravel(torch.zeros(0, dtype=torch.int64), (2, 0, 3))] == [0, 0, 0]
 
 
 def make_generator(sizes=SIZES, ratios=RATIOS, strides=STRIDES, offset=0.0):

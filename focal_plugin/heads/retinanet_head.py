@@ -10,7 +10,7 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
 from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
-from ..structures import DenseTargets
+from ..structures import DenseTargets, unravel
 from .sparse import Cells, convs_at
 
 # Of all cells: where the box subnet is needed at more, whole maps are about as cheap.
@@ -111,7 +111,7 @@ class FocalRetinaNetHead(nn.Module):
     def _deltas_around_positives(self, features: Sequence[Tensor], targets: DenseTargets) -> Tensor | None:
         """The positives' deltas, (P, 4); None where so many cells matter that whole maps are cheaper."""
         cells = Cells(features)
-        places = [torch.unravel_index(flat, x.shape) for flat, x in zip(targets.positives, targets.labels)]
+        places = [unravel(flat, x.shape) for flat, x in zip(targets.positives, targets.labels)]
         numbers = torch.cat(
             [cells.numbers(level, image, y, x) for level, (image, _, y, x) in enumerate(places)]
         )  # (P,)
