@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..structures import IGNORED
+from ..structures import IGNORED, unravel
 
 # A logit of this is background for certain: its loss and its gradient are exactly 0, whatever γ is.
 _CERTAIN = -1e4
-
-_ZERO = torch.zeros((), dtype=torch.float32, device="cpu")  # a 0-dim tensor goes with any dtype and device
 
 
 def loss_and_gradients(
@@ -35,7 +33,7 @@ def loss_and_gradients(
         # SLEEF's log1p for AVX-512, which logaddexp calls, reads its constant −0.0 under a mask that is empty for all
         # other arguments. While the page with the constant is not mapped, each such read takes the processor's slow
         # path, and log1p ten times as long. The argument −0.0 maps the page.
-        torch.log1p(-_ZERO)
+        torch.log1p(torch.tensor(-0.0, device="cpu"))
 
     tasks = [(level, *block) for level in levels for block in level.blocks(_block_size(device))]
     losses: list[Tensor | None] = [None] * len(tasks)  # in this order whoever is first, for the same sum each time
@@ -107,8 +105,9 @@ def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float,
         gradient: of that shape and any dtype, or None.
     """
     x, p, s = scratch.unbind()
+    zero = x.new_zeros(())
     torch.sigmoid(x, out=p)
-    torch.logaddexp(x, _ZERO, out=s)  # softplus to the last bits; −log σ(−x) has few left where σ(−x) ≈ 1
+    torch.logaddexp(x, zero, out=s)  # softplus to the last bits; −log σ(−x) has few left where σ(−x) ≈ 1
     if gamma == 0:
         if gradient is not None:
             torch.mul(p, weight * factor, out=gradient)
@@ -116,7 +115,7 @@ def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float,
 
     number, weights = (1.0, weight) if isinstance(weight, Tensor) else (weight, None)
     if gamma == 2:
-        torch.addcmul(_ZERO, p, p, value=gamma * factor * number, out=x)
+        torch.addcmul(zero, p, p, value=gamma * factor * number, out=x)
     else:  # p^γ through log p = x − softplus(x): its derivative is finite where that of a power is not
         x.sub_(s).mul_(gamma).exp_().mul_(gamma * factor * number)
     if weights is not None:
@@ -204,7 +203,7 @@ class _Level:
 
     def positives(self, weight: float | Tensor, gamma: float) -> Tensor:
         """The loss of the elements with target 1; writes their gradient, after that of all blocks."""
-        x = -self.logits[torch.unravel_index(self.positive, self.shape)]  # (P,)
+        x = -self.logits[unravel(self.positive, self.shape)]  # (P,)
         scratch = x.to(torch.promote_types(x.dtype, torch.float32)).repeat(3, 1)
         gradient = None if self.written is None else torch.empty_like(x)
         if isinstance(weight, Tensor):
