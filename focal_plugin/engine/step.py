@@ -150,8 +150,8 @@ class StepTrainer(SimpleTrainer):
                     if window is None:
                         losses = {name: loss * (len(part) / len(batch)) for name, loss in losses.items()}
                     elif last:  # its own losses are divided already; all before it wait for this number
-                        divide_gradients(self.model, window.total)
-                        totals = {name: total / window.total for name, total in totals.items()}
+                        divide_gradients(self.model, window.rest)
+                        totals = {name: total / window.rest for name, total in totals.items()}
                     self._backward(losses)
                 totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
         return totals

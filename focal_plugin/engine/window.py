@@ -11,28 +11,33 @@ class WindowNormalizer(nn.Module):
     """Stands in for a model's normaliser while the parts of a batch are computed.
 
     What the losses of a batch are divided by is known when its last part has been matched. So the parts before it are
-    divided by 1, and the positives counted; the last part is divided by what the normaliser makes of all of them, and
-    whoever runs the window divides what has been added up before by the same number.
+    divided by a guess, and the positives counted; the last part is divided by what the normaliser makes of all of them,
+    and whoever runs the window divides what has been added up before by the rest.
+
+    The guess is for float16, whose gradients have one scale for all parts. It is a power of 2, so that the result is
+    that of one division.
 
     Attributes:
         closing: set it before the forward pass of the last part.
-        total: the divisor of the whole batch, a scalar; known after that forward pass.
+        rest: the divisor of the whole batch over the guess, a scalar; known after that forward pass.
     """
 
     def __init__(self, normalizer: nn.Module):
         super().__init__()
         self.normalizer = normalizer
-        self.num_positives = 0
+        self.counts: list[int] = []  # of positives, of each part
         self.closing = False
-        self.total: Tensor | None = None
+        self.rest: Tensor | None = None
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
         """The divisor of this part, a scalar float32 on ``device``."""
-        self.num_positives += num_positives
+        self.counts.append(num_positives)
+        guess = 2.0 ** self.counts[0].bit_length()
         if not self.closing:
-            return torch.ones((), device=device)
-        self.total = self.normalizer(self.num_positives, device)
-        return self.total
+            return torch.full((), guess, device=device)
+        total = self.normalizer(sum(self.counts), device)
+        self.rest = total / guess
+        return total
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from focal_plugin import build_normalizer
+from focal_plugin import NumPositives, build_normalizer
 from focal_plugin.engine.window import counted_together, divide_gradients, split
 
 
@@ -58,12 +58,27 @@ def test_a_window_is_one_batch(cfg, batch):
             loss.backward()
             window.closing = True
             last = parted(second)
-            divide_gradients(parted, window.total)
+            divide_gradients(parted, window.rest)
             last.backward()
-            total = loss.detach() / window.total + last.detach()
+            total = loss.detach() / window.rest + last.detach()
         torch.testing.assert_close(total, expected.detach())
         torch.testing.assert_close(parted.weight.grad, whole.weight.grad)
     assert dict(parted.state_dict()) == dict(whole.state_dict())
+
+
+@pytest.mark.parametrize("count", [1, 40, 3000])
+def test_float16_holds_the_gradients_of_each_part(count):
+    """A part is divided by a number like the batch's at once: the scale of the gradients has to fit all of them."""
+    normalizer, scale = NumPositives(), 2.0**14
+    model = nn.Module()
+    model.normalizer = normalizer
+    with counted_together(model) as window:
+        first, second = (torch.ones(count, dtype=torch.float16, requires_grad=True) for _ in range(2))
+        (first.float().sum().square() / model.normalizer(count, torch.device("cpu")) / count * scale).backward()
+        window.closing = True
+        (second.float().sum().square() / model.normalizer(count, torch.device("cpu")) / count * scale).backward()
+    assert first.grad.isfinite().all() and 1 / 4 < first.grad.norm() / second.grad.norm() < 4
+    assert (first.grad / window.rest).allclose(second.grad, rtol=2**-10)
 
 
 def test_the_normalizer_is_put_back_when_a_step_fails(cfg):
