@@ -7,7 +7,7 @@ An INPUT is an image, a folder (the images right in it), a pattern, a video, or 
 stops. In the output folder each gets a copy with its detections drawn on it, and all together detections.json, in
 COCO's format for results, with images.json, the images and categories that its ids stand for: pycocotools reads them
 with COCO("images.json").loadRes("detections.json"), but for an empty list. Nothing is overwritten: a name that is taken
-gets a number.
+gets a number. A video of odd width or height loses its last column or row in its copy: OpenCV writes even sizes.
 
 An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1. It is 2 if
 nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT, INPUT.MIN_SIZE_TEST, ...).

@@ -6,7 +6,6 @@ from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
-from omegaconf import OmegaConf
 from torch import nn
 
 from ..data import check_files_of
@@ -147,5 +146,5 @@ def _check_files(cfg, eval_only: bool) -> None:
 
 
 def _dataset_names(cfg, part: str) -> list[str]:
-    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names", default=[])
+    names = cfg.dataloader.get(part, {}).get("dataset", {}).get("names", [])  # [] of a loader of another make
     return [names] if isinstance(names, str) else list(names)

@@ -117,6 +117,23 @@ def test_mmdetection(norm_layer, tmp_path):
     assert_same_detections(theirs, ours, [torch.randint(0, 256, (3, 128, 256)).float()])
 
 
+def test_mmdetection_with_the_buffers_of_its_ema_hook(tmp_path):
+    state = {mmdetection_name(name): value for name, value in mmdetection().state_dict().items()}
+    raw = {f"ema_{name.replace('.', '_')}": torch.zeros_like(value) for name, value in state.items()}
+    found = {}
+    for name, weights in (("plain", state), ("ema", state | raw)):
+        torch.save({"state_dict": weights}, tmp_path / f"{name}.pth")
+        found[name] = convert_mmdetection(str(tmp_path / f"{name}.pth"), style="pytorch")
+    plain, ema = found["plain"], found["ema"]
+    assert plain.weights.keys() == ema.weights.keys()
+    assert all(torch.equal(value, ema.weights[name]) for name, value in plain.weights.items())
+    (note,) = set(ema.notes) - set(plain.notes)
+    assert f"{len(raw)} buffers ema_*" in note
+    torch.save({"state_dict": state | raw | {"ema_other_weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(ConvertError, match=r"1 of the .* weights are of no known part.*\n  ema_other_weight$"):
+        convert_mmdetection(str(tmp_path / "other.pth"), style="pytorch")
+
+
 def test_the_style_of_mmdetection(tmp_path):
     path = str(tmp_path / "theirs.pth")
     state = {mmdetection_name(name): value for name, value in mmdetection().state_dict().items()}

@@ -98,7 +98,7 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
                 "'caffe') or --style caffe: they differ in strides, colour order and pixel statistics."
             )
         style = match[1]
-    found = find_weights(content, path)
+    found, left_out = _without_ema(find_weights(content, path))
     has_norm = "bbox_head.cls_convs.0.gn.weight" in found
     weights = _sizes_outside(rename(found, mmdetection_rules(has_norm), COUNTERS))
     weights = match_norm_eps(weights, NORM_EPS)
@@ -112,6 +112,8 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
         weights = _with_conv_biases(weights)
         settings = merge(settings, {"MODEL": {"RETINANET": {"NORM": "GN"}}})
     notes = [f"Its ResNet is of style {style}: strides, colour order and pixel statistics are those."]
+    if left_out:
+        notes.append(f"Its {left_out} buffers ema_* are left out: MMDetection evaluates what goes by the plain names.")
     if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
         notes.append(
             f"It is of MMDetection {meta['mmdet_version']}, whose anchors were rounded and half a pixel off; boxes "
@@ -119,6 +121,16 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
         )
     pixels = RGB if style == "pytorch" else {}  # Detectron2's own are those of its caffe models
     return _finish(weights, [pixels, _CLIPPED, settings], notes)
+
+
+def _without_ema(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The weights without the buffers that the ``EMAHook`` of MMDetection 2.x keeps beside them, and their number.
+
+    One is ema_backbone_conv1_weight beside backbone.conv1.weight. They are the averages while it trains; after an epoch
+    the hook exchanges the two, so that what is evaluated and written by the model's own names is averaged.
+    """
+    kept_beside = {f"ema_{name.replace('.', '_')}" for name in weights} & weights.keys()
+    return {name: value for name, value in weights.items() if name not in kept_beside}, len(kept_beside)
 
 
 def convert_detectron1(path: str) -> Converted:
