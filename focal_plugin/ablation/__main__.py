@@ -157,4 +157,5 @@ def make_launcher(args: argparse.Namespace, num_runs: int) -> LocalLauncher | Sl
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may have no Δ
     sys.exit(main())

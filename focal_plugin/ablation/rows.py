@@ -100,8 +100,8 @@ def find_tables(words: Sequence[str]) -> list[Table]:
     tables = []
     for name, group in groups.items():
         baseline = next((row.name for row in group if row.name in marked), group[0].name)
-        words = {_table_of(row.name) for row in group}
-        missing = [path.name for path in paper if _table_of(path.name) in words and path.name not in names]
+        begin = {_table_of(row.name) for row in group}
+        missing = [path.name for path in paper if _table_of(path.name) in begin and path.name not in names]
         tables.append(Table(name, group, baseline, missing))
     return tables
 
@@ -132,7 +132,7 @@ def read_results(path: Path) -> dict[str, dict]:
         for metric in METRICS:
             if line.get(metric) and not _is_number(line[metric]):
                 raise ValueError(f"{path}: {metric} of {line['row']} is {line[metric]}; expected a number or nothing.")
-    return {line["row"]: line for line in lines}
+    return {line["row"]: line for line in lines if line["row"]}
 
 
 def _is_number(text: str) -> bool:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import detectron2
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from ..data import register_local_datasets
 from ..engine.curves import read_metrics
 from ..registry import import_user_modules
+from ..safe_yaml import parse_yaml
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
 from .rows import METRICS, ROOT, Row, as_yaml, compose, flat
 
@@ -83,7 +83,11 @@ class Run:
         return self.cfg.SOLVER.MAX_ITER
 
     def changes(self) -> str:
-        """What a run in the same folder was configured otherwise; empty if there is none, or it is the same config."""
+        """What a run in the same folder was configured otherwise; empty if there is none, or it is the same config.
+
+        Raises:
+            ConfigError: its config is no YAML mapping any more.
+        """
         if not self.config_file.exists():
             taken = [name for name in ("metrics.json", "model_final.pth") if (self.folder / name).exists()]
             return f"has {' and '.join(taken)}, but no {CONFIG}" if taken else ""
@@ -91,8 +95,8 @@ class Run:
             return ""
         # OUTPUT_DIR may differ: a folder that was moved holds the same run.
         before, now = (
-            {key: value for key, value in flat(yaml.safe_load(text)).items() if key != "OUTPUT_DIR"}
-            for text in (self.config_file.read_text(), as_yaml(self.cfg))
+            {key: value for key, value in flat(parse_yaml(text, str(self.config_file))).items() if key != "OUTPUT_DIR"}
+            for text in (self.config_file.read_bytes(), as_yaml(self.cfg))
         )
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         show = lambda config, key: repr(config[key]) if key in config else "the default"  # noqa: E731
@@ -211,7 +215,7 @@ def plan(rows: Sequence[Row], base: Path | None, opts: Sequence[str], seeds: int
             folder = output / row.name / f"seed{seed}"
             cfg = compose(row, base, [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)])
             if not cfg.DATASETS.TEST:
-                raise ValueError(f"{row.file}: DATASETS.TEST is empty, so that there would be no AP to report.")
+                raise ValueError(f"{row.file}: DATASETS.TEST is empty: name the set to report the AP of.")
             runs.append(Run(row, seed, folder, cfg))
     changed: dict[str, list[str]] = {}
     for run in runs:

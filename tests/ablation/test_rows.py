@@ -107,6 +107,13 @@ def test_what_is_wrong_with_results(rows, text, message):
         find_table([str(rows.folder)])
 
 
+def test_results_of_no_row(rows):
+    (rows.folder / "results.csv").write_text("AP,row\n34.0\n35.0,\n36.0,gamma_2\n")
+    table = find_table([str(rows.folder)])
+    assert [row.paper for row in table.rows] == [{"AP": 36.0}, {}, {}]
+    assert table.missing == []
+
+
 def test_results_that_are_no_utf8(rows):
     path = rows.folder / "results.csv"
     path.write_bytes("row,note\ngamma_1,über\n".encode("latin-1"))

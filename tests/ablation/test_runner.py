@@ -29,6 +29,12 @@ def table(tmp_path):
     return tmp_path / "table"
 
 
+@pytest.fixture
+def runs(rows, tiny_config, table):
+    """Of one seed, not run yet."""
+    return plan(find_tables([str(rows.folder)])[0].rows, find_base(tiny_config), [], 1, table)
+
+
 def starts(table):
     """How often each run was started."""
     return {
@@ -88,6 +94,19 @@ def test_a_changed_config_is_never_run_over(ablation, table, tiny_config, capfd)
     # Another spelling of the same is no change.
     assert ablation("SOLVER.MAX_ITER", 4, "SOLVER.MOMENTUM", 0.9) == 0
     assert set(starts(table).values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "text, message", [("", "SOLVER.MAX_ITER was the default and is now 4"), ("SOLVER: {", "config-ablation.yaml: ")]
+)
+def test_a_config_that_was_cut_off(runs, tiny_config, table, text, message):
+    """As a power cut, or an editor, leaves it: nobody knows what was run."""
+    runs[0].prepare()
+    (runs[0].folder / "metrics.json").write_text('{"iteration": 3, "total_loss": 1.0}\n')
+    assert runs[0].changes() == ""
+    runs[0].config_file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plan([runs[0].row], find_base(tiny_config), [], 1, table)
 
 
 def test_a_folder_that_is_someone_elses(ablation, table, capfd):
@@ -199,11 +218,11 @@ def test_interrupted_it_lets_its_jobs_save_and_says_so(start_ablation, ablation,
     assert sorted(starts(table).values()) == [1, 2, 2]
 
 
-def test_a_job_that_ends_while_it_is_told_to(rows, tiny_config, table):
+def test_a_job_that_ends_while_it_is_told_to(runs):
     """Its lock is still held and its process gone already: the other jobs are told all the same."""
     process = subprocess.Popen(["true"])
     process.wait()
-    run, *_ = plan(find_tables([str(rows.folder)])[0].rows, find_base(tiny_config), [], 1, table)
+    run = runs[0]
     run.prepare()
     (run.folder / "job.pid").write_text(str(process.pid))
     said = []
@@ -373,6 +392,16 @@ def test_paths_with_spaces_and_other_letters(ablation, rows, tmp_path):
     output = tmp_path / "mein Ergebnis, größer"
     assert ablation("--output", output) == 0
     assert report(output)["γ = 1 'x' {y}"] == 21.0
+
+
+@pytest.mark.slow
+def test_a_terminal_without_all_letters(start_ablation, table, monkeypatch):
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    runner = start_ablation("--report-only")
+    screen, _ = runner.communicate(timeout=120)
+    assert runner.returncode == 0 and "?: to gamma_0." in screen
+    assert "Δ: to gamma_0." in (table / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_was_moved(ablation, table, tmp_path):
