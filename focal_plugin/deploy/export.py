@@ -3,10 +3,11 @@
     python -m focal_plugin.deploy.export --config-file output/config.yaml --weights output/model_final.pth \\
         --format onnx --output detector.onnx
 
-The file takes an image (3, H, W) of any size, float32 from 0 to 255 in the channel order of INPUT.FORMAT, resized as
-the config says, and gives boxes (XYXY in its pixels), scores and classes, best first: normalisation, padding, NMS and
-clipping are inside. With --raw it gives the logits and the deltas of each level instead. What is needed around it
-(channel order, image size, names of the classes; for --raw, the anchors) is in its metadata.
+The file takes an image of any size, from 0 to 255 in the channel order of INPUT.FORMAT, resized as the config says, and
+gives boxes (XYXY in its pixels), scores and classes, best first: normalisation, padding, NMS and clipping are inside.
+The image is (3, H, W) in float32, or as --input-layout and --input-dtype say. With --raw it gives the logits and the
+deltas of each level instead. What is needed around it (channel order, image size, names of the classes; for --raw, the
+anchors) is in its metadata.
 
 The file is kept only if it computes what the model does, in order, scores to 1e-3: on the images of --image, or on some
 of DATASETS.TEST, each as it is and reflected to a larger size. An existing file is never overwritten.
@@ -35,7 +36,7 @@ from ..foreign_anchors import TorchvisionAnchorGenerator
 from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
 from .export_formats import FORMATS, Run, quiet
-from .export_graph import ExportedDetector, ExportedHeads
+from .export_graph import DTYPES, LAYOUTS, ExportedDetector, ExportedHeads, ImageInput
 from .loading import class_metadata, load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
@@ -50,6 +51,8 @@ def export_model(
     images: Mapping[str, Tensor],
     *,
     raw: bool = False,
+    layout: str = "CHW",
+    dtype: str = "float32",
     opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -61,6 +64,7 @@ def export_model(
         format: "onnx", "torchscript" or "torch-export".
         images: by name, real images to compare on: (3, H, W), 0 to 255, as the model takes them.
         raw: logits and deltas (``ExportedHeads``) rather than detections (``ExportedDetector``).
+        layout, dtype: of the image that the file takes, see ``ImageInput``.
         opset: of ONNX; None, PyTorch's choice.
         metadata: written into the file, texts as they are and all else as JSON.
 
@@ -74,6 +78,7 @@ def export_model(
         raise ValueError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}.")
     if opset is not None and format != "onnx":
         raise ValueError(f"--opset {opset} is for --format onnx, not {format}.")
+    image_input = ImageInput(layout, dtype)
     _check_supported(model)
     if not images:
         raise ExportError("There is no image to compare the file and the model on.")
@@ -84,7 +89,7 @@ def export_model(
     model = copy.deepcopy(model).eval()
     model = model.cpu() if on_cpu else model
     folded = fold_norms(model)
-    module = ExportedHeads(folded) if raw else ExportedDetector(folded, class_wise_nms)
+    module = ExportedHeads(folded, image_input) if raw else ExportedDetector(folded, class_wise_nms, image_input)
     names = output_names(model, raw)
     os.makedirs(os.path.dirname(output), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(output), prefix=".export-") as work:  # same disk: one rename
@@ -97,13 +102,13 @@ def export_model(
             raise
         except Exception as error:  # exporters fail in many ways on what they do not know
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
-        check(model, loaded, images, raw)
+        check(model, loaded, images, raw, image_input)
         if os.path.lexists(output):
             raise FileExistsError(f"{output} was made by someone else meanwhile, and is left as it is.")
         os.rename(path, output)
 
 
-def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bool) -> None:
+def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bool, image_input: ImageInput) -> None:
     """Compare an exported model and ``model`` on each image, as it is and reflected to a larger size.
 
     Raises:
@@ -113,10 +118,11 @@ def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bo
     for name, image in tqdm(images.items(), desc="Comparing", unit="image", delay=2, leave=False):
         height, width = image.shape[-2:]
         larger = F.pad(image[None], (0, width // 3, 0, height // 4), mode="reflect")[0]
-        for view in (image.to(model.device), larger.to(model.device)):
+        for packed in (image_input.pack(x.to(model.device)) for x in (image, larger)):
+            view = image_input.unpack(packed).float()
             expected = expected_maps(model, view) if raw else expected_detections(model, view)
             try:
-                found = run(view)
+                found = run(packed)
                 if raw:
                     compare_maps(expected, found, output_names(model, raw))
                 else:
@@ -142,10 +148,12 @@ def output_names(model: FocalRetinaNet, raw: bool) -> list[str]:
     return [f"{kind}_{level}" for kind in ("logits", "deltas") for level in model.head_in_features]
 
 
-def describe(cfg: CfgNode, model: FocalRetinaNet, raw: bool) -> dict[str, Any]:
+def describe(cfg: CfgNode, model: FocalRetinaNet, raw: bool, layout: str, dtype: str) -> dict[str, Any]:
     """What one needs to know around an exported model: its metadata."""
     about = {
         "input_format": cfg.INPUT.FORMAT,
+        "input_layout": layout,
+        "input_dtype": dtype,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "classes": class_metadata(cfg, model).get("thing_classes") or [str(i) for i in range(model.num_classes)],
@@ -215,6 +223,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--raw", action="store_true", help="logits and deltas of each level, not detections")
+    parser.add_argument("--input-dtype", default="float32", choices=DTYPES, help="of the image (default: %(default)s)")
+    parser.add_argument(
+        "--input-layout", default="CHW", choices=LAYOUTS, help="N: a batch of one (default: %(default)s)"
+    )
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="compare on these images")
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: PyTorch's choice)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
@@ -237,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_supported(model)
         images = read_images(cfg, files)
         print(f"Exporting to {args.format} ...")
-        about = describe(cfg, model, args.raw)
-        export_model(model, args.output, args.format, images, raw=args.raw, opset=args.opset, metadata=about)
+        how = {"raw": args.raw, "layout": args.input_layout, "dtype": args.input_dtype}
+        about = describe(cfg, model, **how)
+        export_model(model, args.output, args.format, images, **how, opset=args.opset, metadata=about)
     except (OSError, ValueError, KeyError, ImportError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2

@@ -16,7 +16,6 @@ from .export_graph import ExportedHeads, class_wise_nms, offset_nms
 
 # Of what is traced. No side is a multiple of anything, and P7 has more than one cell: PyTorch takes a 1 for a constant.
 _EXAMPLE_SIZE = (298, 426)
-_HEIGHT_AND_WIDTH = ({1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)
 
 Run = Callable[[Tensor], list[np.ndarray]]
 
@@ -33,7 +32,7 @@ def write_onnx(
         dynamo=True,
         input_names=["image"],
         output_names=list(names),
-        dynamic_shapes=_HEIGHT_AND_WIDTH,
+        dynamic_shapes=_dynamic_shapes(module),
         opset_version=opset,
         custom_translation_table={torch.ops.focal_plugin.class_wise_nms.default: _class_wise_nms_in_onnx},
         verbose=False,
@@ -67,7 +66,7 @@ def write_torch_export(
     module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
     """A file of ``torch.export``, whose metadata are the texts of its extra files."""
-    program = torch.export.export(module, (_example(module),), dynamic_shapes=_HEIGHT_AND_WIDTH, strict=False)
+    program = torch.export.export(module, (_example(module),), dynamic_shapes=_dynamic_shapes(module), strict=False)
     with open(path, "wb") as file:  # by its path, its name would have to end on .pt2
         torch.export.save(program, file, extra_files=_texts(metadata))
 
@@ -121,7 +120,11 @@ def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold:
 
 def _example(module: ExportedHeads) -> Tensor:
     generator, mean = torch.Generator().manual_seed(0), module.model.pixel_mean  # (C, 1, 1)
-    return (torch.rand((len(mean), *_EXAMPLE_SIZE), generator=generator) * 255).to(mean.device)
+    return module.image_input.pack(torch.rand((len(mean), *_EXAMPLE_SIZE), generator=generator) * 255).to(mean.device)
+
+
+def _dynamic_shapes(module: ExportedHeads) -> tuple[dict]:
+    return ({module.image_input.layout.index(side): torch.export.Dim.DYNAMIC for side in "HW"},)
 
 
 def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can follow for any image size."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,30 +17,68 @@ from ..retinanet import FocalRetinaNet
 ClassWiseNMS = Callable[[Tensor, Tensor, Tensor, int, float, int], Tensor]
 
 
+LAYOUTS = ("CHW", "HWC", "NCHW", "NHWC")
+DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How an exported model takes its image.
+
+    Attributes:
+        layout: the order of its dimensions, one of ``LAYOUTS``; N is a batch of one.
+        dtype: one of ``DTYPES``.
+
+    Raises:
+        ValueError: they are none of these.
+    """
+
+    layout: str
+    dtype: str
+
+    def __post_init__(self):
+        for option, value, choices in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, DTYPES)):
+            if value not in choices:
+                raise ValueError(f"--input-{option} is {value!r}; expected one of {', '.join(choices)}.")
+
+    def pack(self, image: Tensor) -> Tensor:
+        """A (C, H, W) image as the model takes it."""
+        image = image.permute(1, 2, 0) if self.layout.endswith("C") else image
+        image = image[None] if self.layout.startswith("N") else image
+        return image.to(DTYPES[self.dtype]).contiguous()
+
+    def unpack(self, image: Tensor) -> Tensor:
+        """The (C, H, W) image in what the model takes, in its dtype."""
+        image = image[0] if self.layout.startswith("N") else image
+        return image.permute(2, 0, 1) if self.layout.endswith("C") else image
+
+
 class ExportedHeads(nn.Module):
     """What the network predicts before any of it becomes a box.
 
-    ``forward`` takes a (3, H, W) image in the channel order of ``INPUT.FORMAT`` (1, H, W for L) with values from 0 to
-    255, normalises it and pads it at the right and the bottom to what the backbone needs. It returns the logits
-    (1, A·K, H', W') of each level, finest first, and then the deltas (1, A·4, H', W') of each.
+    ``forward`` takes an image in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, laid out as
+    ``image_input`` says, normalises it and pads it at the right and the bottom to what the backbone needs. It returns
+    the logits (1, A·K, H', W') of each level, finest first, and then the deltas (1, A·4, H', W') of each.
 
     Args:
         model: a copy for this alone, in eval mode; some layers are changed to what exporters follow.
+        image_input: how ``forward`` takes the image.
     """
 
-    def __init__(self, model: FocalRetinaNet):
+    def __init__(self, model: FocalRetinaNet, image_input: ImageInput):
         super().__init__()
         self.model = model
+        self.image_input = image_input
         for module in model.backbone.modules():
             if type(module).__name__ == "Conv2dSame":  # timm's
                 module.forward = partial(_convolve_to_same_size, module)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        logits, deltas = self.predict(image)
+        logits, deltas = self.predict(self.image_input.unpack(image))
         return *logits, *deltas
 
     def predict(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The logits and the deltas of each level."""
+        """The logits and the deltas of each level, of a (C, H, W) image."""
         model = self.model
         image = (image.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
         features = model.backbone(self._pad(image)[None])
@@ -64,14 +103,15 @@ class ExportedDetector(ExportedHeads):
     Args:
         model: see ``ExportedHeads``.
         class_wise_nms: how boxes of one class suppress each other.
+        image_input: see ``ExportedHeads``.
     """
 
-    def __init__(self, model: FocalRetinaNet, class_wise_nms: ClassWiseNMS):
-        super().__init__(model)
+    def __init__(self, model: FocalRetinaNet, class_wise_nms: ClassWiseNMS, image_input: ImageInput):
+        super().__init__(model, image_input)
         self.class_wise_nms = class_wise_nms
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model = self.model
+        model, image = self.model, self.image_input.unpack(image)
         logits, deltas = self.predict(image)
         levels = [self._best_of_level(*level) for level in zip(logits, deltas, *self._grids(logits))]
         scores, classes, deltas, anchors = (torch.cat(parts) for parts in zip(*levels))  # (C, ...)

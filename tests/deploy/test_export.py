@@ -175,6 +175,36 @@ def test_raw_heads(exported, photo, format):
         np.testing.assert_allclose(a, b.numpy(), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "format, layout, dtype, raw",
+    [
+        ("onnx", "NHWC", "uint8", False),
+        ("torchscript", "HWC", "uint8", False),
+        ("torchscript", "NCHW", "float32", True),
+        pytest.param("torch-export", "NHWC", "uint8", False, marks=pytest.mark.slow),
+        pytest.param("onnx", "CHW", "uint8", True, marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_another_layout_and_dtype(format, layout, dtype, raw, photo, tmp_path):
+    model, path = tiny_model(), str(tmp_path / "detector")
+    images = {"a photo": crop(photo, 150, 170)}
+    export.export_model(model, path, format, images, raw=raw, layout=layout, dtype=dtype)
+    image = crop(photo, 201, 333)
+    dimensions = {"N": 1, "C": 3, "H": 201, "W": 333}
+    array = np.einsum(f"chw->{layout.lower().replace('n', '')}", image.numpy()).astype(dtype)
+    given = torch.from_numpy(array.reshape([dimensions[side] for side in layout]))
+    found = FORMATS[format][1](path)(given)
+    if raw:
+        for a, b in zip(export.expected_maps(model, image), found, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+        return
+    compare_detections(expected_detections(model, image), found, model)
+    assert len(found[0]) > 3
+    if format == "onnx":
+        (input_,) = onnxruntime.InferenceSession(path).get_inputs()
+        assert input_.type == f"tensor({dtype})" and input_.shape[0] == 1 and input_.shape[3] == 3
+
+
 def test_metadata_and_names_are_in_the_file(exported):
     for arguments, names in [
         ({}, ["boxes", "scores", "classes"]),
@@ -431,14 +461,16 @@ def trained(tiny_config, tmp_path):
 
 def test_the_command_compares_on_the_test_set_and_says_what_is_around_the_model(trained, tmp_path, capsys):
     output = tmp_path / "raw.ts"
-    words = [*trained, "--format", "torchscript", "--raw", "--output", str(output), "INPUT.MAX_SIZE_TEST", "100"]
+    words = [*trained, "--format", "torchscript", "--raw", "--output", str(output), "--input-layout"]
+    words += ["HWC", "--input-dtype", "uint8", "INPUT.MAX_SIZE_TEST", "100"]
     assert export.main(words) == 0
     assert "same as the model on 4 images" in capsys.readouterr().out
-    keys = ["classes", "input_format", "min_size", "max_size", "strides", "cell_anchors", "anchor_offset"]
+    inputs = [f"input_{what}" for what in ("format", "layout", "dtype")]
+    keys = ["classes", *inputs, "min_size", "max_size", "strides", "cell_anchors", "anchor_offset"]
     extra = dict.fromkeys(keys, "")
     torch.jit.load(str(output), _extra_files=extra)
     about = {key: value.decode() for key, value in extra.items()}
-    assert about.pop("input_format") == "BGR"
+    assert [about.pop(key) for key in inputs] == ["BGR", "HWC", "uint8"]
     about = {key: json.loads(value) for key, value in about.items()}
     assert about["classes"] == ["square", "disc"]
     assert (about["min_size"], about["max_size"], about["anchor_offset"]) == (64, 100, 0.0)
