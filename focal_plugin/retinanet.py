@@ -268,8 +268,10 @@ def _top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
 
     Values up to ``floor`` may be missing. A row with fewer than C is filled up with −∞.
     """
-    if values.is_cuda:  # does not wait for the GPU, as picking out what is above the floor would
-        best, places = values.topk(min(count, values.shape[1]))
+    # Picking out what is above the floor would wait for a GPU, and leave its number in a trace.
+    if values.is_cuda or torch.jit.is_tracing():
+        size = values.shape[1]  # a tensor while PyTorch traces
+        best, places = values.topk(size.clamp(max=count) if isinstance(size, Tensor) else min(count, size))
         return best.float(), places
     rows = []
     for row in values:  # a CPU is slow to order millions of values

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
@@ -105,6 +106,25 @@ def test_the_memory_format_does_not_matter(model):
     last = tuple([x.contiguous(memory_format=torch.channels_last) for x in part] for part in outputs)
     for a, b in zip(detect(model, features, outputs), detect(model, features, last)):
         assert_same(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+def test_traced_as_detectron2s_are(model, monkeypatch):
+    """On images of other sizes, with more and with fewer candidates than the one of the trace."""
+    monkeypatch.setattr(model, "max_detections_per_image", 10**6)
+    monkeypatch.setattr(model, "test_score_thresh", 0.01)
+    small, large = torch.rand(3, 64, 96) * 255, torch.rand(3, 96, 128) * 255
+    with torch.no_grad():
+        monkeypatch.setattr(model.head.cls_score.weight, "data", torch.randn(6 * CLASSES, 8, 3, 3) * 0.02)
+        numbers = set()
+        for example in (small, large):
+            adapter = TracingAdapter(model, [{"image": example}])
+            traced = torch.jit.trace(adapter, (example,))
+            for image in (small, large, small * 0.5, large * 0.1):
+                found, expected = adapter.outputs_schema(traced(image)), model([{"image": image}])
+                assert_same(found[0]["instances"], expected[0]["instances"])
+                numbers.add(len(expected[0]["instances"]))
+    assert len(numbers) == 4
 
 
 @pytest.mark.parametrize("clip", [False, True])
