@@ -16,7 +16,7 @@ class FrozenNormConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W')."""
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which knows no meta device
             return super().forward(x)
         weight, bias = folded(self, self.norm)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)

@@ -116,3 +116,8 @@ def test_weight_and_bias_against_the_norm_itself(norm):
     conv, norm = nn.Conv2d(4, 8, 1).double(), randomize(norm).double().eval()
     x = torch.rand(2, 4, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(nn.functional.conv2d(x, *folded(conv, norm)), norm(conv(x)))
+
+
+def test_shapes_on_the_meta_device():
+    ours = fold_frozen_norms(convolution()).to("meta")
+    assert ours(torch.empty(2, 4, 9, 7, device="meta")).shape == (2, 8, 5, 4)
