@@ -1,8 +1,8 @@
 """What rows say that no code reads, and rows that are therefore one and the same run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from ..engine.advice import backbone_keys, roi_heads_keys
+from ..engine.advice import unread_keys
 from .rows import difference, flat
 from .runs import Run
 
@@ -14,10 +14,10 @@ def without_effect(runs: Sequence[Run]) -> list[str]:
         runs: of a table; those of the first seed are looked at.
     """
     runs = [run for run in runs if run.seed == runs[0].seed]
-    advice = {run: [*backbone_keys(run.cfg), *roi_heads_keys(run.cfg)] for run in runs}
+    unread = {run: dict(unread_keys(run.cfg)) for run in runs}
     rows: dict[str, list[str]] = {}
-    for run, messages in advice.items():
-        for message in messages:
+    for run, messages in unread.items():
+        for message in messages.values():
             rows.setdefault(message, []).append(run.row.name)
     lines = [f"{', '.join(names)}: {message}" for message, names in rows.items()]
 
@@ -25,7 +25,7 @@ def without_effect(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for first, others in same.items():
             keys = (flat(difference(run.cfg, first.cfg)).keys() | flat(difference(first.cfg, run.cfg))) - {"OUTPUT_DIR"}
-            if all(key.startswith(_unread(advice[run] + advice[first])) for key in keys):
+            if all(_is_in(key, unread[run] | unread[first]) for key in keys):
                 others[run] = keys
                 break
         else:
@@ -38,7 +38,5 @@ def without_effect(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _unread(messages: Sequence[str]) -> tuple[str, ...]:
-    """The beginnings of keys that are not read: each message begins with one. Where the depth of Detectron2's ResNet
-    is not, none of that ResNet's are."""
-    return tuple(message.split()[0].removesuffix("DEPTH") for message in messages)
+def _is_in(key: str, nodes: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{node}.") for node in nodes)

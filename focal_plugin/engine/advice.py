@@ -18,7 +18,7 @@ _FIXED_TOP_BLOCK = ("build_retinanet_resnet_fpn_backbone", "build_resnet_fpn_bac
 
 def advise(cfg: CfgNode) -> list[str]:
     """What is probably not meant in ``cfg``, each a message that names the key and says what to do instead."""
-    return [message for rule in (learning_rate, warmup, roi_heads_keys, backbone_keys) for message in rule(cfg)]
+    return [*learning_rate(cfg), *warmup(cfg), *(message for _, message in unread_keys(cfg))]
 
 
 def scaled_learning_rate(cfg: CfgNode) -> float:
@@ -57,8 +57,14 @@ def warmup(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-def roi_heads_keys(cfg: CfgNode) -> Iterator[str]:
-    """Values set under MODEL.ROI_HEADS, which no RetinaNet reads."""
+def unread_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """What ``cfg`` sets and its model does not read: the key, or the node with all of its keys, and the message."""
+    yield from _roi_heads_keys(cfg)
+    yield from _backbone_keys(cfg)
+
+
+def _roi_heads_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Values under MODEL.ROI_HEADS, which no RetinaNet reads."""
     model = cfg.MODEL
     if "RetinaNet" not in model.META_ARCHITECTURE:
         return
@@ -67,22 +73,25 @@ def roi_heads_keys(cfg: CfgNode) -> Iterator[str]:
         value, read = model.ROI_HEADS[key], model.RETINANET[key]
         if value not in (defaults[key], read):
             yield (
+                f"MODEL.ROI_HEADS.{key}",
                 f"MODEL.ROI_HEADS.{key} is set to {value}, but {model.META_ARCHITECTURE} reads MODEL.RETINANET.{key}, "
-                f"which is {read}: set that instead."
+                f"which is {read}: set that instead.",
             )
 
 
-def backbone_keys(cfg: CfgNode) -> Iterator[str]:
+def _backbone_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     """Keys of one builder of backbones, set with another."""
     source, name = cfg.MODEL.FOCAL.TOP_BLOCK, cfg.MODEL.BACKBONE.NAME
     if source != "c5" and name in _FIXED_TOP_BLOCK:
         yield (
+            "MODEL.FOCAL.TOP_BLOCK",
             f"MODEL.FOCAL.TOP_BLOCK is set to {source!r}, but Detectron2's {name} does not read it: set "
-            "MODEL.BACKBONE.NAME build_focal_resnet_fpn_backbone, which is the same but for that."
+            "MODEL.BACKBONE.NAME build_focal_resnet_fpn_backbone, which is the same but for that.",
         )
     depth = cfg.MODEL.RESNETS.DEPTH
     if name == "build_timm_fpn_backbone" and depth != get_cfg().MODEL.RESNETS.DEPTH:
         yield (
+            "MODEL.RESNETS",
             f"MODEL.RESNETS.DEPTH is set to {depth}, but {name} makes the encoder that MODEL.FOCAL.TIMM.NAME names, "
-            f"{cfg.MODEL.FOCAL.TIMM.NAME}: set that instead."
+            f"{cfg.MODEL.FOCAL.TIMM.NAME}: set that instead.",
         )

@@ -1,13 +1,13 @@
 """Checks of the config alone, and of the folder that the run writes to."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
-from ...engine.advice import backbone_keys, learning_rate, roi_heads_keys, scaled_learning_rate, warmup
+from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
 from .case import ERROR, OK, WARNING, Case, Finding, few
 
 _NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may be others when a run goes on
@@ -26,7 +26,7 @@ def check_learning_rate(case: Case) -> Iterator[Finding]:
         f"SOLVER.BASE_LR {solver.BASE_LR:g} with {solver.IMS_PER_BATCH} images a step (linear scaling: "
         f"{scaled_learning_rate(case.cfg):g}), WARMUP_ITERS {solver.WARMUP_ITERS}"
     )
-    yield from _by_rules(case, [learning_rate, warmup], fine)
+    yield from _warnings([*learning_rate(case.cfg), *warmup(case.cfg)], fine)
 
 
 def check_clipping(case: Case) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def check_clipping(case: Case) -> Iterator[Finding]:
 
 def check_unread_keys(case: Case) -> Iterator[Finding]:
     """Keys that are set, and that this model or backbone does not read."""
-    yield from _by_rules(case, [roi_heads_keys, backbone_keys], "of heads and backbone, none set in vain")
+    yield from _warnings([message for _, message in unread_keys(case.cfg)], "of heads and backbone, none set in vain")
 
 
 def check_output_dir(case: Case) -> Iterator[Finding]:
@@ -85,8 +85,7 @@ def has_encoder_weights(cfg: CfgNode) -> bool:
     return cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and bool(cfg.MODEL.FOCAL.TIMM.WEIGHTS)
 
 
-def _by_rules(case: Case, rules: list[Callable], fine: str) -> Iterator[Finding]:
-    messages = [message for rule in rules for message in rule(case.cfg)]
+def _warnings(messages: list[str], fine: str) -> Iterator[Finding]:
     yield from [Finding(WARNING, message) for message in messages] or [Finding(OK, fine)]
 
 
