@@ -50,7 +50,7 @@ def _find(word: str) -> list[Source]:
         return [Source(path, "image") for path in paths]
     if os.path.exists(word):
         return [_of_file(word)]
-    if word.isdecimal():
+    if word.isdecimal() and len(word) <= 4:
         return [Source(word, "camera")]
     if glob.has_magic(word):
         paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))

@@ -29,12 +29,15 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:
-        ValueError: it is a ``.py`` file. ``ConfigError``, a ValueError: ``opts`` are no keys of it with their values.
+        ValueError: it is a ``.py`` file or an empty path. ``ConfigError``, a ValueError: ``opts`` are no keys of it with
+            their values.
     """
     if not isinstance(config, CfgNode):
         path = os.fspath(config)
         if path.endswith(".py"):
             raise ValueError(f"{path} is a LazyConfig; expected a YAML config, such as a run's config.yaml.")
+        if not path:
+            raise ValueError("The config is an empty path; expected a YAML config, such as a run's config.yaml.")
         return load_config(path, opts)
     cfg = config.clone()
     cfg.defrost()
@@ -49,7 +52,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
 
     Raises:
         FileNotFoundError: ``MODEL.WEIGHTS`` is empty or no file.
-        WeightsError: the file holds no weights, or not all of this model's in their shapes.
+        WeightsError: the file holds no weights, not all of this model's in their shapes, or those of a larger model.
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
@@ -71,10 +74,10 @@ def load_model(cfg: CfgNode) -> nn.Module:
 
 
 class _Checkpointer(AtomicCheckpointer):
-    """Remembers what of the model the weights it loaded left as it was initialised.
+    """Remembers how the weights that it loaded were not those of the model.
 
     Attributes:
-        problems: a line for each parameter that was not there, or in another shape.
+        problems: a line for each parameter that was not there, or in another shape, or more than the network has.
     """
 
     problems: Sequence[str] = ()
@@ -87,6 +90,12 @@ class _Checkpointer(AtomicCheckpointer):
         self.problems = [f"{name} is missing" for name in missing] + [
             f"{name} is {tuple(found)}, expected {tuple(expected)}"
             for name, found, expected in incompatible.incorrect_shapes
+        ]
+        # A smaller network would detect something with a part of them. Other heads, such as masks, may be left out.
+        self.problems += [
+            f"{name} is of no part of the model"
+            for name in incompatible.unexpected_keys
+            if name.startswith(("backbone.", "head.")) and not name.endswith("num_batches_tracked")
         ]
         return incompatible
 

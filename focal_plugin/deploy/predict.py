@@ -9,8 +9,8 @@ COCO's format for results, with images.json, the images and categories that its 
 with COCO("images.json").loadRes("detections.json"), but for an empty list. Nothing is overwritten: a name that is taken
 gets a number. A video of odd width or height loses its last column or row in its copy: OpenCV writes even sizes.
 
-An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1. It is 2 if
-nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT, INPUT.MIN_SIZE_TEST, ...).
+An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1, as where the
+disk is full. It is 2 if nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT, INPUT.MIN_SIZE_TEST, ...).
 """
 
 import argparse
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Predict. 0; 1 if an input could not be read; 2 for what the user can put right before; 130 after Ctrl+C."""
+    """Predict. 0; 1 if not all was read and written; 2 for what the user can put right before; 130 after Ctrl+C."""
     args = build_parser().parse_intermixed_args(arguments)
     try:
         words, opts = split_pairs(args.words)
@@ -83,17 +83,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     results = Results(predictor.metadata)
     problems: list[str] = []
+    code = 0
     try:
         predict(predictor, sources, args.output, results, problems)
     except KeyboardInterrupt:
         print("Stopped. What was done so far is kept.", file=sys.stderr)
-        return 130
+        code = 130
+    except OSError as error:
+        print(f"error: {error}. What was done so far is kept.", file=sys.stderr)
+        code = 1
     finally:
-        written = results.save(args.output)
-        print(f"{len(results.images)} images, {len(results.detections)} detections. Written: {', '.join(written)}")
+        is_saved = _save(results, args.output)
         if problems:
             print(f"{len(problems)} of {len(sources)} inputs not read:", *problems, sep="\n  ", file=sys.stderr)
-    return 1 if problems else 0
+    return code or int(bool(problems) or not is_saved)
+
+
+def _save(results: "Results", folder: str) -> bool:
+    """Whether the JSON files could be written to ``folder``, which is said."""
+    try:
+        written = results.save(folder)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    print(f"{len(results.images)} images, {len(results.detections)} detections. Written: {', '.join(written)}")
+    return True
 
 
 def predict(
@@ -201,7 +215,11 @@ class Results:
             self.detections.append({**detection, "category_id": self._ids.get(index, index)})
 
     def save(self, folder: str) -> list[str]:
-        """Write detections.json and images.json, with the same number where one of the names is taken; their paths."""
+        """Write detections.json and images.json, with the same number where one of the names is taken; their paths.
+
+        Raises:
+            OSError: one could not be written, and is not there.
+        """
         found = sorted({detection["category_id"] for detection in self.detections})
         names = dict(enumerate(self._names)) if self._names else {index: str(index) for index in found}
         content = {
@@ -213,7 +231,12 @@ class Results:
         paths = free_paths(folder, "detections.json", "images.json")
         for path, value in zip(paths, (self.detections, content)):
             with open(path, "x") as file:
-                json.dump(value, file)
+                try:
+                    json.dump(value, file)
+                    file.flush()
+                except OSError:
+                    os.remove(path)
+                    raise
         return paths
 
 

@@ -115,9 +115,9 @@ def test_mistakes_in_the_config_by_command(words, message, checkpoint, tiny_conf
 
 
 def test_classes_by_command(checkpoint, tiny_config, tmp_path, capsys):
-    (tmp_path / "names.txt").write_text("square\ndisc\n")
+    (tmp_path / "names.txt").write_text("square\ndisc\n", encoding="utf-8-sig")
     categories = [{"id": 9, "name": "disc"}, {"id": 3, "name": "star"}, {"id": 4, "name": "sun"}]
-    (tmp_path / "new.json").write_text(json.dumps({"categories": categories}))
+    (tmp_path / "new.json").write_text(json.dumps({"categories": categories}), encoding="utf-8-sig")  # of Windows
     out = str(tmp_path / "out.pth")
     command = ["classes", checkpoint[0], out, "--config-file", tiny_config]
     opts = ["--opts", "MODEL.RETINANET.NUM_CLASSES", "3"]
@@ -136,7 +136,12 @@ def test_classes_by_command(checkpoint, tiny_config, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
     assert main([*command, "--force", "--from-classes", "disc,square"]) == 0  # to those of DATASETS.TRAIN
     assert capsys.readouterr().out.startswith("kept       2  square, disc\n")
-    for old, message in ((str(tmp_path / "none.txt"), "There is no file"), ("square,,disc", "has an empty name")):
+    (tmp_path / "latin.txt").write_text("carré\ndisc\n", encoding="latin-1")
+    for old, message in (
+        (str(tmp_path / "none.txt"), "There is no file"),
+        (str(tmp_path / "latin.txt"), "latin.txt is no text in UTF-8"),
+        ("square,,disc", "has an empty name"),
+    ):
         assert main([*command, "--force", "--from-classes", old]) == 2
         assert message in capsys.readouterr().err
 

@@ -122,6 +122,7 @@ def test_what_cannot_begin_is_an_error_and_leaves_nothing(run, tiny_config, tmp_
         ([str(tmp_path / "none.png")], "none.png"),
         ([str(tmp_path / "empty")], "without an image"),
         ([str(tmp_path / "*.mp4")], "No file matches"),
+        (["20260101123456789012"], "There is no 20260101123456789012"),
         (["MODEL.DEVICE", "cpu"], "Nothing to predict on"),
         ([image, "MODEL.DEVICE"], "expected pairs of a key and its value"),
         ([image, "MODEL.DEVISE", "cpu"], "no key MODEL.DEVISE. Near it: MODEL.DEVICE"),
@@ -229,6 +230,30 @@ def test_a_build_of_opencv_without_codecs_says_so(video, tmp_path, monkeypatch):
     output = media.VideoOutput([str(tmp_path / "a.mp4"), str(tmp_path / "a.avi")], 25, predict.Metadata())
     with pytest.raises(OSError, match=r"can write none of .*a\.mp4, .*a\.avi"):
         output.add(np.zeros((8, 8, 3), np.uint8), None)
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_full_disk_is_an_error_that_keeps_what_was_done(run, tmp_path, monkeypatch, capsys, json_too):
+    add = predict.Results.add
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "the disk")
+
+    def add_and_fill_the_disk(self, *args, **kwargs):
+        add(self, *args, **kwargs)
+        monkeypatch.setattr(predict, "draw", full)
+        if json_too:
+            monkeypatch.setattr(predict.json, "dump", full)
+
+    monkeypatch.setattr(predict.Results, "add", add_and_fill_the_disk)
+    assert run(str(tmp_path / "shapes_test")) == 1
+    error = capsys.readouterr().err
+    assert "error: [Errno 28] No space left on device: 'the disk'" in error and "Traceback" not in error
+    assert (tmp_path / "out/0.png").exists()
+    if json_too:
+        assert files(tmp_path / "out") == ["0.png"]  # nothing half written
+    else:
+        assert len(load(tmp_path / "out", "images.json")["images"]) == 1
 
 
 def test_ctrl_c_keeps_what_was_done(run, tmp_path, monkeypatch, capsys):

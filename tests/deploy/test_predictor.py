@@ -316,6 +316,33 @@ def test_weights_that_are_not_the_models_are_refused(tiny_config, weights, tmp_p
 
 
 @pytest.mark.parametrize(
+    "larger, found",
+    [
+        (["MODEL.RETINANET.NUM_CONVS", 2], r"head\.cls_subnet\.2\.weight"),
+        (["MODEL.RESNETS.DEPTH", 34], r"backbone\.bottom_up\.res2\.2\.\S+"),
+    ],
+)
+def test_weights_of_a_larger_model_are_refused(larger, found, tiny_config, tmp_path):
+    """All of the smaller model's are among them, and it would detect something."""
+    state = build_model(load_config(tiny_config, ["MODEL.DEVICE", "cpu", *larger])).state_dict()
+    torch.save({"model": state}, tmp_path / "large.pth")
+    with pytest.raises(WeightsError, match=f"(?s)large.pth.*{found} is of no part of the model"):
+        Predictor(tiny_config, tmp_path / "large.pth")
+
+
+def test_more_weights_than_the_network_has_do_no_harm(tiny_config, weights, tmp_path):
+    content = torch.load(weights)["model"]
+    names = ["backbone.bottom_up.stem.conv1.norm.num_batches_tracked", "pixel_mean", "roi_heads.mask_head.weight"]
+    torch.save({"model": content | {name: torch.zeros(3) for name in names}}, tmp_path / "more.pth")
+    Predictor(tiny_config, tmp_path / "more.pth")
+
+
+def test_a_config_without_a_name_is_refused(weights):
+    with pytest.raises(ValueError, match="config is an empty path"):
+        Predictor("", weights)
+
+
+@pytest.mark.parametrize(
     "options, found",
     [
         ({"score_thresh": 1.5}, "score_thresh is 1.5"),

@@ -132,8 +132,11 @@ def class_names(text: str, cfg: CfgNode) -> list[str]:
 
 
 def _names_of_file(path: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # with or without the mark that Windows begins files with
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ConvertError(f"{path} is no text in UTF-8: {error}") from error
     if not path.endswith(".json"):
         names = [line.strip() for line in text.splitlines() if line.strip()]
     else:
