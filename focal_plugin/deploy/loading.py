@@ -29,8 +29,8 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:
-        ValueError: it is a ``.py`` file or an empty path. ``ConfigError``, a ValueError: ``opts`` are no keys of it with
-            their values.
+        ValueError: it is a ``.py`` file or an empty path. ``ConfigError``, a ValueError: ``opts`` are no keys of it
+            with their values.
     """
     if not isinstance(config, CfgNode):
         path = os.fspath(config)

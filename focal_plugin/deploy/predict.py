@@ -10,7 +10,8 @@ with COCO("images.json").loadRes("detections.json"), but for an empty list. Noth
 gets a number. A video of odd width or height loses its last column or row in its copy: OpenCV writes even sizes.
 
 An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1, as where the
-disk is full. It is 2 if nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT, INPUT.MIN_SIZE_TEST, ...).
+disk is full. It is 2 if nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT,
+INPUT.MIN_SIZE_TEST, ...).
 """
 
 import argparse
