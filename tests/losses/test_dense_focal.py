@@ -421,3 +421,33 @@ def test_the_kernel_passes_these_tests_in_tritons_interpreter():
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert "passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs Triton's compiler")
+@pytest.mark.parametrize(
+    "dtype, gamma, classes_last, sizes",
+    [
+        ("fp32", 2.0, False, "i32"),
+        ("bf16", 0.5, True, "i64"),
+        ("fp16", 0.0, True, "constexpr"),
+        ("fp64", 1.0, False, "i32"),
+    ],
+)
+def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, classes_last, sizes):
+    """Their types, which the interpreter does not check: no GPU is needed. Triton makes constants of sizes of 1."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    constants = {"GAMMA": gamma, "FACTOR": 4096.0, "TERMS": 8, "CLASSES_LAST": classes_last, "WRITES": True}
+    constants |= {"BLOCK_R": 16, "BLOCK_K": 128, "BLOCK": 4096}
+    types = {"logits_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}", "labels_ptr": "*i64"}
+    types |= dict.fromkeys(("weights_ptr", "sums_ptr", "factor_ptr"), f"*{wide}")
+    types |= dict.fromkeys(constants, "constexpr")
+    for kernel in (dense_focal.dense_focal_triton._kernel, dense_focal.dense_focal_triton._scale_kernel):
+        signature = {name: types.get(name, sizes) for name in kernel.arg_names}
+        values = {(i,): constants.get(name, 1) for i, name in enumerate(signature) if signature[name] == "constexpr"}
+        compiled = compile_kernel(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"]
