@@ -90,11 +90,11 @@ class _FunctionLoss(ElementwiseLoss):
 
     Attributes:
         function: what is called with (logits, targets, **hyper-parameters).
-        keys: the hyper-parameters, which are attributes of the loss, and the key of a config that each is.
+        config_keys: the hyper-parameters, which are attributes of the loss, and the key of a config that each is.
     """
 
     function: Callable[..., Tensor]
-    keys: ClassVar[Mapping[str, str]]
+    config_keys: ClassVar[Mapping[str, str]]
 
     def __init__(self, **numbers: float | Tensor):
         super().__init__()
@@ -104,23 +104,23 @@ class _FunctionLoss(ElementwiseLoss):
             elif isinstance(value, Real):
                 setattr(self, name, float(value))
             else:
-                raise TypeError(f"{type(self).__name__}: {name} ({self.keys[name]}) is {value!r}; expected a number.")
+                raise TypeError(f"{name} ({self.config_keys[name]}) is {value!r}; expected a number.")
         num_classes = max(torch.as_tensor(value).numel() for value in numbers.values())
         example = torch.zeros(num_classes, 1, 1)
         try:
             _FunctionLoss.elementwise(self, example, example)
         except ValueError as error:
-            keys = " and ".join(f"{name} is {key}" for name, key in self.keys.items())
+            keys = " and ".join(f"{name} is {key}" for name, key in self.config_keys.items())
             raise ValueError(f"{type(self).__name__}: {error} In a config, {keys}.") from error
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``function`` of each element."""
-        numbers = {name: getattr(self, name) for name in self.keys}
+        numbers = {name: getattr(self, name) for name in self.config_keys}
         numbers = {name: x.view(-1, 1, 1) if isinstance(x, Tensor) else x for name, x in numbers.items()}
         return self.function(logits, targets, **numbers)  # of (..., K, H, W)
 
     def extra_repr(self) -> str:
-        numbers = {name: getattr(self, name) for name in self.keys}
+        numbers = {name: getattr(self, name) for name in self.config_keys}
         return ", ".join(f"{name}={x.tolist() if isinstance(x, Tensor) else x}" for name, x in numbers.items())
 
 
@@ -149,7 +149,7 @@ class SigmoidFocalLoss(_AlphaLoss):
     """
 
     function = staticmethod(sigmoid_focal_loss)
-    keys: ClassVar = {"alpha": "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
+    config_keys: ClassVar = {"alpha": "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
 
     @configurable
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0):
@@ -213,7 +213,7 @@ class FocalLossStar(_AlphaLoss):
     """
 
     function = staticmethod(sigmoid_focal_loss_star)
-    keys: ClassVar = {**SigmoidFocalLoss.keys, "beta": "MODEL.FOCAL.CLS_LOSS.BETA"}
+    config_keys: ClassVar = {**SigmoidFocalLoss.config_keys, "beta": "MODEL.FOCAL.CLS_LOSS.BETA"}
 
     @configurable
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0, beta: float = 0.0):
@@ -239,7 +239,7 @@ class HingeLoss(_FunctionLoss):
     """
 
     function = staticmethod(sigmoid_hinge_loss)
-    keys: ClassVar = {"margin": "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN"}
+    config_keys: ClassVar = {"margin": "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN"}
 
     @configurable
     def __init__(self, *, margin: float = 0.9):
@@ -261,7 +261,7 @@ class QualityFocalLoss(_FunctionLoss):
 
     needs_quality = True
     function = staticmethod(quality_focal_loss)
-    keys: ClassVar = {"beta": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
+    config_keys: ClassVar = {"beta": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
 
     @configurable
     def __init__(self, *, beta: float = 2.0):
@@ -287,7 +287,7 @@ class VarifocalLoss(_FunctionLoss):
 
     needs_quality = True
     function = staticmethod(varifocal_loss)
-    keys: ClassVar = {"alpha": "1 - MODEL.RETINANET.FOCAL_LOSS_ALPHA", "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA"}
+    config_keys: ClassVar = {**SigmoidFocalLoss.config_keys, "alpha": "1 - MODEL.RETINANET.FOCAL_LOSS_ALPHA"}
 
     @configurable
     def __init__(self, *, alpha: float = 0.75, gamma: float = 2.0):
