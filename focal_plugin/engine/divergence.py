@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .batch_file import save_batch
+from .checkpoint import replace_file
 from .window import split
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,9 @@ class Divergence(FloatingPointError):
             losses = ", ".join(f"{name} {loss:g}" for name, loss in report.losses.items())
             lines.append(f"Process {report.rank}: {losses}. {report.cause} Images: {', '.join(report.images)}.")
             if report.batch_file:
-                lines.append(f"To compute it again: python -m focal_plugin.engine.replay {report.batch_file}")
+                lines.append(
+                    f"To compute it again: python -m focal_plugin.engine.replay {shlex.quote(report.batch_file)}"
+                )
         lines.append(
             "What helps, most often first: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, "
             "SOLVER.CLIP_GRADIENTS.ENABLED True, SOLVER.AMP.ENABLED False. SOLVER.MAX_SKIPS goes on without such steps."
@@ -64,13 +68,16 @@ class Divergence(FloatingPointError):
         super().__init__("\n".join(lines))
 
     def save(self, path: str) -> None:
-        """Write what is known to a JSON file; a loss that is not finite as the text "nan", "inf" or "-inf"."""
+        """Write what is known to a JSON file, whole or not at all.
+
+        A loss that is not finite is the text "nan", "inf" or "-inf".
+        """
         first = self.reports[0]
         losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in first.losses.items()}
         where = {"rank": first.rank, "losses": losses, "cause": first.cause, "images": first.images}
         where["batch_file"] = first.batch_file
-        with open(path, "w") as file:
-            json.dump({"iteration": self.iteration, "learning_rate": self.learning_rate, **where}, file, indent=2)
+        content = {"iteration": self.iteration, "learning_rate": self.learning_rate, **where}
+        replace_file(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 @contextmanager
@@ -86,7 +93,10 @@ def recorded_divergence(output_dir: str) -> Iterator[None]:
         yield
     except Divergence as error:
         if comm.is_main_process():
-            error.save(path)
+            try:
+                error.save(path)
+            except OSError as problem:  # what is being told is worth more
+                logger.warning(str(problem))
         comm.synchronize()  # a process that fails has its launcher end the others
         raise
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shlex
 
 import pytest
 import torch
@@ -150,3 +152,30 @@ def test_what_is_left_behind(tmp_path):
     record = json.loads((tmp_path / "diverged.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert (record["iteration"], record["learning_rate"], record["cause"]) == (3, 0.01, "It starts there.")
     assert record["losses"] == {"loss_cls": "nan", "loss_box_reg": 0.5}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_the_record_is_whole_or_not_there(tmp_path, monkeypatch):
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr(os, "replace", killed)
+    error = Divergence(3, 0.01, [DivergenceReport(0, {"loss_cls": math.nan}, ["a.png"], "")])
+    with pytest.raises(Killed):
+        error.save(str(tmp_path / "diverged.json"))
+    assert not (tmp_path / "diverged.json").exists()
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_what_happened(tmp_path, caplog):
+    with pytest.raises(Divergence), recorded_divergence(str(tmp_path / "gone")):
+        raise Divergence(3, 0.01, [DivergenceReport(0, {"loss_cls": math.nan}, ["a.png"], "")])
+    assert "diverged.json could not be written" in caplog.text
+
+
+def test_the_command_for_a_folder_with_spaces():
+    report = DivergenceReport(0, {"loss_cls": math.nan}, ["a.png"], "", "/my runs/b.pth")
+    (line,) = [line for line in str(Divergence(3, 0.01, [report])).splitlines() if "engine.replay" in line]
+    assert shlex.split(line)[-1] == "/my runs/b.pth"
