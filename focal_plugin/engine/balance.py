@@ -76,12 +76,16 @@ class LossWatch:
 
     def __init__(self, period: int):
         self.period = period
+        self._iteration = 0
         self._calls: list[tuple[int, list[int], Tensor]] = []
 
     def __call__(self, loss: nn.Module, args: tuple, total: Tensor) -> None:
         """After ``loss(*args)``, which gave ``total``."""
-        if not torch.is_grad_enabled() or not _is_due(get_event_storage().iter, self.period):
+        iteration = get_event_storage().iter
+        if not torch.is_grad_enabled() or not _is_due(iteration, self.period):
             return
+        if iteration != self._iteration:  # what is left is of a step that was computed again, to explain it
+            self._iteration, self._calls = iteration, []
         logits, targets = args
         background = torch.zeros_like(total)
         if not hasattr(loss, "choose"):

@@ -167,6 +167,16 @@ def test_the_trainer_writes_them(cfg, tmp_path):
     copy.deepcopy(trainer.model), pickle.dumps(trainer.model)  # the model is no worse for being watched
 
 
+def test_what_explains_a_skipped_step_is_not_counted(cfg, batch):
+    """The step after it, without boxes, has no positives."""
+    model, empty = build_model(cfg), [{**image, "instances": image["instances"][:0]} for image in batch]
+    trainer = make(model, [batch, empty], period=1, max_skips=1)
+    model.head.cls_score.bias.register_hook(lambda gradient: gradient / (trainer.iter != 0))  # infinite in step 0
+    found = run(trainer, 2)
+    assert trainer.skips == 1
+    assert found["background_share"] == 1 and found["positives/p3"] == 0
+
+
 def test_no_period():
     with pytest.raises(ValueError, match="period is 0"):
         BalanceHook(torch.nn.Identity(), 0)
