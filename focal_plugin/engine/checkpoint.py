@@ -181,7 +181,8 @@ def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
         while not isinstance(cause, OSError) and cause is not None:
             cause = cause.__cause__ or cause.__context__
         number = getattr(cause, "errno", None)
-        raise OSError(number, f"{path} could not be written, and is as it was: {error}") from error
+        message = f"{path} could not be written, and is as it was: {error}"
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 @contextmanager

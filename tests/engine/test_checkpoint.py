@@ -210,6 +210,15 @@ def test_killed_while_writing(tmp_path):
     assert path.read_text() == "before"
 
 
+def test_an_error_without_a_number(tmp_path):
+    def write(file):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(OSError, match=r"file could not be written, and is as it was: unexpected pos") as error:
+        replace_file(str(tmp_path / "file"), write)
+    assert "None" not in str(error.value)
+
+
 @pytest.fixture
 def full_disk():
     """No file may grow beyond 8 KiB."""
