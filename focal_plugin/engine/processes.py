@@ -36,7 +36,7 @@ def launch(main: Callable, num_gpus: int, *, num_machines: int = 1, args: tuple 
     """
     if all(name in os.environ for name in _TORCHRUN):
         _join_torchrun(main, args, num_gpus, num_machines)
-    elif num_gpus * num_machines == 1:
+    elif num_gpus * num_machines <= 1:  # this one
         detectron2_launch(main, num_gpus, args=args, **kwargs)
     else:
         _start(main, num_gpus, num_machines=num_machines, args=args, **kwargs)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -106,6 +107,13 @@ def test_without_torchrun_detectron2_starts_them(calls, monkeypatch):
     launch(print, 2, num_machines=2, machine_rank=1, args=("a",))
     assert calls[0] == ((1,), {"machine_rank": 0, "args": ("a",)})
     assert calls[1] == ((2,), {"num_machines": 2, "machine_rank": 1, "args": ("a",)})
+
+
+def test_a_run_without_gpus_gets_its_signals_itself(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        launch(signal.raise_signal, 0, args=(signal.SIGINT,))
 
 
 def test_one_process_of_torchruns_needs_no_group(calls, monkeypatch):
