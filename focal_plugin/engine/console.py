@@ -43,15 +43,16 @@ class EarlyWriter(HookBase):
 
     Args:
         writers: those that Detectron2's ``PeriodicWriter`` calls from then on.
+        period: of that one, in steps.
     """
 
-    def __init__(self, writers: list[EventWriter]):
-        self.writers = writers
+    def __init__(self, writers: list[EventWriter], period: int = 20):
+        self.writers, self.period = writers, period
 
     def after_step(self) -> None:
-        """Write, if it is one of the two steps and not the last one, which is written anyway."""
+        """Write, if it is one of the two steps and none that is written anyway."""
         step = self.trainer.iter + 1
-        if step < self.trainer.max_iter:
+        if step < self.trainer.max_iter and step % self.period:
             for writer in self.writers:
                 start = 0 if isinstance(writer, MetricsWriter) else self.trainer.start_iter
                 if step - start in (1, 5):

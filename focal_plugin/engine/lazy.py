@@ -114,7 +114,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
         writers = resumable_writers(writers, cfg.train.output_dir)
         metrics = next(writer for writer in writers if isinstance(writer, MetricsWriter))
-        tail += [hooks.PeriodicWriter(writers, period=cfg.train.log_period), EarlyWriter(writers)]
+        tail += [hooks.PeriodicWriter(writers, period=cfg.train.log_period), EarlyWriter(writers, cfg.train.log_period)]
     save = CheckpointHook(
         checkpointer, **cfg.train.checkpointer, model=model, loader=loader, metrics=metrics, tail=tail
     )

@@ -40,11 +40,15 @@ def test_an_error_inside_ends_it(log, monkeypatch):
     assert log.screen.getvalue().split() == log.file.getvalue().split() == ["1"]
 
 
-@pytest.mark.parametrize(("start", "end", "expected"), [(0, 100, [0, 4]), (50, 100, [50, 54]), (0, 5, [0]), (0, 1, [])])
-def test_early_lines(start, end, expected):
+@pytest.mark.parametrize(
+    ("start", "end", "period", "expected"),
+    [(0, 100, 20, [0, 4]), (50, 100, 20, [50, 54]), (0, 5, 20, [0]), (0, 1, 20, []), (0, 9, 5, [0]), (0, 9, 1, [])],
+)
+def test_early_lines(start, end, period, expected):
+    """None that comes anyway, every ``period`` steps and at the end."""
     trainer = SimpleNamespace(iter=0, start_iter=start, max_iter=end)
     written = []
-    hook = EarlyWriter([SimpleNamespace(write=lambda: written.append(trainer.iter))])
+    hook = EarlyWriter([SimpleNamespace(write=lambda: written.append(trainer.iter))], period)
     hook.trainer = trainer
     for trainer.iter in range(start, end):
         hook.after_step()
