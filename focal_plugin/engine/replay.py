@@ -4,6 +4,9 @@
 
 The model is that of config.yaml beside the file, changed by ``KEY VALUE`` pairs, with the weights of before the step.
 It prints each loss, the largest gradient and where the numbers stop being finite, and exits with 1 if they do.
+
+A LazyConfig's run has no such keys: read its file with ``focal_plugin.engine.batch_file.load_batch`` in a program of
+your own.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from ..safe_load import WeightsError
+from ..safe_yaml import ConfigError
 from .batch_file import load_batch
 from .divergence import find_cause, find_cause_in_gradients
 from .setup import load_config
@@ -58,7 +62,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         losses, gradient, cause = replay(args.file, args.opts)
-    except (OSError, WeightsError) as error:
+    except (OSError, WeightsError, ConfigError) as error:
         parser.error(str(error))
     for name, loss in losses.items():
         print(f"{name}: {loss:g}")

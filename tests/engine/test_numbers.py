@@ -112,6 +112,25 @@ def test_a_file_that_is_no_batch(tmp_path, monkeypatch, capsys, content, problem
     assert str(path) in message and problem in message
 
 
+@pytest.mark.parametrize(
+    ("config", "words", "problem"),
+    [
+        (None, [], "config.yaml"),
+        ("dataloader: {}\n", [], "there is no key dataloader"),  # a LazyConfig's
+        ("VERSION: 2\n", ["SOLVER.BASE_RL", "1"], "SOLVER.BASE_LR"),
+        ("VERSION: 2\n", ["SOLVER.BASE_LR"], "pairs of a key and its value"),
+    ],
+)
+def test_a_config_that_cannot_be_read(tmp_path, monkeypatch, capsys, config, words, problem):
+    save_batch(str(tmp_path / "batch.pth"), [], nn.Linear(1, 1))
+    if config:
+        (tmp_path / "config.yaml").write_text(config)
+    monkeypatch.setattr("sys.argv", ["replay", str(tmp_path / "batch.pth"), *words])
+    with pytest.raises(SystemExit, match="2"):
+        replay.main()
+    assert problem in capsys.readouterr().err
+
+
 def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
