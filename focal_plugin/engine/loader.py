@@ -58,7 +58,7 @@ def build_train_loader(
             "and not 0."
         )
     groups = [_is_wide(record) for record in dataset] if aspect_ratio_grouping else None
-    sampler = sampler or TrainingSampler(len(dataset))
+    sampler = TrainingSampler(len(dataset)) if sampler is None else sampler
     records = DatasetFromList(dataset, copy=False)
     return TrainLoader(
         records if mapper is None else MapDataset(records, mapper),
