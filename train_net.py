@@ -9,7 +9,6 @@ As Detectron2's tools/train_net.py and lazyconfig_train_net.py, for YAML and .py
     train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
-import logging
 import os
 import sys
 
@@ -34,8 +33,6 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-logger = logging.getLogger("focal_plugin.train_net")
-
 
 def setup(args) -> CfgNode:
     """The config of the command line, frozen, with the run's log files open."""
@@ -51,13 +48,7 @@ def setup(args) -> CfgNode:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``."""
     model = Trainer.build_model(cfg)
-    checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
-        logger.warning(
-            "No weights given: what follows is an untrained model. Add MODEL.WEIGHTS and a path, or --resume for the "
-            "last checkpoint in OUTPUT_DIR."
-        )
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     model = model_for_inference(cfg, model)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:

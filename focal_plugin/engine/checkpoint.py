@@ -60,12 +60,25 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As fvcore's ``Checkpointer.resume_or_load``, from the last checkpoint that is whole.
 
+        Warns if it is for a training, which has checkpointables, that is about to replace an earlier run's files; or
+        for an evaluation, which has none, without weights.
+
         Raises:
             FileNotFoundError: ``path`` is no file.
             OSError: there are checkpoints to resume from, and none is whole.
         """
         if resume and self.has_checkpoint():
             return self.load(self.last_whole_checkpoint())
+        if self.checkpointables and self.has_checkpoint():
+            logger.warning(
+                f"{self.save_dir} holds an earlier run, whose checkpoints this one replaces as it goes. To go on with "
+                "that run instead, use --resume; to keep it, set another OUTPUT_DIR (in a LazyConfig train.output_dir)."
+            )
+        if not self.checkpointables and not path:
+            logger.warning(
+                "No weights given: what follows is an untrained model. Add MODEL.WEIGHTS (in a LazyConfig "
+                "train.init_checkpoint) and a path, or --resume for the last checkpoint in OUTPUT_DIR."
+            )
         there = not path or "://" in path or os.path.isfile(path.partition("?")[0])
         if not comm.all_gather(there)[0]:  # the main process has it read, and the others get it from there
             raise FileNotFoundError(

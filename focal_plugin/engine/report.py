@@ -25,6 +25,7 @@ _FILES = {
     "events.out.tfevents.*": "the same for `tensorboard --logdir`",
     "model_final.pth": "the weights, for MODEL.WEIGHTS",
     "inference/coco_instances_results.json": "all detections, in COCO's format",
+    "inference/*/coco_instances_results.json": "all detections in that test set, in COCO's format",
     "config.yaml": "the whole config",
     "log.txt": "all that was logged",
 }
@@ -71,6 +72,17 @@ def log_report(output_dir: str, results: Mapping[str, Mapping]) -> None:
     files = written_files(output_dir)
     width = max((len(path) for path in files), default=0)
     logger.info("Written:\n" + "\n".join(f"  {path:<{width}}  {what}" for path, what in files.items()))
+
+
+def has_found_nothing(output_dir: str | os.PathLike, dataset_name: str = "") -> bool:
+    """Whether a run's last evaluation had no detection at all, for which Detectron2's AP is NaN and should be 0.
+
+    Args:
+        output_dir: the run's folder.
+        dataset_name: which of its test sets; empty for the only one.
+    """
+    path = os.path.join(output_dir, "inference", dataset_name, "coco_instances_results.json")
+    return os.path.exists(path) and os.path.getsize(path) == len("[]")
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:

@@ -72,12 +72,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; says so when a new run is about to replace an earlier one's files."""
-        if not resume and self.checkpointer.has_checkpoint():
-            logger.warning(
-                f"{self.cfg.OUTPUT_DIR} holds an earlier run, whose checkpoints this one replaces as it goes. To go on "
-                "with that run instead, use --resume; to keep it, set another OUTPUT_DIR."
-            )
+        """As Detectron2's; with nothing to resume from, metrics.json begins anew."""
         super().resume_or_load(resume)
         if resume and not self.checkpointer.has_checkpoint():
             self.checkpoint_hook.start_again()
@@ -158,10 +153,15 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         """The evaluator of a data set's kind, its metadata's ``evaluator_type``; COCO's where it names none.
 
+        It writes to ``output_folder``, ``inference`` in ``OUTPUT_DIR`` if not given; with more than one data set in
+        ``DATASETS.TEST``, to a folder of the data set's name in it.
+
         Raises:
             NotImplementedError: there is none here for that kind.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:  # or the files of one would replace those of another
+            output_folder = os.path.join(output_folder, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind == "coco":
             # COCO's metric looks at 100 detections an image, and at more where the user has asked the model for more.

@@ -30,6 +30,21 @@ def test_test_data_that_nothing_evaluates_need_not_be_there(train_net, lazy_conf
     assert train_net(f"{TEST}=coco_2017_val", "train.max_iter=1", config=lazy_config) == {}
 
 
+def test_what_is_said_of_weights_and_of_an_earlier_run(train_net, lazy_config, capfd):
+    words = ["dataloader.evaluator=null", "train.max_iter=1"]
+    train_net("--eval-only", *words, config=lazy_config)
+    assert "No weights given" in capfd.readouterr().out
+    train_net(*words, config=lazy_config)
+    screen = capfd.readouterr().out
+    assert "No weights given" not in screen and "holds an earlier run" not in screen
+    train_net("--resume", "--eval-only", *words, config=lazy_config)
+    train_net("--resume", *words, config=lazy_config)
+    screen = capfd.readouterr().out
+    assert "No weights given" not in screen and "holds an earlier run" not in screen
+    train_net(*words, config=lazy_config)
+    assert "holds an earlier run" in capfd.readouterr().out
+
+
 def test_a_device_that_is_none(train_net, lazy_config):
     with pytest.raises(ValueError, match=r"train\.device is 'gpu'; expected cpu, cuda"):
         train_net("train.device=gpu", config=lazy_config)
