@@ -160,6 +160,22 @@ def test_a_stock_model_trains_too(train_net):
     assert train_net("MODEL.META_ARCHITECTURE", "RetinaNet", "SOLVER.ACCUMULATE", 2)["bbox"]
 
 
+def test_each_test_set_keeps_its_detections(train_net, output, capfd):
+    results = train_net("--eval-only", "DATASETS.TEST", "('shapes_test', 'shapes_train')")
+    assert results.keys() == {"shapes_test", "shapes_train"}
+    screen = capfd.readouterr().out
+    for name, num_images in (("shapes_test", 4), ("shapes_train", 6)):
+        path = output / "inference" / name / "coco_instances_results.json"
+        assert {found["image_id"] for found in json.loads(path.read_text())} == set(range(num_images))
+        assert str(path) in screen
+
+
+@pytest.mark.parametrize("period", [0, -1])
+def test_checkpoints_at_no_period(train_net, period):
+    with pytest.raises(ValueError, match=rf"SOLVER\.CHECKPOINT_PERIOD .* is {period}; expected a number of steps"):
+        train_net("SOLVER.CHECKPOINT_PERIOD", period)
+
+
 def test_evaluators(tiny_config, monkeypatch):
     made = []
     for name in ("LVISEvaluator", "PascalVOCDetectionEvaluator"):

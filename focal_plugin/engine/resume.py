@@ -36,6 +36,9 @@ class CheckpointHook(HookBase):
         metrics: the writer of metrics.json; None on other processes than the main one.
         tail: the hooks that follow this one.
         max_to_keep: how many checkpoints to keep, besides the last step's; None for all.
+
+    Raises:
+        ValueError: ``period`` is below 1.
     """
 
     def __init__(
@@ -49,6 +52,11 @@ class CheckpointHook(HookBase):
         tail: Sequence[HookBase] = (),
         max_to_keep: int | None = None,
     ):
+        if period < 1:
+            raise ValueError(
+                f"SOLVER.CHECKPOINT_PERIOD (in a LazyConfig train.checkpointer.period) is {period}; expected a number "
+                "of steps ≥ 1. More than the run has leaves its last checkpoint alone."
+            )
         self.periodic = PeriodicCheckpointer(checkpointer, period, max_to_keep=max_to_keep)
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.loader, self.metrics, self.tail = loader, metrics, list(tail)
