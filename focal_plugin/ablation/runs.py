@@ -16,13 +16,14 @@ from detectron2.data import DatasetCatalog
 
 from ..data import register_local_datasets
 from ..engine.curves import read_metrics
+from ..engine.report import has_found_nothing
 from ..registry import import_user_modules
 from ..safe_yaml import parse_yaml
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
 from .rows import METRICS, ROOT, Row, as_yaml, compose, flat
 
 CONFIG = "config-ablation.yaml"
-_NAN = "bbox/AP is NaN: the test set has no boxes, or where there are several test sets, the model may find nothing."
+_NAN = "bbox/AP is NaN: the test set has no boxes, or its detections are not in the folder inference any more."
 _TOLD_TO_END = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that a signal has ended
 
 
@@ -159,22 +160,16 @@ class Run:
 
     def _final_results(self, series: dict) -> dict[str, float]:
         """Of the evaluation after the last step; of the first test set, if there are several."""
-        prefixes = ["bbox/", *(f"{name}/bbox/" for name in self.cfg.DATASETS.TEST[:1])]
-        for prefix in prefixes:
+        for name in ("", *self.cfg.DATASETS.TEST[:1]):
+            prefix = f"{name}/bbox/" if name else "bbox/"
             iterations, _ = series.get(f"{prefix}AP", ([], []))
             if iterations and iterations[-1] >= self.num_steps:
                 found = {metric: series.get(f"{prefix}{metric}", ([], []))[1] for metric in METRICS}
                 results = {metric: values[-1] for metric, values in found.items() if values}
-                if math.isnan(results["AP"]) and self._has_found_nothing():
+                if math.isnan(results["AP"]) and has_found_nothing(self.folder, name):
                     results |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
                 return results
         return {}
-
-    def _has_found_nothing(self) -> bool:
-        """Whether the model has no detection at all, of which Detectron2 says NaN. Unknown, and False, of several
-        test sets, since the last one's detections replace the others'."""
-        path = self.folder / "inference/coco_instances_results.json"
-        return len(self.cfg.DATASETS.TEST) == 1 and path.exists() and path.stat().st_size == len("[]")
 
     def _what_is_missing(self, series: dict) -> str:
         """Of a run that has ended well without an AP, and what to do."""

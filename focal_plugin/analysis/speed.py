@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ..deploy import optimize_for_inference
 from ..engine import Trainer, load_config
 from ..engine.curves import read_metrics
+from ..engine.report import has_found_nothing
 from . import style
 from .common import UserError, add_flags, load_weights, output_stem, read_records, spread, synchronize, written
 
@@ -166,17 +167,21 @@ def last_checkpoint(folder: Path) -> str:
 
 
 def last_ap(folder: Path) -> float | None:
-    """The last box AP in a run's metrics.json; None if there is none, or it is of several test sets.
+    """The last box AP in a run's metrics.json: 0 if the model finds nothing at all.
 
-    Detectron2 says NaN where a model finds nothing at all, which is an AP of 0.
+    None if there is none, if the test set has no boxes to find, or if there are several test sets.
     """
     path = folder / "metrics.json"
     if not path.is_file():
         return None
-    series = [values for name, (_, values) in read_metrics(str(path)).items() if f"/{name}".endswith("/bbox/AP")]
-    if len(series) != 1:
+    last = {name: values[-1] for name, (_, values) in read_metrics(str(path)).items()}
+    found = {name: ap for name, ap in last.items() if f"/{name}".endswith("/bbox/AP")}
+    if len(found) != 1:
         return None
-    return 0.0 if math.isnan(series[0][-1]) else series[0][-1]
+    ((name, ap),) = found.items()
+    if not math.isnan(ap):
+        return ap
+    return 0.0 if has_found_nothing(folder, name.removesuffix("bbox/AP")) else None
 
 
 def check_names(entries: Sequence[Entry], *given: Collection[str]) -> None:

@@ -103,11 +103,21 @@ def runs(table, tiny_config, tmp_path):
     return plan(table.rows, find_base(tiny_config), [], 1, tmp_path / "table")
 
 
-def test_a_model_that_finds_nothing_has_an_ap_of_zero(runs):
+@pytest.mark.parametrize(
+    ("sets", "folder", "prefix"),
+    [
+        (("shapes_test",), "inference", "bbox/"),
+        (("shapes_test", "shapes_train"), "inference/shapes_test", "shapes_test/bbox/"),
+    ],
+    ids=["one test set", "two"],
+)
+def test_a_model_that_finds_nothing_has_an_ap_of_zero(table, tiny_config, tmp_path, sets, folder, prefix):
     """Detectron2 says NaN of it, where pycocotools would say 0."""
-    run = runs[0]
-    (run.folder / "inference").mkdir(parents=True)
-    write_run(run, float("nan"), **{"inference/coco_instances_results.json": "[]"})
+    run = plan(table.rows, find_base(tiny_config), ["DATASETS.TEST", str(sets)], 1, tmp_path / "table")[0]
+    (run.folder / folder).mkdir(parents=True)
+    write_run(run, float("nan"), **{f"{folder}/coco_instances_results.json": "[]"})
+    metrics = run.folder / "metrics.json"
+    metrics.write_text(metrics.read_text().replace("bbox/", prefix))
     assert (run.outcome().status, run.outcome().results["AP"], run.outcome().results["AP50"]) == ("finished", 0.0, 0.0)
     assert math.isnan(run.outcome().results["APs"])
 

@@ -109,10 +109,20 @@ def test_the_ap_of_a_run(tmp_path):
     assert last_ap(tmp_path) is None
     metrics.write_text('{"iteration": 1, "mine/bbox/AP": 7.5}\n')
     assert last_ap(tmp_path) == 7.5
-    metrics.write_text('{"iteration": 1, "bbox/AP": NaN}\n')  # it finds nothing at all
-    assert last_ap(tmp_path) == 0.0
     metrics.write_text('{"iteration": 1, "mine/bbox/AP": 7.5, "other/bbox/AP": 8.5}\n')
     assert last_ap(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("detections", "ap"),
+    [("[]", 0.0), ('[{"image_id": 1}]', None), (None, None)],  # nothing found, a set without boxes, not known
+)
+def test_an_ap_that_is_nan(tmp_path, detections, ap):
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "bbox/AP": NaN}\n')
+    if detections:
+        (tmp_path / "inference").mkdir()
+        (tmp_path / "inference" / "coco_instances_results.json").write_text(detections)
+    assert last_ap(tmp_path) == ap
 
 
 @pytest.mark.parametrize(
