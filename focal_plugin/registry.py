@@ -13,6 +13,8 @@ Heads of a dense detector: the two subnets of the paper's section 4.
 Built with ``(cfg, input_shape)``, where ``input_shape`` is a list of ``ShapeSpec``, one a level. Called with the
 features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one
 (N, A·4, H, W) tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
+A, of each level, is ``build_anchor_generator(cfg, input_shape).num_anchors``, K ``cfg.MODEL.RETINANET.NUM_CLASSES``;
+``build_bias_init(cfg)`` gives what fills the classifier's bias.
 A head whose ``forward`` has a second parameter named ``targets`` gets the batch's ``DenseTargets`` there in training,
 and its deltas are then those of the positives alone, (P, 4), in the order of ``targets.gt_boxes``.
 """
@@ -34,7 +36,7 @@ BOX_LOSS_REGISTRY.__doc__ = """
 Box losses: modules built with ``(cfg)`` and called with ``(deltas, anchors, gt_boxes, box2box_transform)``.
 
 The first three are (P, 4) tensors, positives only (P may be 0): predicted deltas, anchors and matched boxes in
-absolute XYXY pixels. The result is one loss a positive, (P,).
+absolute XYXY pixels. The result is one loss a positive, (P,) float32.
 """
 
 ANCHOR_MATCHER_REGISTRY = Registry("ANCHOR_MATCHER")
@@ -43,7 +45,8 @@ Rules that assign ground truth to anchors, built with ``(cfg)`` and called with 
 
 ``anchors``: an ``Anchors``; ``instances``: the ``Instances`` of one image, with ``gt_boxes``. The result is
 ``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box,
-and an int8 label in {IGNORED, NEGATIVE, POSITIVE}. ``matched`` is meaningful where the label is POSITIVE.
+and an int8 label, ``focal_plugin.IGNORED``, ``NEGATIVE`` or ``POSITIVE``. ``matched`` is meaningful where the label is
+POSITIVE.
 Crowds are no concern of a matcher: ``FocalRetinaNet`` then ignores the negatives in them (``ignore_regions``).
 A matcher that needs nothing but IoU is also callable with one (G, R) matrix of it, as Detectron2's ``Matcher`` is, so
 that it serves stock models; another raises a TypeError that says so.
@@ -52,7 +55,8 @@ that it serves stock models; another raises a TypeError that says so.
 BIAS_INIT_REGISTRY = Registry("BIAS_INIT")
 BIAS_INIT_REGISTRY.__doc__ = """
 Initialisations of the classifier's bias (section 3.3), built with ``(cfg)`` and called with
-``(conv, num_anchors, num_classes)``: each fills the (A·K,) ``conv.bias`` in place.
+``(conv, num_anchors, num_classes)``: each fills the (A·K,) ``conv.bias`` in place, under ``torch.no_grad()`` or with
+``nn.init``, channel ``a·K + k``.
 """
 
 # Any component that wants to know how many boxes each class has (class_frequencies.class_shares) says so with a class
@@ -77,6 +81,26 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
         f"{key} is {name!r}, which is not registered. Registered: {known}. "
         "If it is defined in a module of yours, add that module to MODEL.FOCAL.IMPORTS."
     )
+
+
+def _build(registry: Registry, name: str, cfg, *more: Any) -> Any:
+    """The component of that name, built with ``(cfg, *more)``.
+
+    Raises:
+        KeyError: it is not registered.
+        TypeError: its constructor does not take these.
+    """
+    component = _get(registry, name)
+    try:
+        return component(cfg, *more)
+    except TypeError as error:
+        if error.__traceback__.tb_next is not None:  # it was called, and went wrong inside
+            raise
+        arguments = "cfg, input_shape" if more else "cfg"
+        raise TypeError(
+            f"{_CONFIG_KEYS[registry._name]} {name} is built with ({arguments}), which it does not take: {error}. Give "
+            f"it __init__(self, {arguments}), or Detectron2's @configurable and from_config(cls, {arguments})."
+        ) from error
 
 
 def chosen_components(cfg) -> list[Callable[..., Any]]:
@@ -112,12 +136,12 @@ def import_user_modules(cfg) -> None:
 
 def build_dense_head(cfg, input_shape):
     """Build the head ``MODEL.FOCAL.HEAD.NAME`` for features of shapes ``input_shape`` (a list of ``ShapeSpec``)."""
-    return _get(DENSE_HEAD_REGISTRY, cfg.MODEL.FOCAL.HEAD.NAME)(cfg, input_shape)
+    return _build(DENSE_HEAD_REGISTRY, cfg.MODEL.FOCAL.HEAD.NAME, cfg, input_shape)
 
 
 def build_cls_loss(cfg):
     """Build the classification loss ``MODEL.FOCAL.CLS_LOSS.NAME``."""
-    return _get(CLS_LOSS_REGISTRY, cfg.MODEL.FOCAL.CLS_LOSS.NAME)(cfg)
+    return _build(CLS_LOSS_REGISTRY, cfg.MODEL.FOCAL.CLS_LOSS.NAME, cfg)
 
 
 _STOCK_BOX_LOSSES = {
@@ -139,14 +163,14 @@ def build_box_loss(cfg):
                 "or name a registered loss in MODEL.FOCAL.BOX_LOSS.NAME."
             )
         name = _STOCK_BOX_LOSSES[stock]
-    return _get(BOX_LOSS_REGISTRY, name)(cfg)
+    return _build(BOX_LOSS_REGISTRY, name, cfg)
 
 
 def build_matcher(cfg):
     """Build the anchor matcher ``MODEL.FOCAL.MATCHER.NAME``."""
-    return _get(ANCHOR_MATCHER_REGISTRY, cfg.MODEL.FOCAL.MATCHER.NAME)(cfg)
+    return _build(ANCHOR_MATCHER_REGISTRY, cfg.MODEL.FOCAL.MATCHER.NAME, cfg)
 
 
 def build_bias_init(cfg):
     """Build the bias initialisation ``MODEL.FOCAL.BIAS_INIT.NAME``."""
-    return _get(BIAS_INIT_REGISTRY, cfg.MODEL.FOCAL.BIAS_INIT.NAME)(cfg)
+    return _build(BIAS_INIT_REGISTRY, cfg.MODEL.FOCAL.BIAS_INIT.NAME, cfg)

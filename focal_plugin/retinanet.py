@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .contracts import check_box_loss, check_cls_loss, check_head, check_match
 from .frozen_norm import fold_frozen_norms
 from .ignore_regions import ignore_covered
 from .normalizer import build_normalizer
@@ -83,6 +84,7 @@ class FocalRetinaNet(DenseDetector):
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
+        self.matcher_seen = False  # it has matched boxes, and the numbers of the first were right
         self.num_classes = num_classes
 
         self.cls_loss = cls_loss
@@ -154,12 +156,10 @@ class FocalRetinaNet(DenseDetector):
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         targets = self.label_batch(features, batched_inputs)
-        if self.head_takes_targets:
-            logits, deltas = self.head(features, targets)
-        else:
-            logits, deltas = self.head(features)
-            deltas = targets.gather(deltas)
-        return self.losses(logits, deltas, targets)
+        outputs = self.head(features, targets) if self.head_takes_targets else self.head(features)
+        check_head(self.head, outputs, targets, sparse=self.head_takes_targets)
+        logits, deltas = outputs
+        return self.losses(logits, deltas if self.head_takes_targets else targets.gather(deltas), targets)
 
     def label_batch(self, features: list[Tensor], batched_inputs: list[dict]) -> DenseTargets:
         """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
@@ -180,7 +180,10 @@ class FocalRetinaNet(DenseDetector):
         """
         matches = []
         for instances in gt_instances:
-            matched, labels = self.anchor_matcher(anchors, instances)
+            match = self.anchor_matcher(anchors, instances)
+            check_match(self.anchor_matcher, match, anchors, instances, values=not self.matcher_seen)
+            self.matcher_seen |= len(instances) > 0
+            matched, labels = match
             # As in Detectron2, an image without boxes is background, whatever IOU_LABELS begin with.
             matches.append((matched, labels if len(instances) else torch.full_like(labels, NEGATIVE)))
         for image, regions in enumerate(ignore_boxes):
@@ -205,10 +208,12 @@ class FocalRetinaNet(DenseDetector):
             boxes = self.box2box_transform.apply_deltas(deltas.detach(), targets.anchors)  # (P, 4)
             targets = targets.with_quality(boxes)
         loss_cls = self.cls_loss(views, targets)
-        loss_box_reg = self.box_loss(deltas, targets.anchors, targets.gt_boxes, self.box2box_transform).sum()
+        check_cls_loss(self.cls_loss, loss_cls, logits, targets)
+        loss_box_reg = self.box_loss(deltas, targets.anchors, targets.gt_boxes, self.box2box_transform)
+        check_box_loss(self.box_loss, loss_box_reg, deltas, targets)
         return {
             "loss_cls": loss_cls * (self.cls_loss_weight / normalizer),
-            "loss_box_reg": loss_box_reg * (self.box_loss_weight / normalizer),
+            "loss_box_reg": loss_box_reg.sum() * (self.box_loss_weight / normalizer),
         }
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions) -> list[Instances]:

@@ -79,10 +79,11 @@ COMPONENTS = {"backbones", "heads", "losses", "matchers"}
 BELOW = {
     **{name: set() for name in LEAVES},
     "class_frequencies": {"registry"},
+    "contracts": {"structures"},
     "ignore_regions": {"structures"},
-    **{name: {"class_frequencies", "registry", "structures"} for name in COMPONENTS},
+    **{name: {"class_frequencies", "contracts", "registry", "structures"} for name in COMPONENTS},
     "data": {"structures"},
-    "retinanet": {"frozen_norm", "ignore_regions", "normalizer", "registry", "structures"},
+    "retinanet": {"contracts", "frozen_norm", "ignore_regions", "normalizer", "registry", "structures"},
     "pipelines": {"normalizer", "registry", "structures"},
     "engine": LEAVES | {"class_frequencies", "data", "retinanet"},
     "deploy": LEAVES | {"data", "engine", "retinanet"},

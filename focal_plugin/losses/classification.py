@@ -10,6 +10,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..contracts import checked_elementwise
 from ..registry import CLS_LOSS_REGISTRY
 from ..structures import IGNORED, DenseTargets
 from .class_alpha import alpha_from_config, checked_alpha
@@ -63,8 +64,8 @@ class ElementwiseLoss(nn.Module, ABC):
         labels = labels.unsqueeze(-3)  # (..., 1, H, W)
         classes = torch.arange(logits.shape[-3], device=logits.device).view(-1, 1, 1)  # (K, 1, 1)
         wanted = torch.where(labels == classes, quality.unsqueeze(-3), 0.0).to(logits.dtype)  # (..., K, H, W)
-        # where, not a product with the mask: an ignored anchor's loss may be infinite
-        return torch.where(labels == IGNORED, 0.0, self.elementwise(logits, wanted)).sum()
+        loss = checked_elementwise(self, self.elementwise(logits, wanted), logits)
+        return torch.where(labels == IGNORED, 0.0, loss).sum()  # no product: an ignored anchor's may be infinite
 
     def _quality(self, targets: DenseTargets, level: int) -> Tensor:
         """The quality of the positives of a level, (P_l,)."""

@@ -1,0 +1,162 @@
+"""Whether components keep the contracts of ``registry.py``. Their mistakes would show later, or in the AP alone.
+
+Shapes and dtypes are known without waiting for a GPU, so every step looks at them; at values, only a first one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+from .structures import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
+
+
+def check_head(head: Callable, outputs: Any, targets: DenseTargets, sparse: bool) -> None:
+    """Check what a head gave for a batch.
+
+    Args:
+        head: names itself in the error.
+        outputs: what it returned.
+        targets: of that batch, whose labels have the number of anchors and the size of each level.
+        sparse: whether the deltas are the positives' alone.
+
+    Raises:
+        TypeError, ValueError: they are not the logits and deltas of the targets' anchors.
+    """
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
+        raise TypeError(f"The head {_name(head)} gave {_describe(outputs)}; expected (logits, deltas).")
+    logits, deltas = outputs
+    _check_levels(head, "logits", logits, targets, targets.num_classes, "K classes (background has no channel)")
+    if not sparse:
+        _check_levels(head, "deltas", deltas, targets, 4, "4 deltas")
+    elif not isinstance(deltas, Tensor) or deltas.shape != (targets.num_positives, 4):
+        raise ValueError(
+            f"The head {_name(head)} was given the targets, and gave deltas {_describe(deltas)}; expected those of the "
+            f"positives alone, (P, 4) = {(targets.num_positives, 4)}."
+        )
+
+
+def _check_levels(head: Callable, what: str, levels: Any, targets: DenseTargets, channels: int, names: str) -> None:
+    if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or len(levels) != len(targets.labels):
+        raise TypeError(
+            f"The head {_name(head)} gave {what} {_describe(levels)}; expected a list of {len(targets.labels)} "
+            "tensors, one a level."
+        )
+    for i, (level, labels) in enumerate(zip(levels, targets.labels)):
+        n, a, h, w = labels.shape
+        if not isinstance(level, Tensor) or level.shape != (n, a * channels, h, w):
+            raise ValueError(
+                f"The head {_name(head)} gave {what} {_describe(level)} on level {i}; expected "
+                f"{(n, a * channels, h, w)}: N images, A = {a} anchors × {channels}, the {names}, height, width."
+            )
+
+
+def check_match(matcher: Callable, match: Any, anchors: Anchors, instances: Instances, values: bool) -> None:
+    """Check what a matcher gave for an image.
+
+    Args:
+        matcher: names itself in the error.
+        match: what it returned.
+        anchors, instances: what it was given.
+        values: whether to look at the numbers too, which waits for a GPU.
+
+    Raises:
+        TypeError, ValueError: it is not an index of a box and a label for each anchor.
+    """
+    name = f"The anchor matcher {_name(matcher)}"
+    if not isinstance(match, (tuple, list)) or len(match) != 2:
+        raise TypeError(f"{name} gave {_describe(match)}; expected (matched, labels).")
+    for what, found, dtype in zip(("matched", "labels"), match, (torch.int64, torch.int8)):
+        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != (len(anchors),):
+            raise TypeError(
+                f"{name} gave {what} {_describe(found)}; expected {dtype} of shape {(len(anchors),)}, one for each "
+                "anchor of all levels."
+            )
+    if not values or not len(instances):
+        return
+    matched, labels = match
+    wrong = labels[(labels < IGNORED) | (labels > POSITIVE)]
+    if len(wrong):
+        raise ValueError(
+            f"{name} gave the label {wrong[0].item()}; expected {IGNORED} (IGNORED), {NEGATIVE} (NEGATIVE) or "
+            f"{POSITIVE} (POSITIVE)."
+        )
+    boxes = matched[labels == POSITIVE]
+    wrong = boxes[(boxes < 0) | (boxes >= len(instances))]
+    if len(wrong):
+        raise ValueError(
+            f"{name} matched a positive anchor to box {wrong[0].item()}; expected the index of one of the image's "
+            f"{len(instances)} boxes, counted from 0."
+        )
+
+
+def check_cls_loss(cls_loss: Callable, loss: Any, logits: Sequence[Tensor], targets: DenseTargets) -> None:
+    """Check what a classification loss made of ``logits``, one tensor a level.
+
+    Raises:
+        TypeError: it is not one float32 number (or float64, for logits of float64).
+        ValueError: nothing can be learnt from it.
+    """
+    what = f"The class loss {_name(cls_loss)}"
+    if not isinstance(loss, Tensor) or loss.shape != () or not _is_float32(loss, logits[0]):
+        raise TypeError(
+            f"{what} gave {_describe(loss)}; expected one number, torch.float32 of shape (): the sum over all anchors "
+            "that are not ignored."
+        )
+    _check_gradient(what, loss, "logits", logits[0], targets)
+
+
+def checked_elementwise(cls_loss: Callable, loss: Any, logits: Tensor) -> Tensor:
+    """``loss``, which an ``ElementwiseLoss`` made of ``logits`` of any shape.
+
+    Raises:
+        ValueError: it is not one number for each of them.
+    """
+    if not isinstance(loss, Tensor) or loss.shape != logits.shape:
+        raise ValueError(
+            f"The class loss {_name(cls_loss)} gave {_describe(loss)} for logits of shape {tuple(logits.shape)}; "
+            "expected a loss for each logit, of the same shape, neither summed nor averaged."
+        )
+    return loss
+
+
+def check_box_loss(box_loss: Callable, loss: Any, deltas: Tensor, targets: DenseTargets) -> None:
+    """Check what a box loss made of (P, 4) ``deltas``.
+
+    Raises:
+        TypeError: it is not one float32 number a positive (or float64, for deltas of float64).
+        ValueError: nothing can be learnt from it.
+    """
+    what = f"The box loss {_name(box_loss)}"
+    if not isinstance(loss, Tensor) or loss.shape != (len(deltas),) or not _is_float32(loss, deltas):
+        raise TypeError(
+            f"{what} gave {_describe(loss)}; expected one number a positive, torch.float32 of shape "
+            f"{(len(deltas),)}, neither summed nor averaged."
+        )
+    _check_gradient(what, loss, "deltas", deltas, targets)
+
+
+def _is_float32(loss: Tensor, predictions: Tensor) -> bool:
+    return loss.dtype in (torch.float32, torch.promote_types(predictions.dtype, torch.float32))
+
+
+def _check_gradient(what: str, loss: Tensor, name: str, predictions: Tensor, targets: DenseTargets) -> None:
+    if predictions.requires_grad and not loss.requires_grad and targets.num_positives:
+        raise ValueError(
+            f"{what} gave a loss without a gradient; expected one that is computed from the {name} by differentiable "
+            "operations, without detach(), item() or torch.no_grad()."
+        )
+
+
+def _name(component: Callable) -> str:
+    return getattr(component, "__name__", type(component).__name__)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}" if value is not None else "None"
