@@ -40,7 +40,7 @@ def main(args) -> dict | None:
         The results of the last evaluation; None on other processes than the main one.
 
     Raises:
-        ConfigError: a word of ``args.opts`` gives no value.
+        ConfigError: a word of ``args.opts`` gives no value; or there is no evaluator to evaluate with.
         FileNotFoundError: the files of a data set are not there. ValueError: ``train.device`` is no device.
     """
     args.config_file = find_config(args.config_file)
@@ -50,6 +50,8 @@ def main(args) -> dict | None:
             "spaces."
         )
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    if args.eval_only and not cfg.dataloader.get("evaluator"):
+        raise ConfigError(f"{args.config_file}: dataloader.evaluator is missing; expected one for --eval-only.")
     cfg.train.device = usable_device(cfg.train.device, "train.device")
     again = args.resume or args.eval_only
     cfg.train.seed = settled_seed(cfg.train.get("seed", -1), cfg.train.output_dir, again)
@@ -73,7 +75,7 @@ def main(args) -> dict | None:
 
 def evaluate(cfg, model: nn.Module) -> dict:
     """The results of ``model`` on ``dataloader.test``, {} if the config has no ``dataloader.evaluator``."""
-    if "evaluator" not in cfg.dataloader:
+    if not cfg.dataloader.get("evaluator"):
         return {}
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
@@ -138,7 +140,7 @@ def _check_files(cfg, eval_only: bool) -> None:
     Raises:
         FileNotFoundError: they are not.
     """
-    needed = ["train"] * (not eval_only) + ["test"] * ("evaluator" in cfg.dataloader)
+    needed = ["train"] * (not eval_only) + ["test"] * bool(cfg.dataloader.get("evaluator"))
     for part in needed:
         for name in _dataset_names(cfg, part):
             hint = "Register data of your own with focal_plugin.data.register_local_dataset in the config."

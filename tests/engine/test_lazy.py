@@ -24,20 +24,23 @@ def test_data_that_are_not_there(train_net, lazy_config, monkeypatch, tmp_path, 
         train_net(*words, config=lazy_config)
 
 
-def test_test_data_that_nothing_evaluates_need_not_be_there(train_net, lazy_config):
+@pytest.mark.parametrize("change", ["del dataloader['evaluator']", "dataloader['evaluator'] = None"])
+def test_test_data_that_nothing_evaluates_need_not_be_there(train_net, lazy_config, change):
     with open(lazy_config, "a") as file:
-        file.write("\ndel dataloader['evaluator']\n")
+        file.write(f"\n{change}\n")
     assert train_net(f"{TEST}=coco_2017_val", "train.max_iter=1", config=lazy_config) == {}
+    with pytest.raises(ValueError, match=r"dataloader\.evaluator is missing; expected"):
+        train_net("--eval-only", config=lazy_config)
 
 
 def test_what_is_said_of_weights_and_of_an_earlier_run(train_net, lazy_config, capfd):
     words = ["dataloader.evaluator=null", "train.max_iter=1"]
-    train_net("--eval-only", *words, config=lazy_config)
+    train_net("--eval-only", config=lazy_config)
     assert "No weights given" in capfd.readouterr().out
     train_net(*words, config=lazy_config)
     screen = capfd.readouterr().out
     assert "No weights given" not in screen and "holds an earlier run" not in screen
-    train_net("--resume", "--eval-only", *words, config=lazy_config)
+    train_net("--resume", "--eval-only", config=lazy_config)
     train_net("--resume", *words, config=lazy_config)
     screen = capfd.readouterr().out
     assert "No weights given" not in screen and "holds an earlier run" not in screen
