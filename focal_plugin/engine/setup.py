@@ -35,14 +35,15 @@ def find_config(name: str) -> str:
     """
     if os.path.exists(name) or "://" in name:
         return name
-    from detectron2 import model_zoo  # only here, since it needs a setuptools that not everyone has
-
     try:
+        from detectron2 import model_zoo  # only here, since it needs a setuptools that not everyone has
+
         return model_zoo.get_config_file(name)
-    except RuntimeError:
-        raise FileNotFoundError(
-            f"--config-file {name}: there is no such file in {os.getcwd()}, and no such name in Detectron2's model zoo."
-        ) from None
+    except ImportError as error:
+        zoo = f"Detectron2's model zoo cannot be imported ({error})"
+    except (RuntimeError, ValueError):
+        zoo = "no such name in Detectron2's model zoo"
+    raise FileNotFoundError(f"--config-file {name}: there is no such file in {os.getcwd()}, and {zoo}.")
 
 
 def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -> CfgNode:

@@ -1,6 +1,7 @@
 """A command line becomes a config; what cannot be right is said before anything runs."""
 
 import logging
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def test_a_config_is_a_file_or_a_name_of_the_zoo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config(ZOO) == ZOO  # a file of one's own comes first
     with pytest.raises(FileNotFoundError, match=r"missing\.yaml: there is no such file in .*model zoo"):
+        find_config("missing.yaml")
+
+
+def test_a_missing_config_where_the_zoo_cannot_be_imported(monkeypatch):
+    """It needs a part of setuptools that newer ones do not have."""
+    monkeypatch.delattr("detectron2.model_zoo", raising=False)
+    monkeypatch.setitem(sys.modules, "detectron2.model_zoo", None)
+    with pytest.raises(FileNotFoundError, match=r"missing\.yaml: there is no such file in .*cannot be imported"):
         find_config("missing.yaml")
 
 
