@@ -166,6 +166,13 @@ def test_output_folder(find, earlier_run):
     assert find("output folder", resume=True)[0][0] == WARNING
 
 
+def test_the_seed_that_an_earlier_run_drew_is_no_difference(find, earlier_run):
+    earlier_run("SEED", 77)
+    assert [level for level, _ in find("output folder", "SEED", -1, resume=True)] == [OK]
+    assert [level for level, _ in find("output folder", "SEED", -1)] == [WARNING]
+    assert [level for level, _ in find("output folder", "SEED", 78)] == [ERROR]
+
+
 def test_output_folder_without_a_config(find, earlier_run):
     earlier_run(config=False)
     ((level, text),) = find("output folder")

@@ -97,7 +97,8 @@ def _differences(cfg: CfgNode, path: str) -> list[str]:
     except (OSError, yaml.YAMLError):
         return ["config.yaml, which cannot be read"]
     ours, theirs = dict(_leaves(yaml.safe_load(cfg.dump()))), dict(_leaves(theirs))
-    return sorted(key for key in {*ours, *theirs} - _NOT_THE_RUN if ours.get(key) != theirs.get(key))
+    may_differ = _NOT_THE_RUN | ({"SEED"} if cfg.SEED < 0 else set())  # the run drew one
+    return sorted(key for key in {*ours, *theirs} - may_differ if ours.get(key) != theirs.get(key))
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
