@@ -103,17 +103,31 @@ def _build(registry: Registry, name: str, cfg, *more: Any) -> Any:
         ) from error
 
 
-def chosen_components(cfg) -> list[Callable[..., Any]]:
-    """The registered components that ``cfg`` names, without those that are empty or not known."""
+def _chosen_names(cfg) -> dict[Registry, str]:
     focal = cfg.MODEL.FOCAL
-    names = {
+    return {
         DENSE_HEAD_REGISTRY: focal.HEAD.NAME,
         CLS_LOSS_REGISTRY: focal.CLS_LOSS.NAME,
         BOX_LOSS_REGISTRY: focal.BOX_LOSS.NAME,
         ANCHOR_MATCHER_REGISTRY: focal.MATCHER.NAME,
         BIAS_INIT_REGISTRY: focal.BIAS_INIT.NAME,
     }
-    return [registry.get(name) for registry, name in names.items() if name in registry]
+
+
+def chosen_components(cfg) -> list[Callable[..., Any]]:
+    """The registered components that ``cfg`` names, without those that are empty or not known."""
+    return [registry.get(name) for registry, name in _chosen_names(cfg).items() if name in registry]
+
+
+def check_names(cfg) -> None:
+    """Whether the components that ``cfg`` names are there, before anything is built.
+
+    Raises:
+        KeyError: one is not registered.
+    """
+    for registry, name in _chosen_names(cfg).items():
+        if name:  # of the box loss; the others' names are never empty
+            _get(registry, name)
 
 
 def import_user_modules(cfg) -> None:

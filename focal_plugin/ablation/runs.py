@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog
 from ..data import register_local_datasets
 from ..engine.curves import read_metrics
 from ..engine.report import has_found_nothing
-from ..registry import import_user_modules
+from ..registry import check_names, import_user_modules
 from ..safe_yaml import parse_yaml
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
 from .rows import METRICS, ROOT, Row, as_yaml, compose, flat
@@ -229,13 +229,17 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
 
     Raises:
         ImportError: a module of ``MODEL.FOCAL.IMPORTS``, which may register sets, is not found.
-        KeyError, ValueError, OSError: a set is not known, its files are not as they should be, or there is no box to
-            find in the first of a run's test sets.
+        KeyError, ValueError, OSError: a component or a set is not known, its files are not as they should be, or there
+            is no box to find in the first of a run's test sets.
     """
     has_boxes: dict[str, bool] = {}
     counts: dict[str, int] = {}
     for run in runs:
         import_user_modules(run.cfg)
+        try:
+            check_names(run.cfg)
+        except KeyError as error:
+            raise KeyError(f"{run.row.name}: {error.args[0]}") from error
         register_local_datasets(run.cfg)
         for name in (*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST):
             if name not in counts:

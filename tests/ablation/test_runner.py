@@ -334,6 +334,15 @@ def test_a_data_set_that_is_not_there_is_told_before_anything_runs(ablation, tin
     assert not table.exists()
 
 
+@pytest.mark.parametrize("key, known", [("CLS_LOSS", "SigmoidFocalLoss"), ("HEAD", "FocalRetinaNetHead")])
+def test_an_unknown_component_is_told_before_anything_runs(ablation, rows, table, capfd, key, known):
+    rows.add("mine", f"MODEL: {{FOCAL: {{{key}: {{NAME: Mine}}}}}}")
+    assert ablation() == 1
+    told = capfd.readouterr().err
+    assert f"mine: MODEL.FOCAL.{key}.NAME is 'Mine', which is not registered" in told and known in told
+    assert not table.exists()
+
+
 @pytest.mark.parametrize("annotations", [[], [{"iscrowd": 1}]], ids=["no box", "crowds alone"])
 def test_a_test_set_without_boxes_is_told_before_anything_runs(ablation, tiny_config, table, capfd, annotations):
     path = Path(tiny_config).parent / "shapes_test.json"
