@@ -55,7 +55,7 @@ def build_train_loader(
     if total_batch_size < processes or total_batch_size % processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {total_batch_size}; expected a multiple of {processes}, the number of processes, "
-            "and not 0."
+            "and not 0. (In a LazyConfig it is dataloader.train.total_batch_size.)"
         )
     groups = [_is_wide(record) for record in dataset] if aspect_ratio_grouping else None
     sampler = TrainingSampler(len(dataset)) if sampler is None else sampler

@@ -41,7 +41,10 @@ def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
         return None
     name = name or ("bfloat16" if torch.device(device).type == "cpu" else "float16")
     if name not in _PRECISIONS:
-        raise ValueError(f"SOLVER.AMP.DTYPE is {name!r}; expected {', '.join(_PRECISIONS)}, or empty for the device's.")
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE is {name!r}; expected {', '.join(_PRECISIONS)}, or empty for the device's. (In a "
+            "LazyConfig it is train.amp.dtype.)"
+        )
     return _PRECISIONS[name]
 
 

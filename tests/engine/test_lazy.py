@@ -48,6 +48,18 @@ def test_what_is_said_of_weights_and_of_an_earlier_run(train_net, lazy_config, c
     assert "holds an earlier run" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("dataloader.train.total_batch_size=0", r"dataloader\.train\.total_batch_size"),
+        ("train.amp={enabled:True,dtype:fp8}", r"train\.amp\.dtype"),
+    ],
+)
+def test_a_value_that_is_none(train_net, lazy_config, word, key):
+    with pytest.raises(ValueError, match=key):
+        train_net(word, config=lazy_config)
+
+
 def test_a_device_that_is_none(train_net, lazy_config):
     with pytest.raises(ValueError, match=r"train\.device is 'gpu'; expected cpu, cuda"):
         train_net("train.device=gpu", config=lazy_config)
