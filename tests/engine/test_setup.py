@@ -1,6 +1,5 @@
 """A command line becomes a config; what cannot be right is said before anything runs."""
 
-import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +11,8 @@ from detectron2.data import DatasetCatalog
 from focal_plugin.engine import find_config, load_config, start_run
 from focal_plugin.engine.setup import usable_device
 from focal_plugin.safe_yaml import ConfigError
+
+pytestmark = pytest.mark.usefixtures("loggers")
 
 ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -170,17 +171,3 @@ def test_data_that_are_not_there(start, monkeypatch, tmp_path, dataset, file):
     message = rf"DATASETS\.TEST names '{dataset}', whose .*{file} does not exist .*DETECTRON2_DATASETS.*DATASETS\.LOCAL"
     with pytest.raises(FileNotFoundError, match=message):
         start(*words, eval_only=True)
-
-
-@pytest.fixture(autouse=True)
-def restore_loggers():
-    """Take the handlers off again that a run adds, which write to its own log and this test's screen."""
-    from detectron2.utils.logger import setup_logger
-
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "focal_plugin")]
-    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    setup_logger.cache_clear()
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before):
-        logger.handlers, logger.propagate, logger.level = handlers, propagate, level
-    setup_logger.cache_clear()
