@@ -9,6 +9,7 @@ As Detectron2's tools/train_net.py and lazyconfig_train_net.py, for YAML and .py
     train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
+import functools
 import os
 import sys
 
@@ -29,7 +30,6 @@ from focal_plugin.engine import (
 # After the plugin, which imports Detectron2 without its deprecation warnings.
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
-from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -66,10 +66,8 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args.resume)
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, functools.partial(evaluate_with_tta, cfg) if cfg.TEST.AUG.ENABLED else None)
     trainer.resume_or_load(resume=args.resume)
-    if cfg.TEST.AUG.ENABLED:
-        trainer.register_hooks([EvalHook(0, lambda: evaluate_with_tta(cfg, trainer.model))])
     return trainer.train()
 
 

@@ -63,11 +63,14 @@ def test_curves_without_detections(train_net, output):
     assert (output / "curves.png").exists() and not (output / "detections.png").exists()
 
 
-def test_training_ends_with_an_evaluation_with_augmentation_too(train_net, output):
+def test_training_ends_with_an_evaluation_with_augmentation_too(train_net, output, capfd):
     """As Detectron2's own script; with the plain evaluation's look alone, the best detections are the same."""
-    train_net(
+    results = train_net(
         "SOLVER.MAX_ITER", "2", "TEST.AUG.ENABLED", "True", "TEST.AUG.FLIP", "False", "TEST.AUG.MIN_SIZES", "(64,)"
     )
+    assert results.keys() == {"bbox", "bbox_TTA"}
+    assert metrics(output)[-1]["bbox_TTA/AP"] == results["bbox_TTA"]["AP"]
+    assert "| bbox_TTA |" in capfd.readouterr().out
     plain, augmented = (
         sorted(d["score"] for d in json.loads((output / folder / "coco_instances_results.json").read_text()))[-20:]
         for folder in ("inference", "inference_TTA")

@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -38,9 +39,13 @@ class Trainer(DefaultTrainer):
     (``SOLVER.ACCUMULATE``) and channels-last (``MODEL.FOCAL.CHANNELS_LAST``); evaluates each test set by its kind; and
     ends with the results, pictures (``VIS``) and what it wrote. Checkpoints go back and forth between the two. With
     them a run resumes exactly (see ``CheckpointHook``), and SIGTERM and SIGINT end it after its step is saved.
+
+    Args:
+        cfg: the whole config.
+        evaluate_also: after the last evaluation, called with the model; its results are reported with the others.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, evaluate_also: Callable[[nn.Module], dict] | None = None):
         TrainerBase.__init__(self)  # not DefaultTrainer's: it assumes GPUs for many processes and for mixed precision
         for name in ("detectron2", "focal_plugin"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
@@ -69,6 +74,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.evaluate_also = evaluate_also
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -113,6 +119,8 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(EarlyWriter(self.writers))
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        if self.evaluate_also is not None:  # before the writers, which close after training
+            hooks.insert(place + 1, EvalHook(0, self._evaluate_also))
         self.checkpoint_hook = CheckpointHook(
             self.checkpointer,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
@@ -122,6 +130,11 @@ class Trainer(DefaultTrainer):
             tail=hooks[place:],
         )
         return [*hooks[:place], self.checkpoint_hook, *hooks[place:]]
+
+    def _evaluate_also(self) -> dict:
+        results = self.evaluate_also(self.model)
+        self._last_eval_results |= results
+        return results
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's: the screen, metrics.json and TensorBoard."""
