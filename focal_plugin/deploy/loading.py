@@ -29,13 +29,11 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:
-        ValueError: it is a ``.py`` file or an empty path. ``ConfigError``, a ValueError: ``opts`` are no keys of it
-            with their values.
+        ValueError: it is an empty path. ``ConfigError``, a ValueError: it is a ``.py`` file, or ``opts`` are no keys
+            of it with their values.
     """
     if not isinstance(config, CfgNode):
         path = os.fspath(config)
-        if path.endswith(".py"):
-            raise ValueError(f"{path} is a LazyConfig; expected a YAML config, such as a run's config.yaml.")
         if not path:
             raise ValueError("The config is an empty path; expected a YAML config, such as a run's config.yaml.")
         return load_config(path, opts)

@@ -15,7 +15,7 @@ from ..class_frequencies import fill_class_frequencies, needs_class_frequencies
 from ..config import add_focal_config
 from ..data import check_files, check_num_classes, register_local_datasets
 from ..registry import import_user_modules
-from ..safe_yaml import merge_from_file
+from ..safe_yaml import ConfigError, merge_from_file
 from .advice import advise
 from .config_errors import explained_keys, merge_from_list
 from .console import off_screen
@@ -54,9 +54,11 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     ``cpu``.
 
     Raises:
-        ConfigError: the file, or one that it is based on, is no YAML mapping or asks for code to be run; or it or
-            ``opts`` has a key that there is not, or a value of another type.
+        ConfigError: the file, or one that it is based on, is no YAML mapping or asks for code to be run; it is a
+            ``.py``; or it or ``opts`` has a key that there is not, or a value of another type.
     """
+    if config_file.endswith(".py"):
+        raise ConfigError(f"{config_file} is a LazyConfig; expected a YAML config, such as a run's config.yaml.")
     cfg = get_cfg()
     add_focal_config(cfg)
     if config_file:

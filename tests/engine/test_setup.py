@@ -43,6 +43,12 @@ def test_a_stock_config_and_one_line():
     assert not cfg.is_frozen()
 
 
+def test_a_lazy_config_where_a_yaml_config_is_read(tmp_path):
+    (tmp_path / "my.py").write_text("for name in 'ab': print(name)\n")
+    with pytest.raises(ConfigError, match=r"my\.py is a LazyConfig; expected a YAML config"):
+        load_config(str(tmp_path / "my.py"))
+
+
 def test_defaults_without_a_file():
     assert load_config().MODEL.FOCAL.HEAD.NAME == "FocalRetinaNetHead"
 
