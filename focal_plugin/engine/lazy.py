@@ -20,7 +20,7 @@ from .report import log_report
 from .resume import CheckpointHook
 from .setup import find_config, settled_seed, start_logs, usable_device
 from .step import StepTrainer, amp_precision, data_parallel
-from .trainer import log_model, resumable_writers, use_channels_last
+from .trainer import EvaluationHook, log_model, resumable_writers, use_channels_last
 
 _DETECTRON2_LOADERS = (
     build_detection_train_loader,
@@ -110,7 +110,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         results.update(evaluate(cfg, model))
         return results
 
-    tail = [hooks.EvalHook(cfg.train.eval_period, evaluate_now)]
+    tail = [EvaluationHook(cfg.train.eval_period, evaluate_now)]
     metrics = None
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)

@@ -113,14 +113,15 @@ class Trainer(DefaultTrainer):
         log_report(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's with another one that saves, and one that shows the first signs of life."""
+        """Detectron2's, with other ones that save and evaluate, and one that shows the first signs of life."""
         self.writers: list[EventWriter] = []
         hooks = [hook for hook in super().build_hooks() if not isinstance(hook, PeriodicCheckpointer)]
         if comm.is_main_process():
             hooks.append(EarlyWriter(self.writers))
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks[place] = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
         if self.evaluate_also is not None:  # before the writers, which close after training
-            hooks.insert(place + 1, EvalHook(0, self._evaluate_also))
+            hooks.insert(place + 1, EvaluationHook(0, self._evaluate_also))
         self.checkpoint_hook = CheckpointHook(
             self.checkpointer,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
@@ -130,6 +131,10 @@ class Trainer(DefaultTrainer):
             tail=hooks[place:],
         )
         return [*hooks[:place], self.checkpoint_hook, *hooks[place:]]
+
+    def _evaluate(self) -> dict:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def _evaluate_also(self) -> dict:
         results = self.evaluate_also(self.model)
@@ -191,6 +196,18 @@ class Trainer(DefaultTrainer):
             f"{dataset_name!r} of DATASETS.TEST is of evaluator type {kind!r}; expected coco, lvis or pascal_voc. "
             "For others, override build_evaluator of focal_plugin.engine.Trainer."
         )
+
+
+class EvaluationHook(EvalHook):
+    """Detectron2's ``EvalHook``, which evaluates after training only if all steps are done.
+
+    Detectron2's does so, too, when the last step has failed or a signal ends the run there.
+    """
+
+    def after_train(self) -> None:
+        """Evaluate, if the run is complete."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 def resumable_writers(writers: list[EventWriter], output_dir: str) -> list[EventWriter]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from focal_plugin.data import FocalDatasetMapper
-from focal_plugin.engine import replay
+from focal_plugin.engine import StepTrainer, replay
 from focal_plugin.engine.batch_file import load_batch, save_batch
 from tests.engine.same import final, metrics
 
@@ -50,6 +50,18 @@ def test_what_a_diverged_run_leaves(train_net, tmp_path, capsys):
     assert losses == pytest.approx(report.losses, nan_ok=True)
     assert cause == report.cause and "starts in" in cause
     assert not math.isfinite(gradient) or not all(map(math.isfinite, losses.values()))
+
+
+@pytest.mark.parametrize("kind", ["YAML", "LazyConfig"])
+def test_a_run_that_fails_in_its_last_step_is_not_evaluated(train_net, lazy_config, tmp_path, monkeypatch, kind):
+    def fail(trainer, batch):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(StepTrainer, "forward_backward", fail)
+    words = ["SOLVER.MAX_ITER", 1] if kind == "YAML" else ["train.max_iter=1"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_net(*words, **({} if kind == "YAML" else {"config": lazy_config}))
+    assert not list((tmp_path / "output").rglob("coco_instances_results.json"))
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ def test_a_signal_in_the_last_step(train_net, tmp_path, monkeypatch):
         patched.setattr(StepTrainer, "forward_backward", signalled)
         train_net(*words)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert not (tmp_path / "inference").exists()  # whoever sends SIGTERM does not wait for an evaluation
     assert "AP" in train_net("--resume", *words)["bbox"]
 
 
