@@ -171,7 +171,8 @@ def find_cause(model: nn.Module, parts: Sequence[list[dict]], forward: Callable)
 
 
 def find_cause_in_gradients(model: nn.Module, parts: Sequence[list[dict]], forward: Callable, scale: float) -> str:
-    """Where the gradients stop being finite, in one sentence, when all before the losses is: at an anchor or a weight.
+    """Where the gradients stop being finite, in one sentence, when all before the losses is: at an anchor or a weight;
+    or the losses that are not finite themselves.
 
     Args:
         model, parts, forward: as those of ``find_cause``.
@@ -182,16 +183,19 @@ def find_cause_in_gradients(model: nn.Module, parts: Sequence[list[dict]], forwa
         head = getattr(model, "head", None)
         hook = head.register_forward_hook(lambda *args: seen.append(args[-1])) if isinstance(head, nn.Module) else None  # noqa: B023
         try:
-            loss = sum(forward(model, part).values()) * scale
+            losses = forward(model, part)
         finally:
             if hook is not None:
                 hook.remove()
         logits = list(seen[0][0]) if seen else []
         names, weights = zip(*((name, weight) for name, weight in model.named_parameters() if weight.requires_grad))
-        gradients = torch.autograd.grad(loss, [*logits, *weights], allow_unused=True)
+        gradients = torch.autograd.grad(sum(losses.values()) * scale, [*logits, *weights], allow_unused=True)
         for level, values in enumerate(gradients[: len(logits)]):
             if values is not None and not values.isfinite().all():
                 return _describe("the class loss's gradient by the head's logits", values, level, model, part)
+        bad = [name for name, value in losses.items() if not value.isfinite()]
+        if seen and bad:
+            return f"It starts in {' and '.join(bad)}: weights, images, boxes and the head's outputs are finite."
         found = list(zip(names, gradients[len(logits) :]))[::-1]  # the backward pass sees the last ones first
         for name, values in found:
             if values is not None and not values.isfinite().all():

@@ -121,6 +121,20 @@ def test_in_the_gradients(batch):
     assert not model.head._forward_hooks
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_in_a_loss_on_finite_outputs(batch, bad):
+    """Whatever the weights are called that its gradient reaches first."""
+    model = Root()
+    model.zero = None
+
+    def losses(model, part):
+        found = model(part)
+        return {**found, "loss_box_reg": (model.scale * bad).sum()}
+
+    found = find_cause_in_gradients(model, [batch], losses, 1.0)
+    assert found == "It starts in loss_box_reg: weights, images, boxes and the head's outputs are finite."
+
+
 def test_not_in_the_gradients(batch):
     model = nn.Linear(1, 1)
     found = find_cause_in_gradients(model, [batch], lambda model, part: {"loss": model.weight.sum()}, 1.0)
