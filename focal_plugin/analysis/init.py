@@ -58,7 +58,7 @@ class FirstStep:
         logit_mean, logit_std: of the new model's logits minus their bias.
         bias_off: the largest difference between the head's bias and the configured one; None for a head whose
             classifier is not called ``cls_score``.
-        loss_cls: as the model gives it, and a training's log shows it.
+        loss_cls, loss_box_reg: as the model gives them, and a training's log shows them.
     """
 
     loss: str
@@ -78,6 +78,7 @@ class FirstStep:
     logit_std: float
     bias_off: float | None
     loss_cls: float
+    loss_box_reg: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +125,7 @@ def first_step(cfg: CfgNode) -> FirstStep:
     loader_cfg = cfg.clone()
     loader_cfg.DATALOADER.NUM_WORKERS = 0  # one batch is not worth a process
     batch = next(iter(Trainer.build_train_loader(loader_cfg)))
-    logits, targets, observed, loss_cls = _observe(model, batch)
+    logits, targets, observed, losses = _observe(model, batch)
 
     num_anchors, num_classes = logits[0].shape[1:3]
     bias = _configured_bias(cfg, num_anchors, num_classes).to(model.device)
@@ -157,22 +158,23 @@ def first_step(cfg: CfgNode) -> FirstStep:
         logit_mean=mean,
         logit_std=math.sqrt(max(square - mean**2, 0)) if math.isfinite(square) else math.nan,
         bias_off=_bias_off(model, bias),
-        loss_cls=loss_cls,
+        loss_cls=losses["loss_cls"],
+        loss_box_reg=losses["loss_box_reg"],
     )
 
 
 @torch.no_grad()
-def _observe(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], DenseTargets, float, float]:
-    """What the class loss gets and gives, its sum, on a batch in training, and ``loss_cls``."""
+def _observe(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], DenseTargets, float, dict[str, float]]:
+    """What the class loss gets and gives, its sum, on a batch in training, and the model's losses by name."""
     seen = []
-    handle = model.cls_loss.register_forward_hook(lambda module, args, total: seen.append((*args, total.item())))
+    handle = model.cls_loss.register_forward_hook(lambda module, args, total: seen.append((*args, total)))
     try:
         with EventStorage():
             losses = model.train()(batch)
     finally:
         handle.remove()
     ((logits, targets, total),) = seen
-    return logits, targets, total, losses["loss_cls"].item()
+    return logits, targets, total.item(), {name: loss.item() for name, loss in losses.items()}
 
 
 def _configured_bias(cfg: CfgNode, num_anchors: int, num_classes: int) -> Tensor:
@@ -265,6 +267,8 @@ def find_problems(step: FirstStep, tolerance: float) -> list[str]:
             f"The observed loss is {_times(step.observed, step.expected)} the expected one, more than the tolerance of "
             f"{tolerance:g} allows. {_why_different(step)}"
         )
+    if not math.isfinite(step.loss_box_reg):
+        problems.append(f"loss_box_reg is {step.loss_box_reg}: look at MODEL.FOCAL.BOX_LOSS, and at the boxes.")
     return problems
 
 

@@ -8,6 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
+from focal_plugin import SigmoidFocalLoss, SmoothL1BoxLoss
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.common import read_config
 from focal_plugin.analysis.init import find_problems, first_step
@@ -66,6 +67,21 @@ def test_a_hinge_by_hand(tiny_config):
 def test_every_kind_of_loss(tiny_config, name):
     step = step_of(tiny_config, "MODEL.FOCAL.CLS_LOSS.NAME", name)
     assert math.isfinite(step.expected) and step.observed == pytest.approx(step.expected, rel=0.25)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_box_loss_that_is_not_finite(tiny_config, monkeypatch, bad):
+    forward = SmoothL1BoxLoss.forward
+    monkeypatch.setattr(SmoothL1BoxLoss, "forward", lambda self, *args: forward(self, *args) + bad)
+    (problem,) = find_problems(step_of(tiny_config), 0.25)
+    assert problem.startswith(f"loss_box_reg is {bad}: look at MODEL.FOCAL.BOX_LOSS")
+
+
+def test_a_loss_that_is_no_number(tiny_config, monkeypatch):
+    forward = SigmoidFocalLoss.forward
+    monkeypatch.setattr(SigmoidFocalLoss, "forward", lambda self, *args: forward(self, *args).repeat(3))
+    with pytest.raises(TypeError, match=r"The class loss SigmoidFocalLoss gave .* \(3,\); expected one number"):
+        step_of(tiny_config)
 
 
 def test_more_classes(tiny_config, monkeypatch):
