@@ -201,6 +201,17 @@ def test_a_class_losss_result(model, change, message):
         model(batch())
 
 
+def test_a_class_losss_result_in_fcos():
+    cfg = config()
+    cfg.MODEL.META_ARCHITECTURE = "FocalFCOS"
+    model = build_model(cfg)
+    model.cls_loss = broken(SigmoidFocalLoss, lambda x: x.repeat(3))(alpha=0.25, gamma=2.0)
+    with pytest.raises(
+        TypeError, match=r"The class loss Broken gave torch.float32 of shape \(3,\); expected one number"
+    ):
+        model(batch())
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

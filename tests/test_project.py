@@ -84,7 +84,7 @@ BELOW = {
     **{name: {"class_frequencies", "contracts", "registry", "structures"} for name in COMPONENTS},
     "data": {"structures"},
     "retinanet": {"contracts", "frozen_norm", "ignore_regions", "normalizer", "registry", "structures"},
-    "pipelines": {"normalizer", "registry", "structures"},
+    "pipelines": {"contracts", "normalizer", "registry", "structures"},
     "engine": LEAVES | {"class_frequencies", "data", "retinanet"},
     "deploy": LEAVES | {"data", "engine", "retinanet"},
     "analysis": LEAVES | COMPONENTS | {"data", "deploy", "engine", "pipelines", "retinanet"},

@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..contracts import check_cls_loss
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss
 from ..structures import DenseTargets
@@ -82,7 +83,9 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         loss_cls = logits[:0].float().sum()  # with a gradient, 0, where no image has proposals
         for rows, image in zip(logits.split([len(image) for image in proposals]), targets):
             if len(rows):
-                loss_cls = loss_cls + self.cls_loss([rows_as_dense(rows[None])], image)
+                loss = self.cls_loss([rows_as_dense(rows[None])], image)
+                check_cls_loss(self.cls_loss, loss, [rows], image)
+                loss_cls = loss_cls + loss
         normalizer = self.normalizer(sum(image.num_positives for image in targets), logits.device)
 
         gt_classes = _cat([image.gt_classes for image in proposals], logits.new_zeros(0, dtype=torch.int64))

@@ -13,6 +13,7 @@ from fvcore.nn import giou_loss
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..contracts import check_cls_loss
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss
 from ..structures import DenseTargets
@@ -118,6 +119,7 @@ class FocalFCOS(FCOS):
         if getattr(self.cls_loss, "needs_quality", False):
             targets = targets.with_quality(boxes)
         loss_cls = self.cls_loss([rows_as_dense(level) for level in pred_logits], targets)
+        check_cls_loss(self.cls_loss, loss_cls, pred_logits, targets)
         return {
             "loss_fcos_cls": loss_cls * (self.cls_loss_weight / normalizer),
             "loss_fcos_loc": loss_loc / normalizer,

@@ -10,6 +10,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
+from ..contracts import check_cls_loss
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss, build_matcher
 from ..structures import IGNORED, Anchors, DenseTargets
@@ -130,6 +131,7 @@ class FocalRPN(RPN):
             targets = targets.with_quality(self.box2box_transform.apply_deltas(rows, targets.anchors))
         normalizer = self.normalizer(targets.num_positives, logits[0].device)
         loss = self.cls_loss([level.unsqueeze(2) for level in logits], targets)  # of L × (N, A, 1, H, W)
+        check_cls_loss(self.cls_loss, loss, logits, targets)
         return loss * (self.loss_weight.get("loss_rpn_cls", 1.0) / normalizer)
 
 

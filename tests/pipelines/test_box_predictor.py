@@ -108,6 +108,13 @@ def test_losses(counts, num_classes, agnostic):
     assert predictor.cls_score.weight.grad.isfinite().all()
 
 
+def test_a_class_loss_that_is_no_number():
+    predictor = build(cls_loss=lambda logits, targets: logits[0].flatten())
+    features, proposals = draw([(5, 2)])
+    with pytest.raises(TypeError, match=r"The class loss <lambda> gave torch.float32 of shape .*; expected one number"):
+        predictor.losses(predictor(features), proposals)
+
+
 def test_no_images():
     losses = build().losses((torch.zeros(0, 3), torch.zeros(0, 12)), [])
     assert all(loss == 0 for loss in losses.values())

@@ -91,6 +91,14 @@ def test_bce_is_detectron2s_over_all_anchors(pair, draw_images, counts, opts):
         assert (labels == -1).sum() > 100  # it did leave anchors out
 
 
+def test_a_class_loss_that_is_no_number(pair, draw_images):
+    _, ours = pair()
+    del ours.cls_loss  # a module, which takes no function's place
+    ours.cls_loss = lambda logits, targets: logits[0].flatten()
+    with pytest.raises(TypeError, match=r"The class loss <lambda> gave torch.float32 of shape .*; expected one number"):
+        ours(*inputs(draw_images([2])))
+
+
 def assert_same_proposals(found, expected):
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.proposal_boxes.tensor, b.proposal_boxes.tensor)
