@@ -110,7 +110,8 @@ def _refuse(loader: _Loader, node: yaml.Node) -> None:
     tag = node.tag.replace("tag:yaml.org,2002:", "!!")
     raise ConfigError(
         f"the tag {tag} asks for more than data, which is refused. Write the value itself; a tuple is text in round "
-        f"brackets.\n{node.start_mark}"
+        "brackets. (The config.yaml of a LazyConfig's run holds objects: it is a record, and no config to read.)\n"
+        f"{node.start_mark}"
     )
 
 

@@ -88,7 +88,7 @@ def test_files_and_keys_that_are_not_there(tmp_path):
 
 HOSTILE = {
     "apply": ("!!python/object/apply:os.system ['touch executed']", "!!python/object/apply:os.system"),
-    "new": ("!!python/object/new:os.system ['touch executed']", "!!python/object/new:os.system"),
+    "new": ("!!python/object/new:os.system ['touch executed']", "config.yaml of a LazyConfig's run"),
     "module": ("!!python/module:os", "!!python/module:os"),
     "name": ("!!python/name:os.system", "!!python/name:os.system"),
     "tuple": ("!!python/tuple [1, 2]", "!!python/tuple"),
