@@ -29,17 +29,22 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 
-@pytest.fixture(autouse=True)
-def seeds():
-    """The same numbers whichever tests run, in whatever order."""
+def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def seeds():
+    """The same numbers whichever tests run, in whatever order."""
+    seed()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    seed()  # a module's fixtures are made before a test's, and so before the seeds
 
 
 def write_shapes(folder: Path, name: str, num_images: int, seed: int) -> dict:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from detectron2.config import configurable, get_cfg
+from detectron2.config import configurable
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -21,14 +21,14 @@ from focal_plugin import (
     IgnoreBandMatcher,
     SigmoidFocalLoss,
     SmoothL1BoxLoss,
-    add_focal_config,
     build_box_loss,
     build_cls_loss,
     build_dense_head,
     build_matcher,
 )
+from tests.small_retinanet import CLASSES, small_config
 
-CLASSES, ANCHORS = 3, 2  # of six channels
+ANCHORS = 2
 CELLS = 8 * 12 + 4 * 6 + 2 * 3 + 2 + 1  # of images of 64×80, padded to 64×96
 BUILD = {
     "HEAD": (DENSE_HEAD_REGISTRY, lambda cfg: build_dense_head(cfg, [])),
@@ -39,15 +39,9 @@ BUILD = {
 
 
 def config():
-    cfg = get_cfg()
-    add_focal_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "FocalRetinaNet", "cpu"
-    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS = 18, 64, 8
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg = small_config()
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size] for size in (16, 32, 64, 128, 256)]
     cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0, 2.0]]
-    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = CLASSES, 1
     return cfg
 
 

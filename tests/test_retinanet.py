@@ -5,38 +5,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 
-from focal_plugin import Anchors, IgnoreBandMatcher, add_focal_config
+from focal_plugin import Anchors, IgnoreBandMatcher
 from focal_plugin.retinanet import _top
+from tests.small_retinanet import CLASSES, small_config
 
-CLASSES, LEVELS = 3, [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
-
-
-def config():
-    cfg = get_cfg()
-    add_focal_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "FocalRetinaNet", "cpu"
-    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS = 18, 64, 8
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size, size * 1.5] for size in (16, 32, 64, 128, 256)]
-    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = CLASSES, 1
-    return cfg
+LEVELS = [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(config()).eval()
+    return build_model(small_config()).eval()
 
 
 def test_levels_that_the_backbone_does_not_have():
-    cfg = config()
+    cfg = small_config()
     cfg.MODEL.RETINANET.IN_FEATURES = ["p2", "p3"]
     with pytest.raises(
         ValueError, match=r"IN_FEATURES has p2, which .*resnet_fpn_backbone.* gives p3, p4, p5, p6, p7\."
@@ -46,7 +34,7 @@ def test_levels_that_the_backbone_does_not_have():
 
 @pytest.mark.parametrize("architecture", ["FocalRetinaNet", "FocalFCOS"])
 def test_losses_in_a_loop_without_detectron2s_event_storage(architecture):
-    cfg = config()
+    cfg = small_config()
     cfg.MODEL.META_ARCHITECTURE = architecture
     instances = Instances((64, 80), gt_boxes=Boxes(torch.tensor([[8.0, 8, 60, 50]])), gt_classes=torch.tensor([1]))
     losses = build_model(cfg)([{"image": torch.rand(3, 64, 80), "instances": instances}])
