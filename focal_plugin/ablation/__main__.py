@@ -95,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
     try:
         if not args.report_only:
-            for line in [line for own in runs_of.values() for line in without_effect(own)]:
-                print(f"Without effect: {line}", file=sys.stderr)
+            for own in runs_of.values():
+                for line in without_effect(own):
+                    print(f"Without effect: {line}", file=sys.stderr)
             if code := run_all(args, runs, launcher, images):
                 return code
         statuses = set()
