@@ -14,17 +14,9 @@ import os
 import sys
 
 from focal_plugin.analysis.__main__ import main as analyse
+from focal_plugin.config.load import find_config, load_config
 from focal_plugin.deploy import evaluate_with_tta, model_for_inference
-from focal_plugin.engine import (
-    AtomicCheckpointer,
-    Trainer,
-    find_config,
-    launch,
-    lazy,
-    load_config,
-    settled_seed,
-    start_run,
-)
+from focal_plugin.engine import AtomicCheckpointer, Trainer, launch, lazy, settled_seed, start_run
 
 # isort: split
 # After the plugin, which imports Detectron2 without its deprecation warnings.

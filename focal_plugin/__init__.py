@@ -1,9 +1,11 @@
 """RetinaNet and the focal loss for Detectron2, each part of the paper a component chosen by name."""
 
 from . import _detectron2  # first: it tells what to do where Detectron2 is missing  # noqa: F401
+from .anchors import Detectron1AnchorGenerator, OctaveAnchorGenerator, TorchvisionAnchorGenerator
 from .backbones import TimmEncoder, build_focal_resnet_fpn_backbone, build_pyramid, build_timm_fpn_backbone
-from .config import add_focal_config
-from .foreign_anchors import Detectron1AnchorGenerator, TorchvisionAnchorGenerator
+from .config import ConfigError, add_focal_config
+from .config.load import find_config, load_config
+from .files.safe_yaml import merge_from_file
 from .heads import ClassFrequencyBiasInit, FocalRetinaNetHead, PriorBiasInit, ZeroBiasInit
 from .losses import (
     AlphaBalancedBCELoss,
@@ -24,7 +26,6 @@ from .losses import (
 )
 from .matchers import ATSSMatcher, IgnoreBandMatcher
 from .normalizer import EMANumPositives, NumPositives, build_normalizer
-from .octave_anchors import OctaveAnchorGenerator
 from .pipelines import FocalBoxPredictor, FocalCascadeROIHeads, FocalFCOS, FocalRes5ROIHeads, FocalROIHeads, FocalRPN
 from .registry import (
     ANCHOR_MATCHER_REGISTRY,
@@ -59,6 +60,7 @@ __all__ = [
     "BCELoss",
     "CIoUBoxLoss",
     "ClassFrequencyBiasInit",
+    "ConfigError",
     "DIoUBoxLoss",
     "DenseTargets",
     "Detectron1AnchorGenerator",
@@ -99,5 +101,8 @@ __all__ = [
     "build_normalizer",
     "build_pyramid",
     "build_timm_fpn_backbone",
+    "find_config",
     "import_user_modules",
+    "load_config",
+    "merge_from_file",
 ]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .contracts import check_box_loss, check_cls_loss, check_head, check_match
-from .frozen_norm import fold_frozen_norms
-from .ignore_regions import ignore_covered
+from .layers.frozen_norm import fold_frozen_norms
+from .matchers.ignore_regions import ignore_covered
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
 from .structures import NEGATIVE, Anchors, DenseTargets, unravel

@@ -16,7 +16,7 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "paper"

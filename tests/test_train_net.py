@@ -12,7 +12,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
-from focal_plugin.engine import Trainer, load_config, trainer
+from focal_plugin.config.load import load_config
+from focal_plugin.engine import Trainer, trainer
 
 SCRIPT = Path(__file__).parents[1] / "train_net.py"
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..engine.config_errors import split_pairs
+from ..config.explain import split_pairs
 from .job import read_json
 from .launch import LocalLauncher, SlurmLauncher, execute
 from .report import to_markdown, write_report

@@ -11,9 +11,9 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_focal_config
-from ..engine import find_config
-from ..engine.config_errors import merge_from_list
-from ..safe_yaml import merge_from_file, parse_yaml
+from ..config.explain import merge_from_list
+from ..config.load import find_config
+from ..files.safe_yaml import merge_from_file, parse_yaml
 
 ROOT = Path(__file__).parents[2]  # of the checkout
 

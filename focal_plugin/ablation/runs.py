@@ -15,10 +15,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from ..data import register_local_datasets
-from ..engine.curves import read_metrics
-from ..engine.report import has_found_nothing
+from ..evaluation.curves import read_metrics
+from ..evaluation.report import has_found_nothing
+from ..files.safe_yaml import parse_yaml
 from ..registry import check_names, import_user_modules
-from ..safe_yaml import parse_yaml
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
 from .rows import METRICS, ROOT, Row, as_yaml, compose, flat
 

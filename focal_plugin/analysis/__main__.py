@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..config import ConfigError
+from ..config.explain import split_pairs
 from ..data import DataError
-from ..engine.config_errors import split_pairs
-from ..safe_yaml import ConfigError
 from . import anchors, doctor, init, loss_cdf, speed
 from .common import UserError
 

@@ -23,7 +23,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_a
 from tabulate import tabulate
 from tqdm import tqdm
 
-from . import style
+from ..evaluation import style
 from .common import UserError, add_flags, output_stem, read_config, read_records, spread, written
 from .coverage import Coverage, FeatureGrid, Image, measure, ratios_of, read_images
 from .kmeans import kmeans

@@ -11,10 +11,11 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..config.load import load_config
 from ..data import check_files
-from ..engine import AtomicCheckpointer, Trainer, load_config
+from ..engine import AtomicCheckpointer, Trainer
+from ..files.safe_load import WeightsError
 from ..retinanet import FocalRetinaNet
-from ..safe_load import WeightsError
 
 
 class UserError(ValueError):

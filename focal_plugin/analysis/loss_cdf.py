@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import FocalDatasetMapper
+from ..evaluation import style
 from ..retinanet import FocalRetinaNet
 from ..structures import IGNORED, DenseTargets
-from . import style
 from .common import (
     UserError,
     add_flags,

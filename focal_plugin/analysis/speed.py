@@ -30,11 +30,12 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from ..config.load import load_config
 from ..deploy import optimize_for_inference
-from ..engine import Trainer, load_config
-from ..engine.curves import read_metrics
-from ..engine.report import has_found_nothing
-from . import style
+from ..engine import Trainer
+from ..evaluation import style
+from ..evaluation.curves import read_metrics
+from ..evaluation.report import has_found_nothing
 from .common import UserError, add_flags, load_weights, output_stem, read_records, spread, synchronize, written
 
 _SUFFIXES = (".png", ".csv", ".md")

@@ -1,6 +1,6 @@
 """Trained models at work: prediction, faster inference, test-time augmentation."""
 
-from ..fast_dtype import fast_dtype
+from ..layers.fast_dtype import fast_dtype
 from .optimize import model_for_inference, optimize_for_inference
 from .predictor import ImageError, Predictor
 from .tta import DenseTTA, evaluate_with_tta, with_tta

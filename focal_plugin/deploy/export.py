@@ -31,8 +31,8 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine.config_errors import split_pairs
-from ..foreign_anchors import TorchvisionAnchorGenerator
+from ..anchors.foreign import TorchvisionAnchorGenerator
+from ..config.explain import split_pairs
 from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
 from .export_formats import FORMATS, Run, quiet

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from ..foreign_anchors import TorchvisionAnchorGenerator
+from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..retinanet import FocalRetinaNet
 
 # (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the places of what NMS keeps, best first, or at least

@@ -12,11 +12,11 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..config import add_focal_config
+from ..config.explain import merge_from_list
+from ..config.load import load_config, usable_device
 from ..data import DataError
-from ..engine import AtomicCheckpointer, load_config
-from ..engine.config_errors import merge_from_list
-from ..engine.setup import usable_device
-from ..safe_load import WeightsError
+from ..engine import AtomicCheckpointer
+from ..files.safe_load import WeightsError
 
 logger = logging.getLogger(__name__)
 

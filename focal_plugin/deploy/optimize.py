@@ -12,8 +12,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from ..fast_dtype import fast_dtype
-from ..frozen_norm import FrozenNormConv2d, folded
+from ..layers.fast_dtype import fast_dtype
+from ..layers.frozen_norm import FrozenNormConv2d, folded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -28,7 +28,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from ..engine.config_errors import split_pairs
+from ..config.explain import split_pairs
 from .inputs import Source, find_sources
 from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
 from .predictor import ImageError, Predictor

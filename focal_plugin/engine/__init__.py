@@ -6,7 +6,7 @@ from .checkpoint import AtomicCheckpointer
 from .loader import TrainLoader, build_train_loader
 from .processes import launch
 from .resume import CheckpointHook
-from .setup import find_config, load_config, settled_seed, start_run
+from .setup import settled_seed, start_run
 from .step import StepTrainer
 from .trainer import Trainer
 
@@ -18,10 +18,8 @@ __all__ = [
     "Trainer",
     "advise",
     "build_train_loader",
-    "find_config",
     "launch",
     "lazy",
-    "load_config",
     "settled_seed",
     "start_run",
 ]

@@ -4,8 +4,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..safe_load import WeightsError, load_torch
-from .checkpoint import replace_file
+from ..files.safe_load import WeightsError, load_torch
+from ..files.write import replace_file
 
 _PLAIN = (str, int, float, bool, type(None))
 

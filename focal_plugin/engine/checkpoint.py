@@ -1,26 +1,21 @@
 """Checkpoints that are whole or not there at all, and resuming from the last one that is whole."""
 
-import errno
 import glob
 import logging
 import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ..safe_load import WeightsError, load_torch, load_zoo
+from ..files.safe_load import WeightsError, load_torch, load_zoo
+from ..files.write import UNFINISHED, replace_file
 
 logger = logging.getLogger(__name__)
-
-_UNFINISHED = ".part"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -115,7 +110,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         found, problems = "", []
         if comm.is_main_process():
             for name in ("*.pth", "last_checkpoint"):
-                for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), name + _UNFINISHED)):
+                for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), name + UNFINISHED)):
                     os.remove(unfinished)  # of a save that was killed
             for path in self._candidates():
                 problem = what_is_broken(path)
@@ -146,7 +141,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return [last, *before]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """What is in a checkpoint file, by its ending; nothing in it is executed (see ``focal_plugin.safe_load``)."""
+        """What is in a checkpoint file, by its ending; nothing in it is executed (see ``focal_plugin.files.safe_load``)."""
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -171,52 +166,3 @@ def what_is_broken(path: str) -> str:
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"{error} ({os.path.getsize(path)} bytes)"
     return f"{part} in it is not what was written" if part else ""
-
-
-def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
-    """Let ``write`` make the file ``path`` anew: after a crash at any moment it is the old one or the new one, whole.
-
-    Raises:
-        OSError: it could not be written, and is as it was.
-    """
-    unfinished = path + _UNFINISHED
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(os.path.dirname(path) or ".")
-    except (OSError, RuntimeError) as error:  # PyTorch has its own errors for a disk that is full
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-        cause = error
-        while not isinstance(cause, OSError) and cause is not None:
-            cause = cause.__cause__ or cause.__context__
-        number = getattr(cause, "errno", None)
-        message = f"{path} could not be written, and is as it was: {error}"
-        raise (OSError(message) if number is None else OSError(number, message)) from error
-
-
-@contextmanager
-def explained_full_disk(folder: str) -> Iterator[None]:
-    """Inside, an error of a disk that is full, whatever was being written, says what of the run is safe."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"The disk of {folder} is full, or a quota or limit of file sizes is reached: {error}. The checkpoints are "
-            "whole. Make room, then go on with --resume.",
-        ) from error
-
-
-def _sync_folder(path: str) -> None:
-    """Have the names in a folder on the disk, as ``os.fsync`` does for a file's content."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

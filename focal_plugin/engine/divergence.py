@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files.write import replace_file
 from .batch_file import save_batch
-from .checkpoint import replace_file
 from .window import split
 
 logger = logging.getLogger(__name__)

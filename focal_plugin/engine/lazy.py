@@ -8,17 +8,19 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
+from ..config import ConfigError
+from ..config.load import find_config, usable_device
 from ..data import check_files_of
-from ..safe_yaml import ConfigError
+from ..evaluation.report import log_report
+from ..files.write import explained_full_disk
 from .balance import BalanceHook
-from .checkpoint import AtomicCheckpointer, explained_full_disk
+from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter
 from .divergence import recorded_divergence
 from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
-from .report import log_report
 from .resume import CheckpointHook
-from .setup import find_config, settled_seed, start_logs, usable_device
+from .setup import settled_seed, start_logs
 from .step import StepTrainer, amp_precision, data_parallel
 from .trainer import EvaluationHook, log_model, resumable_writers, use_channels_last
 

@@ -17,11 +17,11 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from ..safe_load import WeightsError
-from ..safe_yaml import ConfigError
+from ..config import ConfigError
+from ..config.load import load_config
+from ..files.safe_load import WeightsError
 from .batch_file import load_batch
 from .divergence import find_cause, find_cause_in_gradients
-from .setup import load_config
 from .step import StepTrainer, largest_gradient
 from .window import split
 

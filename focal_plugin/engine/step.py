@@ -14,9 +14,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..fast_dtype import fast_dtype
+from ..layers.fast_dtype import fast_dtype
+from ..layers.float32 import compute_top_blocks_in_float32
 from .divergence import Divergence, explain
-from .small_maps import compute_top_blocks_in_float32
 from .window import counted_together, divide_gradients, split
 
 logger = logging.getLogger(__name__)

@@ -19,13 +19,14 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data import FocalDatasetMapper
+from ..evaluation.report import draw_curves, draw_detections, log_report
+from ..files.write import explained_full_disk
 from .balance import BalanceHook
-from .checkpoint import AtomicCheckpointer, explained_full_disk
+from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
 from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
-from .report import draw_curves, draw_detections, log_report
 from .resume import CheckpointHook
 from .step import StepTrainer, amp_precision, data_parallel
 

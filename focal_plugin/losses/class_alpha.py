@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..class_frequencies import class_shares
+from .class_frequencies import class_shares
 
 
 def alpha_from_config(cfg) -> float | list[float]:

@@ -17,7 +17,7 @@ from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.anchors import sizes_by_level, tabulate_coverage
 from focal_plugin.analysis.coverage import Coverage, FeatureGrid, Image, measure, read_images, resized
 from focal_plugin.analysis.kmeans import kmeans
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from detectron2.structures import BoxMode
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
 from focal_plugin.analysis.doctor import CHECKS, examine
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 FINE = {

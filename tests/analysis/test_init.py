@@ -12,7 +12,7 @@ from focal_plugin import SigmoidFocalLoss, SmoothL1BoxLoss
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.common import read_config
 from focal_plugin.analysis.init import find_problems, first_step
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 
 def step_of(tiny_config, *opts):

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.common import UserError
 from focal_plugin.analysis.loss_cdf import WrongnessHistogram, add_image
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 from focal_plugin.losses.functional import sigmoid_focal_loss
 from focal_plugin.structures import DenseTargets
 

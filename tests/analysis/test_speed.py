@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from focal_plugin.analysis import speed
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.speed import Entry, last_ap, table, time_models
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 
 @pytest.fixture(scope="session")

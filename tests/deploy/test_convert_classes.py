@@ -8,9 +8,10 @@ import torch
 import torchvision
 from detectron2.modeling import build_model
 
+from focal_plugin.config.load import load_config
 from focal_plugin.deploy.convert import ConvertError, map_classes
 from focal_plugin.deploy.convert.__main__ import main
-from focal_plugin.engine import AtomicCheckpointer, load_config
+from focal_plugin.engine import AtomicCheckpointer
 
 A = 6  # anchors at a location of tiny_config
 

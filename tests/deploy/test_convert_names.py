@@ -21,9 +21,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from focal_plugin.config.load import load_config
 from focal_plugin.deploy.convert import ConvertError, convert_detectron1, convert_mmdetection, convert_resnet, write
 from focal_plugin.deploy.convert.backbones import BASE
-from focal_plugin.engine import AtomicCheckpointer, load_config
+from focal_plugin.engine import AtomicCheckpointer
 from tests.deploy.convert_twins import assert_same_detections, lively
 
 CONFIGS = Path(__file__).parents[2] / "configs"

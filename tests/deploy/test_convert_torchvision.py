@@ -16,8 +16,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from focal_plugin.config.load import load_config
 from focal_plugin.deploy.convert import ConvertError, convert_torchvision, write
-from focal_plugin.engine import AtomicCheckpointer, load_config
+from focal_plugin.engine import AtomicCheckpointer
 from tests.deploy.convert_twins import assert_same_detections, lively
 
 SIZES = [(128, 160), (192, 128)]  # the shorter side is what torchvision makes of it: nothing is resized

@@ -21,13 +21,13 @@ from torch import nn
 from torchvision.ops import nms
 
 from focal_plugin import FocalRetinaNet, FocalRetinaNetHead, PriorBiasInit
+from focal_plugin.anchors.foreign import TorchvisionAnchorGenerator
+from focal_plugin.config.load import load_config
 from focal_plugin.data.quickstart import source_folder
 from focal_plugin.deploy import export, export_formats
 from focal_plugin.deploy.export_check import ExportError, compare_detections, expected_detections
 from focal_plugin.deploy.export_formats import FORMATS, quiet
 from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
-from focal_plugin.engine import load_config
-from focal_plugin.foreign_anchors import TorchvisionAnchorGenerator
 
 SERVING = Path(__file__).parents[2] / "docs" / "serving.md"
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -9,11 +9,12 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from focal_plugin.config.load import load_config
 from focal_plugin.data import DataError, FocalDatasetMapper, register_local_datasets
 from focal_plugin.deploy import ImageError, Predictor, fast_dtype, optimize_for_inference
 from focal_plugin.deploy.loading import class_metadata
-from focal_plugin.engine import Trainer, load_config
-from focal_plugin.safe_load import WeightsError
+from focal_plugin.engine import Trainer
+from focal_plugin.files.safe_load import WeightsError
 
 
 def assert_same(actual, expected, atol=0.0):

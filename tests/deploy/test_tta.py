@@ -12,8 +12,8 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 import train_net
+from focal_plugin.config.load import load_config
 from focal_plugin.deploy import DenseTTA, Predictor, with_tta
-from focal_plugin.engine import load_config
 
 
 class BrightBoxes(DenseDetector):

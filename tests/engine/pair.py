@@ -6,7 +6,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
-from focal_plugin.engine import StepTrainer, Trainer, launch, load_config
+from focal_plugin.config.load import load_config
+from focal_plugin.engine import StepTrainer, Trainer, launch
 from focal_plugin.engine.step import data_parallel
 
 

@@ -4,7 +4,8 @@ import pytest
 from detectron2.config import get_cfg
 
 from focal_plugin import add_focal_config
-from focal_plugin.engine import advise, load_config
+from focal_plugin.config.load import load_config
+from focal_plugin.engine import advise
 
 
 def config(*opts):

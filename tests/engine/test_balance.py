@@ -11,7 +11,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from focal_plugin.engine import StepTrainer, Trainer, load_config
+from focal_plugin.config.load import load_config
+from focal_plugin.engine import StepTrainer, Trainer
 from focal_plugin.engine.balance import BalanceHook
 
 PARTS = {

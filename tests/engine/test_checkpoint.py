@@ -11,8 +11,9 @@ from torch import nn
 
 from focal_plugin.engine import AtomicCheckpointer
 from focal_plugin.engine import checkpoint as module
-from focal_plugin.engine.checkpoint import explained_full_disk, replace_file, what_is_broken
-from focal_plugin.safe_load import WeightsError
+from focal_plugin.engine.checkpoint import what_is_broken
+from focal_plugin.files.safe_load import WeightsError
+from focal_plugin.files.write import explained_full_disk, replace_file
 
 
 class Counter:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 
-from focal_plugin.engine import find_config, load_config, start_run
-from focal_plugin.engine.setup import usable_device
-from focal_plugin.safe_yaml import ConfigError
+from focal_plugin.config.load import find_config, load_config, usable_device
+from focal_plugin.engine import start_run
+from focal_plugin.files.safe_yaml import ConfigError
 
 pytestmark = pytest.mark.usefixtures("loggers")
 

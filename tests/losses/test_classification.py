@@ -24,7 +24,7 @@ from focal_plugin import (
     add_focal_config,
     build_cls_loss,
 )
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 from focal_plugin.losses import classification
 from tests.losses.batches import BATCHES, draw_logits, draw_targets, elements, views
 

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import ResNet
 
 from focal_plugin import FocalBoxPredictor, FocalFCOS, FocalRPN
-from focal_plugin.engine import load_config
+from focal_plugin.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 FOCAL_RPN = ["MODEL.PROPOSAL_GENERATOR.NAME", "FocalRPN"]

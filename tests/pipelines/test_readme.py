@@ -14,7 +14,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 
 import focal_plugin
-from focal_plugin.safe_yaml import merge_from_file
+from focal_plugin.files.safe_yaml import merge_from_file
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SECTION = README.split("## Inside stock models\n")[1].split("\n## ")[0]

@@ -11,8 +11,8 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ...config.load import load_config
 from ...data import is_dense_detector
-from ...engine import load_config
 from ..common import read_records, spread
 from ..coverage import Coverage, FeatureGrid, Image, measure, read_images
 

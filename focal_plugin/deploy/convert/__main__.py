@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ...engine import load_config
-from ...engine.checkpoint import replace_file
+from ...config.load import load_config
+from ...files.write import replace_file
 from .backbones import convert_resnet
 from .classes import class_names, map_classes
 from .detectors import convert_detectron1, convert_mmdetection, convert_torchvision

@@ -8,7 +8,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from ...safe_load import load_zoo
+from ...files.safe_load import load_zoo
 from .backbones import BASE, NORM_EPS, RGB, match_norm_eps, resnet_settings
 from .files import Converted, ConvertError, check_complete, find_weights, merge, read_content
 from .names import (

@@ -12,8 +12,8 @@ from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
 
 from ...config import add_focal_config
-from ...engine.checkpoint import replace_file
-from ...safe_load import WeightsError, load_torch, load_zoo
+from ...files.safe_load import WeightsError, load_torch, load_zoo
+from ...files.write import replace_file
 
 
 class ConvertError(ValueError):

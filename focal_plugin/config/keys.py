@@ -5,6 +5,10 @@ from detectron2.config import CfgNode as CN
 _OLD_TOP_BLOCK = "MODEL.FOCAL.TIMM.TOP_BLOCK"  # a config with it says what it is called now
 
 
+class ConfigError(ValueError):
+    """A config, or a file of one, that cannot be used. The message names the file or the key, and what to do."""
+
+
 def add_focal_config(cfg: CN) -> None:
     """Add the plugin's keys with their defaults to ``cfg``, in place.
 

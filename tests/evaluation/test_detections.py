@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from focal_plugin.engine.detections import Sample, sample_detections, save_detections
+from focal_plugin.evaluation.detections import Sample, sample_detections, save_detections
 
 
 def sample(gt=((8, 8, 40, 40),), boxes=((10, 10, 42, 42),), scores=(0.9,), size=(64, 64), name="a.png"):
@@ -46,7 +46,7 @@ def test_nothing_there_and_nothing_found(tmp_path):
 
 
 def test_ground_truth_left_detections_right_above_the_threshold(tmp_path):
-    from focal_plugin.engine.detections import _DETECTED, _TRUTH
+    from focal_plugin.evaluation.detections import _DETECTED, _TRUTH
 
     image = draw(tmp_path, [sample()], ["tree"])
     rows, middle = image.shape[0] * 9 // 10, image.shape[1] // 2  # without the legend

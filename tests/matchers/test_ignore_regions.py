@@ -9,9 +9,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from focal_plugin import IGNORED, NEGATIVE, POSITIVE, Anchors, ignore_regions
-from focal_plugin.engine import load_config
-from focal_plugin.ignore_regions import ignore_covered
+from focal_plugin import IGNORED, NEGATIVE, POSITIVE, Anchors
+from focal_plugin.config.load import load_config
+from focal_plugin.matchers import ignore_regions
+from focal_plugin.matchers.ignore_regions import ignore_covered
 
 
 def covered_by_hand(anchors, regions, min_ioa):

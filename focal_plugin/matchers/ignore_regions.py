@@ -4,7 +4,7 @@ import torch
 from detectron2.structures import Boxes, pairwise_ioa
 from torch import Tensor
 
-from .structures import IGNORED, NEGATIVE, Anchors
+from ..structures import IGNORED, NEGATIVE, Anchors
 
 _PAIRS_AT_ONCE = 2**19  # about 20 MB of temporaries
 

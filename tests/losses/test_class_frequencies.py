@@ -11,8 +11,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from focal_plugin import BIAS_INIT_REGISTRY, add_focal_config
-from focal_plugin.class_frequencies import class_shares, count_boxes, needs_class_frequencies
-from focal_plugin.engine import load_config, start_run
+from focal_plugin.config.load import load_config
+from focal_plugin.engine import start_run
+from focal_plugin.losses.class_frequencies import class_shares, count_boxes, needs_class_frequencies
 
 BY_FREQUENCY = ["MODEL.FOCAL.BIAS_INIT.NAME", "ClassFrequencyBiasInit"]
 

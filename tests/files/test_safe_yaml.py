@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focal_plugin import add_focal_config
-from focal_plugin.engine import load_config
-from focal_plugin.safe_yaml import ConfigError, ExpressionError, evaluate, merge_from_file, parse_yaml
+from focal_plugin.config.load import load_config
+from focal_plugin.files.safe_yaml import ConfigError, ExpressionError, evaluate, merge_from_file, parse_yaml
 
 ZOO = Path(str(files("detectron2.model_zoo") / "configs"))
 ZOO_CONFIGS = sorted(ZOO.rglob("*.yaml"))

@@ -3,8 +3,8 @@
 import pytest
 
 from focal_plugin.ablation.__main__ import parse
-from focal_plugin.engine import load_config
-from focal_plugin.engine.config_errors import split_pairs
+from focal_plugin.config.explain import split_pairs
+from focal_plugin.config.load import load_config
 
 PAIRS = ["TEST.AUG.FLIP", "False", "MODEL.NO_SUCH", "p5"]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focal_plugin.engine import AtomicCheckpointer
-from focal_plugin.safe_load import WeightsError, load_torch, load_zoo, unpickle
+from focal_plugin.files.safe_load import WeightsError, load_torch, load_zoo, unpickle
 
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(2, 3)
 VALUES = {

@@ -5,7 +5,7 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
-from focal_plugin.frozen_norm import FrozenNormConv2d, fold_frozen_norms, folded
+from focal_plugin.layers.frozen_norm import FrozenNormConv2d, fold_frozen_norms, folded
 
 
 def randomize(norm):

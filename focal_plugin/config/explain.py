@@ -8,8 +8,7 @@ from difflib import get_close_matches
 
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import add_focal_config
-from ..safe_yaml import ConfigError
+from .keys import ConfigError, add_focal_config
 
 _NO_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")
 _NO_TYPE = re.compile(

@@ -7,7 +7,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from focal_plugin.engine import StepTrainer
-from focal_plugin.engine.small_maps import compute_top_blocks_in_float32
+from focal_plugin.layers.float32 import compute_top_blocks_in_float32
 
 
 class Backbone(nn.Module):

@@ -14,14 +14,12 @@ from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 
+from ..config import ConfigError
+
 _EVAL = "tag:yaml.org,2002:python/object/apply:eval"
 _MOST_NODES = 100_000  # of a file, aliases written out: far above any config, far below what fills the memory
 
 _TOO_DEEP = "is nested too deep, or its _BASE_ leads back to itself."
-
-
-class ConfigError(ValueError):
-    """A file that is no config, or that asks for more than data. The message names the file and the place in it."""
 
 
 def merge_from_file(cfg: CfgNode, path: str) -> None:

@@ -6,7 +6,7 @@ import re
 import cv2
 import pytest
 
-from focal_plugin.engine.curves import read_metrics, save_curves
+from focal_plugin.evaluation.curves import read_metrics, save_curves
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What a run came to: its results, its pictures and the look of all figures."""

@@ -1,0 +1,1 @@
+"""Files: read without running what is in them, written whole or not at all."""

@@ -1,0 +1,59 @@
+"""Writing files whole or not at all, and saying what a full disk means."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+UNFINISHED = ".part"  # what a file is called while it is written
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
+    """Let ``write`` make the file ``path`` anew: after a crash at any moment it is the old one or the new one, whole.
+
+    Raises:
+        OSError: it could not be written, and is as it was.
+    """
+    unfinished = path + UNFINISHED
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _sync_folder(os.path.dirname(path) or ".")
+    except (OSError, RuntimeError) as error:  # PyTorch has its own errors for a disk that is full
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        cause = error
+        while not isinstance(cause, OSError) and cause is not None:
+            cause = cause.__cause__ or cause.__context__
+        number = getattr(cause, "errno", None)
+        message = f"{path} could not be written, and is as it was: {error}"
+        raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+@contextmanager
+def explained_full_disk(folder: str) -> Iterator[None]:
+    """Inside, an error of a disk that is full, whatever was being written, says what of the run is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"The disk of {folder} is full, or a quota or limit of file sizes is reached: {error}. The checkpoints are "
+            "whole. Make room, then go on with --resume.",
+        ) from error
+
+
+def _sync_folder(path: str) -> None:
+    """Have the names in a folder on the disk, as ``os.fsync`` does for a file's content."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
