@@ -65,7 +65,7 @@ def outside_imports(path):
 
 
 def part(name):
-    """``focal_plugin.losses.box`` → ``losses``; the top package → ''. The keys are a part of their own in ``config``."""
+    """``focal_plugin.losses.box`` → ``losses``; the top package → ''. In ``config``, the keys stand apart."""
     if name in ("focal_plugin.config", "focal_plugin.config.keys"):
         return "config.keys"
     return (name.split(".") + [""])[1]

@@ -141,7 +141,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return [last, *before]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """What is in a checkpoint file, by its ending; nothing in it is executed (see ``focal_plugin.files.safe_load``)."""
+        """The content of a checkpoint file, read without executing anything in it (``files.safe_load``)."""
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
