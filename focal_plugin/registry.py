@@ -15,8 +15,9 @@ features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: 
 (N, A·4, H, W) tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
 A, of each level, is ``build_anchor_generator(cfg, input_shape).num_anchors``, K ``cfg.MODEL.RETINANET.NUM_CLASSES``;
 ``build_bias_init(cfg)`` gives what fills the classifier's bias.
-A head whose ``forward`` has a second parameter named ``targets`` gets the batch's ``DenseTargets`` there in training,
-and its deltas are then those of the positives alone, (P, 4), in the order of ``targets.gt_boxes``.
+A head with the class attribute ``takes_targets = True`` is called with ``(features, targets)`` in training, the second
+being the batch's ``DenseTargets``; its deltas are then those of the positives alone, (P, 4), in the order of
+``targets.gt_boxes``.
 """
 
 CLS_LOSS_REGISTRY = Registry("CLS_LOSS")

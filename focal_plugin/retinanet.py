@@ -1,12 +1,10 @@
 """RetinaNet whose loss, matcher, head, bias init and normaliser are chosen by name."""
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -15,14 +13,16 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from .contracts import check_box_loss, check_cls_loss, check_head, check_match
+from .class_loss import ClassLoss, class_loss
+from .contracts import check_box_loss, check_head
+from .inference import best_of_level, suppress
 from .layers.frozen_norm import fold_frozen_norms
+from .matchers.batch import Matcher, match_images
 from .matchers.ignore_regions import ignore_covered
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
-from .structures import NEGATIVE, Anchors, DenseTargets, unravel
+from .structures import Anchors, DenseTargets
 
 
 @META_ARCH_REGISTRY.register()
@@ -63,9 +63,9 @@ class FocalRetinaNet(DenseDetector):
         head_in_features: Sequence[str],
         anchor_generator: nn.Module,
         box2box_transform,
-        anchor_matcher: Callable[[Anchors, Instances], tuple[Tensor, Tensor]],
+        anchor_matcher: Matcher,
         num_classes: int,
-        cls_loss: Callable[[list[Tensor], DenseTargets], Tensor],
+        cls_loss: ClassLoss,
         box_loss: Callable[..., Tensor],
         normalizer: Callable[[int, torch.device], Tensor],
         cls_loss_weight: float = 1.0,
@@ -80,14 +80,14 @@ class FocalRetinaNet(DenseDetector):
         pixel_std: Sequence[float],
     ):
         super().__init__(backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std)
-        self.head_takes_targets = "targets" in inspect.signature(head.forward).parameters
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
-        self.matcher_seen = False  # it has matched boxes, and the numbers of the first were right
+        self.matcher_seen = False  # whether it has matched boxes, and its first indices and labels were right
         self.num_classes = num_classes
 
         self.cls_loss = cls_loss
+        self.loss_observer = None  # called in training with what the class loss gets and gives, see class_loss
         self.box_loss = box_loss
         self.normalizer = normalizer
         self.cls_loss_weight = cls_loss_weight
@@ -105,14 +105,12 @@ class FocalRetinaNet(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.clip_before_nms = clip_before_nms
 
-        fold_frozen_norms(self)  # the same model in fewer passes over its activations
-
     @classmethod
     def from_config(cls, cfg):
         if "FOCAL" not in cfg.MODEL:
             raise KeyError("The config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg().")
         import_user_modules(cfg)
-        backbone = build_backbone(cfg)
+        backbone = fold_frozen_norms(build_backbone(cfg))  # the same network in fewer passes over its activations
         shapes = backbone.output_shape()
         if unknown := [name for name in cfg.MODEL.RETINANET.IN_FEATURES if name not in shapes]:
             raise ValueError(
@@ -152,14 +150,32 @@ class FocalRetinaNet(DenseDetector):
         if not self.training:
             return super().forward(batched_inputs)
         assert "instances" in batched_inputs[0], "The images have no `instances`, the ground truth of training."
+        return self.losses(*self.predict(batched_inputs))
+
+    def predict(self, batched_inputs: list[dict]) -> tuple[list[Tensor], Tensor, DenseTargets]:
+        """Compute what the losses of a batch are made of. ``losses`` takes all three.
+
+        Args:
+            batched_inputs: images with ``instances``, as ``forward`` takes them in training.
+
+        Returns:
+            logits: one (N, A·K, H, W) tensor a level.
+            deltas: (P, 4), those of the positives alone, in the order of ``targets.gt_boxes``.
+            targets: what each anchor should predict.
+        """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        features = [features[name] for name in self.head_in_features]
+        features = self.features(images.tensor)
         targets = self.label_batch(features, batched_inputs)
-        outputs = self.head(features, targets) if self.head_takes_targets else self.head(features)
-        check_head(self.head, outputs, targets, sparse=self.head_takes_targets)
+        takes_targets = getattr(self.head, "takes_targets", False)
+        outputs = self.head(features, targets) if takes_targets else self.head(features)
+        check_head(self.head, outputs, targets, sparse=takes_targets)
         logits, deltas = outputs
-        return self.losses(logits, deltas if self.head_takes_targets else targets.gather(deltas), targets)
+        return logits, deltas if takes_targets else targets.gather(deltas), targets
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The features that the head sees, one (N, C, H, W) map a level, of (N, 3, H, W) normalised images."""
+        features = self.backbone(images)
+        return [features[name] for name in self.head_in_features]
 
     def label_batch(self, features: list[Tensor], batched_inputs: list[dict]) -> DenseTargets:
         """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
@@ -178,14 +194,8 @@ class FocalRetinaNet(DenseDetector):
             gt_instances: of each image, with ``gt_boxes`` and ``gt_classes``.
             ignore_boxes: of each image, or None where it has none; empty, no image has any.
         """
-        matches = []
-        for instances in gt_instances:
-            match = self.anchor_matcher(anchors, instances)
-            check_match(self.anchor_matcher, match, anchors, instances, values=not self.matcher_seen)
-            self.matcher_seen |= len(instances) > 0
-            matched, labels = match
-            # As in Detectron2, an image without boxes is background, whatever IOU_LABELS begin with.
-            matches.append((matched, labels if len(instances) else torch.full_like(labels, NEGATIVE)))
+        matches = match_images(self.anchor_matcher, anchors, gt_instances, check_values=not self.matcher_seen)
+        self.matcher_seen |= any(map(len, gt_instances))
         for image, regions in enumerate(ignore_boxes):
             if regions is not None and self.ignore_ioa > 0:
                 matched, labels = matches[image]
@@ -193,7 +203,7 @@ class FocalRetinaNet(DenseDetector):
         return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)
 
     def losses(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
-        """``loss_cls`` and ``loss_box_reg``, scalars, normalised and weighted.
+        """``loss_cls`` and ``loss_box_reg``, scalars, normalised and weighted (equation 5 and section 4.1).
 
         Args:
             logits: one (N, A·K, H, W) tensor a level.
@@ -203,92 +213,62 @@ class FocalRetinaNet(DenseDetector):
         if has_event_storage():  # not in a training loop of the user's own
             get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(targets.labels[0]))
         normalizer = self.normalizer(targets.num_positives, logits[0].device)
-        views = [x.view(len(x), -1, self.num_classes, *x.shape[-2:]) for x in logits]  # L × (N, A, K, H, W)
-        if getattr(self.cls_loss, "needs_quality", False):
-            boxes = self.box2box_transform.apply_deltas(deltas.detach(), targets.anchors)  # (P, 4)
-            targets = targets.with_quality(boxes)
-        loss_cls = self.cls_loss(views, targets)
-        check_cls_loss(self.cls_loss, loss_cls, logits, targets)
+        loss_cls = class_loss(
+            self.cls_loss,
+            self.by_class(logits),
+            targets,
+            boxes=lambda: self.decode(deltas, targets),
+            scale=self.cls_loss_weight / normalizer,
+            observer=self.loss_observer,
+        )
         loss_box_reg = self.box_loss(deltas, targets.anchors, targets.gt_boxes, self.box2box_transform)
         check_box_loss(self.box_loss, loss_box_reg, deltas, targets)
-        return {
-            "loss_cls": loss_cls * (self.cls_loss_weight / normalizer),
-            "loss_box_reg": loss_box_reg.sum() * (self.box_loss_weight / normalizer),
-        }
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg.sum() * (self.box_loss_weight / normalizer)}
+
+    def by_class(self, logits: list[Tensor]) -> list[Tensor]:
+        """The (N, A·K, H, W) logits of each level as the (N, A, K, H, W) views that a class loss takes."""
+        return [level.view(len(level), -1, self.num_classes, *level.shape[-2:]) for level in logits]
+
+    def decode(self, deltas: Tensor, targets: DenseTargets) -> Tensor:
+        """The (P, 4) boxes that the positives' ``deltas`` stand for."""
+        return self.box2box_transform.apply_deltas(deltas, targets.anchors)
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions) -> list[Instances]:
-        """The detections of each image, in the coordinates of the network's input (section 4.1).
-
-        The best of each level, of all images at once, decoded together; then NMS class by class, which waits for a GPU.
-        """
-        anchors = [level.tensor for level in self.anchor_generator(features)]  # L × (H·W·A, 4)
-        levels = [self._best_of_level(*level) for level in zip(*predictions, anchors)]
-        logits, classes, deltas, anchors = (torch.cat(parts, dim=1) for parts in zip(*levels))  # (N, C, ...)
-        boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
-        wanted = (logits.sigmoid() > self.test_score_thresh) & (logits > -math.inf)  # (N, C)
+        """The detections of each image, in the coordinates of the network's input (section 4.1)."""
         return [
-            self._suppress(size, boxes[i, wanted[i]], logits[i, wanted[i]].sigmoid(), classes[i, wanted[i]])
-            for i, size in enumerate(images.image_sizes)
+            suppress(
+                size,
+                *candidates,
+                iou_thresh=self.test_nms_thresh,
+                max_detections=self.max_detections_per_image,
+                clip=self.clip_before_nms,
+            )
+            for size, candidates in zip(images.image_sizes, self.candidates(features, *predictions))
         ]
 
-    def _best_of_level(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
-        """Each image's C best (anchor, class) pairs of a level, best first.
+    def candidates(
+        self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Decode each image's best predictions, for NMS: those of each level, of all images at once.
 
         Args:
-            logits: (N, A·K, H, W). deltas: (N, A·4, H, W). anchors: (H·W·A, 4).
+            features: one (N, C, H, W) map a level.
+            logits: (N, A·K, H, W) a level. deltas: (N, A·4, H, W) a level.
 
         Returns:
-            logits (N, C), −∞ where an image has fewer; classes (N, C); deltas and anchors (N, C, 4).
+            For each image boxes (C, 4), scores (C,) above the threshold, and classes (C,).
         """
-        n, _, h, w = logits.shape
-        logits = logits.view(n, -1, self.num_classes, h, w)  # (N, A, K, H, W)
-        a = logits.shape[1]
-        # Either order is that of the memory in one of the two formats, where flattening copies nothing.
-        channels_last = logits.stride(2) == 1
-        if channels_last:
-            logits = logits.permute(0, 3, 4, 1, 2)  # (N, H, W, A, K)
-        # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding, bfloat16's too: the
-        # scores decide.
-        floor = _logit(self.test_score_thresh) - 0.1
-        values, places = _top(logits.flatten(1), self.test_topk_candidates, floor)  # (N, C)
-        if channels_last:
-            y, x, anchor, cls = unravel(places, (h, w, a, self.num_classes))
-        else:
-            anchor, cls, y, x = unravel(places, (a, self.num_classes, h, w))
-        image = torch.arange(n, device=places.device)[:, None]  # (N, 1)
-        deltas = deltas.view(n, a, 4, h, w)[image, anchor, :, y, x]  # (N, C, 4)
-        return values, cls, deltas, anchors[(y * w + x) * a + anchor]
-
-    def _suppress(self, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor) -> Instances:
-        """An image's detections among its (C, 4) boxes, (C,) scores and (C,) classes."""
-        boxes = Boxes(boxes)
-        if self.clip_before_nms:
-            boxes.clip(size)
-        keep = batched_nms(boxes.tensor, scores, classes, self.test_nms_thresh)[: self.max_detections_per_image]
-        return Instances(size, pred_boxes=boxes[keep], scores=scores[keep], pred_classes=classes[keep])
-
-
-def _top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row of (N, M) ``values``, in descending order, and their places: (N, C) both.
-
-    Values up to ``floor`` may be missing. A row with fewer than C is filled up with −∞.
-    """
-    # Picking out what is above the floor would wait for a GPU, and leave its number in a trace.
-    if values.is_cuda or torch.jit.is_tracing():
-        size = values.shape[1]  # a tensor while PyTorch traces
-        best, places = values.topk(size.clamp(max=count) if isinstance(size, Tensor) else min(count, size))
-        return best.float(), places
-    rows = []
-    for row in values:  # a CPU is slow to order millions of values
-        places = (row > floor).nonzero().squeeze(1)
-        best, order = row[places].float().topk(min(count, len(places)))
-        rows.append((best, places[order]))
-    best, places = zip(*rows)
-    return pad_sequence(best, batch_first=True, padding_value=-math.inf), pad_sequence(places, batch_first=True)
-
-
-def _logit(probability: float) -> float:
-    """log(p / (1 − p)), also at 0 and 1."""
-    if probability <= 0:
-        return -math.inf
-    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
+        anchors = [level.tensor for level in self.anchor_generator(features)]  # L × (H·W·A, 4)
+        best = [
+            best_of_level(
+                *level,
+                num_classes=self.num_classes,
+                count=self.test_topk_candidates,
+                score_thresh=self.test_score_thresh,
+            )
+            for level in zip(logits, deltas, anchors)
+        ]
+        values, classes, deltas, anchors = (torch.cat(levels, dim=1) for levels in zip(*best))  # (N, C, ...)
+        boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
+        wanted = (values.sigmoid() > self.test_score_thresh) & (values > -math.inf)  # (N, C)
+        return [(b[kept], v[kept].sigmoid(), c[kept]) for b, v, c, kept in zip(boxes, values, classes, wanted)]

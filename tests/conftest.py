@@ -123,7 +123,7 @@ from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 import torch
-from focal_plugin.engine import load_config
+from focal_plugin import load_config
 
 yaml = {config!r}
 model = L(build_model)(cfg=L(load_config)(config_file=yaml))

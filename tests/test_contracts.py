@@ -80,6 +80,8 @@ def broken(base, change):
 
 
 class DenseHead(FocalRetinaNetHead):
+    takes_targets = False
+
     def forward(self, features):
         return super().forward(features)
 
@@ -124,6 +126,8 @@ def test_a_heads_outputs(change, message):
 
 def test_a_head_that_takes_targets_gives_the_positives_deltas(model):
     class Dense(nn.Module):
+        takes_targets = True
+
         def forward(self, features, targets=None):
             return good(features)
 

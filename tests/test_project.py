@@ -79,10 +79,15 @@ PAPER = {
     "normalizer": {"config.keys"},
     "registry": {"config.keys"},
     "contracts": {"structures"},
-    "matchers": {"registry", "structures"},
+    "class_loss": {"contracts", "structures"},
+    "inference": {"structures"},
+    "matchers": {"contracts", "registry", "structures"},
     "losses": {"contracts", "registry", "structures"},
     "heads": {"losses", "registry", "structures"},
-    "retinanet": {"contracts", "layers", "matchers", "normalizer", "registry", "structures"},
+    "retinanet": {
+        *{"class_loss", "config.keys", "contracts", "inference", "layers", "matchers", "normalizer", "registry"},
+        "structures",
+    },
 }
 # The components by name and what builds them, for the tools to use.
 BASE = {"config.keys", "registry", "structures", "layers"}
@@ -90,7 +95,7 @@ TOOLS = {
     "files": {"config.keys"},
     "data": {"structures"},
     "backbones": {"registry"},
-    "pipelines": {"config.keys", "contracts", "normalizer", "registry", "structures"},
+    "pipelines": {"class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},
     "evaluation": set(),
     "engine": set(PAPER) | {"config", "data", "evaluation", "files"},
@@ -123,7 +128,7 @@ def test_the_paper_imports_nothing_of_the_tools():
 
 def test_the_paper_can_be_read_in_an_hour():
     paper = [path for path in SOURCES if part(module_name(path)) in PAPER and not path.name.endswith("_triton.py")]
-    assert sum(len(path.read_text().splitlines()) for path in paper) <= 3_600
+    assert sum(len(path.read_text().splitlines()) for path in paper) <= 3_900
 
 
 def test_the_functional_losses_need_torch_alone():

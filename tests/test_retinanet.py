@@ -12,9 +12,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 
 from focal_plugin import Anchors, IgnoreBandMatcher
-from focal_plugin.retinanet import _top
+from focal_plugin.inference import best_of_level, suppress, top
 from tests.small_retinanet import CLASSES, small_config
 
+CHOICE = {"num_classes": CLASSES, "count": 1000, "score_thresh": 0.05}
 LEVELS = [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
 
 
@@ -116,12 +117,11 @@ def test_traced_as_detectron2s_are(model, monkeypatch):
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_boxes_clipped_before_nms(model, monkeypatch, clip):
+def test_boxes_clipped_before_nms(clip):
     """Two boxes of which little is common, but all that is in the image."""
-    monkeypatch.setattr(model, "clip_before_nms", clip)
     boxes = torch.tensor([[-80.0, 10, 10, 30], [-10, 10, 10, 30], [60, 40, 90, 90], [60, 40, 70, 50]])
     scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.zeros(4, dtype=torch.int64)
-    found = model._suppress((48, 64), boxes, scores, classes)
+    found = suppress((48, 64), boxes, scores, classes, iou_thresh=0.5, max_detections=100, clip=clip)
     expected = torch.tensor([[0.0, 10, 10, 30], [60, 40, 64, 48]]) if clip else boxes
     assert found.pred_boxes.tensor.equal(expected)
 
@@ -144,12 +144,12 @@ def test_every_detection_is_above_the_threshold(model, monkeypatch, threshold):
 def test_top(count, floor):
     values = torch.randn(3, 40)
     values[1] -= 100
-    best, places = _top(values, count, floor)
-    assert best.shape == places.shape
-    for row, top, where in zip(values, best, places):
+    best, indices = top(values, count, floor)
+    assert best.shape == indices.shape
+    for row, largest, where in zip(values, best, indices):
         expected = row[row > floor].sort(descending=True).values[:count]
-        assert top[: len(expected)].equal(expected)
-        assert (top[len(expected) :] == -math.inf).all()
+        assert largest[: len(expected)].equal(expected)
+        assert (largest[len(expected) :] == -math.inf).all()
         assert row[where[: len(expected)]].equal(expected)
 
 
@@ -159,7 +159,7 @@ def test_nothing_is_copied_to_the_device_before_nms(model, monkeypatch):
     anchors = [torch.rand(h * w * 6, 4) for h, w in LEVELS]
     monkeypatch.setattr(torch, "tensor", None)
     for level in zip(*outputs, anchors):
-        model._best_of_level(*level)
+        best_of_level(*level, **CHOICE)
 
 
 @pytest.mark.gpu
@@ -168,7 +168,7 @@ def test_nothing_waits_for_the_gpu_before_nms(model):
     anchors = [torch.rand(h * w * 6, 4, device="cuda") for h, w in LEVELS]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        best = [model._best_of_level(*level) for level in zip(*outputs, anchors)]
+        best = [best_of_level(*level, **CHOICE) for level in zip(*outputs, anchors)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(logits.shape == classes.shape for logits, classes, _, _ in best)

@@ -20,10 +20,10 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..class_loss import loss_of_positives, with_quality
 from ..data import check_num_classes
 from ..engine import Trainer
-from ..engine.balance import background_of
-from ..losses import MiniBatchLoss, SigmoidFocalLoss
+from ..losses import ElementwiseLoss, SigmoidFocalLoss
 from ..registry import build_bias_init
 from ..retinanet import FocalRetinaNet
 from ..structures import IGNORED, DenseTargets
@@ -53,7 +53,7 @@ class FirstStep:
         expected: of the configured loss, all logits at the configured bias.
         observed: of the new model.
         textbook: the formula of the focal loss or cross entropy; None for others.
-        background_share: the part of ``expected`` of background anchors; None for a loss that samples anchors.
+        background_share: the background anchors' part of ``expected``; None for a loss that is no sum over all anchors.
         at_papers_prior: as ``expected``, with a prior of .01.
         logit_mean, logit_std: of the new model's logits minus their bias.
         bias_off: the largest difference between the head's bias and the configured one; None for a head whose
@@ -125,15 +125,20 @@ def first_step(cfg: CfgNode) -> FirstStep:
     loader_cfg = cfg.clone()
     loader_cfg.DATALOADER.NUM_WORKERS = 0  # one batch is not worth a process
     batch = next(iter(Trainer.build_train_loader(loader_cfg)))
-    logits, targets, observed, losses = _observe(model, batch)
+    with torch.no_grad(), EventStorage():
+        logits, deltas, targets = model.train().predict(batch)
+        losses = {name: loss.item() for name, loss in model.losses(logits, deltas, targets).items()}
+        logits = model.by_class(logits)
+        targets = with_quality(model.cls_loss, targets, lambda: model.decode(deltas, targets))
+        observed = model.cls_loss(logits, targets).item()
 
     num_anchors, num_classes = logits[0].shape[1:3]
     bias = _configured_bias(cfg, num_anchors, num_classes).to(model.device)
     papers = torch.full_like(bias, math.log(_PAPERS_PRIOR / (1 - _PAPERS_PRIOR)))
     expected = _at_bias(model.cls_loss, bias, logits, targets)
     background = None
-    if not isinstance(model.cls_loss, MiniBatchLoss) and expected:
-        background = _at_bias(model.cls_loss, bias, logits, background_of(targets)) / expected
+    if isinstance(model.cls_loss, ElementwiseLoss) and expected:
+        background = 1 - loss_of_positives(model.cls_loss, _constant(bias, logits), targets).item() / expected
     offsets = [(level - _spread_bias(bias, level)).double() for level in logits]
     count = sum(level.numel() for level in offsets)
     mean = sum(level.sum() for level in offsets).item() / count
@@ -163,20 +168,6 @@ def first_step(cfg: CfgNode) -> FirstStep:
     )
 
 
-@torch.no_grad()
-def _observe(model: FocalRetinaNet, batch: list[dict]) -> tuple[list[Tensor], DenseTargets, float, dict[str, float]]:
-    """What the class loss gets and gives, its sum, on a batch in training, and the model's losses by name."""
-    seen = []
-    handle = model.cls_loss.register_forward_hook(lambda module, args, total: seen.append((*args, total)))
-    try:
-        with EventStorage():
-            losses = model.train()(batch)
-    finally:
-        handle.remove()
-    ((logits, targets, total),) = seen
-    return logits, targets, total.item(), {name: loss.item() for name, loss in losses.items()}
-
-
 def _configured_bias(cfg: CfgNode, num_anchors: int, num_classes: int) -> Tensor:
     """The (A, K) bias that ``MODEL.FOCAL.BIAS_INIT`` gives a classifier."""
     conv = nn.Conv2d(1, num_anchors * num_classes, 1)
@@ -189,10 +180,15 @@ def _spread_bias(bias: Tensor, level: Tensor) -> Tensor:
     return bias[:, :, None, None].to(level.dtype).expand_as(level)
 
 
+def _constant(bias: Tensor, logits: list[Tensor]) -> list[Tensor]:
+    """Logits of the same shapes that are all at the ``bias``."""
+    return [_spread_bias(bias, level).contiguous() for level in logits]
+
+
 @torch.no_grad()
 def _at_bias(loss: nn.Module, bias: Tensor, logits: list[Tensor], targets: DenseTargets) -> float:
     """The loss with all logits at ``bias``."""
-    return loss([_spread_bias(bias, level).contiguous() for level in logits], targets).item()
+    return loss(_constant(bias, logits), targets).item()
 
 
 def _bias_off(model: FocalRetinaNet, bias: Tensor) -> float | None:

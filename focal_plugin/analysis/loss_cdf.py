@@ -139,18 +139,9 @@ def collect(model: FocalRetinaNet, cfg: CfgNode, records: Sequence[dict]) -> dic
     histograms = {"positive": WrongnessHistogram(), "negative": WrongnessHistogram()}
     with inference_context(model):
         for record in tqdm(records, desc="Losses", unit="image"):
-            add_image(histograms, *predict(model, mapper(record)))
+            logits, _, targets = model.predict([mapper(record)])
+            add_image(histograms, model.by_class(logits), targets)
     return histograms
-
-
-def predict(model: FocalRetinaNet, image: dict) -> tuple[list[Tensor], DenseTargets]:
-    """The logits of an image, one (1, A, K, H, W) view a level, and what they should be."""
-    images = model.preprocess_image([image])
-    features = model.backbone(images.tensor)
-    features = [features[name] for name in model.head_in_features]
-    logits, _ = model.head(features)
-    targets = model.label_batch(features, [image])
-    return [x.view(len(x), -1, model.num_classes, *x.shape[-2:]) for x in logits], targets
 
 
 def add_image(histograms: dict[str, WrongnessHistogram], logits: list[Tensor], targets: DenseTargets) -> None:

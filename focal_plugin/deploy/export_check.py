@@ -1,14 +1,14 @@
 """Whether an exported file computes what its model does."""
 
-import copy
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
-from detectron2.structures import Instances
+from detectron2.modeling.postprocessing import detector_postprocess
 from torch import Tensor
+from torchvision.ops import nms
 
+from ..inference import suppress
 from ..retinanet import FocalRetinaNet
 
 _TOLERANCE = 1e-3  # of scores, and of raw maps relative to their largest value
@@ -23,37 +23,48 @@ class ExportError(ValueError):
 def expected_detections(model: FocalRetinaNet, image: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The model's own boxes (D, 4), scores (D,) and classes (D,) in a (3, H, W) image.
 
-    NMS goes class by class here. Detectron2 moves the classes' boxes apart in float32 instead if they are few, which
-    rounds their coordinates, of the last of 80 classes to 1/128 pixel: enough to decide now and then otherwise.
+    NMS goes class by class here. If there are few boxes, Detectron2's moves the classes apart in float32 instead, which
+    rounds the coordinates of the last of 80 classes to 1/128 pixel: enough to decide otherwise now and then.
     """
-    twin = copy.copy(model)
-    twin._suppress = partial(_suppress_by_class, model)  # all else is the model's own
     with torch.no_grad():
-        (output,) = twin([{"image": image}])
-    found = output["instances"]
+        features, logits, deltas = _network(model, image)
+        ((boxes, scores, classes),) = model.candidates(features, logits, deltas)
+    size = tuple(image.shape[-2:])
+    found = suppress(
+        size,
+        boxes,
+        scores,
+        classes,
+        iou_thresh=model.test_nms_thresh,
+        max_detections=model.max_detections_per_image,
+        clip=model.clip_before_nms,
+        nms=_nms_by_class,
+    )
+    found = detector_postprocess(found, *size)
     return tuple(x.cpu().numpy() for x in (found.pred_boxes.tensor, found.scores, found.pred_classes))
 
 
-def _suppress_by_class(
-    model: FocalRetinaNet, size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
-) -> Instances:
-    """The model's own ``_suppress`` for one class after another, as class 0, whose boxes are not moved."""
-    parts = []
-    for cls in classes.unique().tolist() or [0]:
-        of_class = classes == cls
-        part = model._suppress(size, boxes[of_class], scores[of_class], torch.zeros_like(classes[of_class]))
-        part.pred_classes = torch.full_like(part.pred_classes, cls)
-        parts.append(part)
-    found = Instances.cat(parts)
-    return found[found.scores.argsort(descending=True, stable=True)[: model.max_detections_per_image]]
+def _nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, iou_thresh: float) -> Tensor:
+    """The indices that NMS keeps when it sees one class at a time, best first."""
+    kept = [classes.new_zeros(0)]
+    for cls in classes.unique():
+        indices = (classes == cls).nonzero().squeeze(1)
+        kept.append(indices[nms(boxes[indices], scores[indices], iou_thresh)])
+    indices = torch.cat(kept)
+    return indices[scores[indices].argsort(descending=True, stable=True)]
 
 
 def expected_maps(model: FocalRetinaNet, image: Tensor) -> list[np.ndarray]:
     """The model's own logits and deltas of each level, as ``ExportedHeads`` orders them."""
     with torch.no_grad():
-        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
-        logits, deltas = model.head([features[name] for name in model.head_in_features])
+        _, logits, deltas = _network(model, image)
     return [x.cpu().numpy() for x in (*logits, *deltas)]
+
+
+def _network(model: FocalRetinaNet, image: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The features, logits and deltas of each level of a (3, H, W) image."""
+    features = model.features(model.preprocess_image([{"image": image}]).tensor)
+    return features, *model.head(features)
 
 
 def compare_maps(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], names: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.fast_dtype import fast_dtype
 from ..layers.frozen_norm import FrozenNormConv2d, folded
+from ..layers.replace import like_conv, replace_modules
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,11 +64,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None, *
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference only, with batch norms of fixed statistics in the convolutions before them."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        if type(module) in (Conv2d, FrozenNormConv2d) and isinstance(module.norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
-            _fold(module)
-    return model
+    return replace_modules(copy.deepcopy(model).eval(), _folded_conv).requires_grad_(False)
 
 
 def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -79,21 +75,24 @@ def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 def _compiled(forward: Callable) -> Callable:
     """``forward`` compiled for each shape of its inputs, its weights constants that are packed once."""
-    compiled = torch.compile(forward, dynamic=False)  # sizes that may change cost nearly all of what is won
+    import torch._inductor.config as inductor  # here, since it takes seconds and most runs compile nothing
+
+    compiled = torch.compile(forward, dynamic=False)  # with sizes that may change nearly all of the gain is lost
 
     def call(*args: Any) -> Any:
-        with inductor_config.patch(freezing=True):  # read at each compilation, and that is at any call
+        with inductor.patch(freezing=True):  # read at each compilation, which may happen at any call
             return compiled(*args)
 
     return call
 
 
-def _fold(conv: Conv2d) -> None:
-    weight, bias = folded(conv, conv.norm)
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    conv.bias = nn.Parameter(bias, requires_grad=False)
-    conv.norm = None
-    conv.__class__ = Conv2d  # a FrozenNormConv2d has nothing left to fold
+def _folded_conv(conv: nn.Module) -> nn.Module | None:
+    """One convolution that computes ``conv`` and its norm; None if it has none to fold."""
+    if type(conv) not in (Conv2d, FrozenNormConv2d) or not isinstance(conv.norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+        return None
+    new = like_conv(Conv2d, conv, activation=conv.activation)
+    new.weight, new.bias = map(nn.Parameter, folded(conv, conv.norm))
+    return new
 
 
 def _prepare_images(dtype: torch.dtype, module: nn.Module, args: tuple) -> tuple:

@@ -1,7 +1,6 @@
 """What a dense detector learns from, beside the losses: positives by level, background's share, gradients by part."""
 
 import math
-from dataclasses import replace
 
 import torch
 from detectron2.engine import HookBase
@@ -10,7 +9,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..structures import IGNORED, DenseTargets
+from ..class_loss import ClassLoss, loss_of_positives
+from ..losses import ElementwiseLoss
+from ..structures import DenseTargets
 
 
 class BalanceHook(HookBase):
@@ -18,13 +19,13 @@ class BalanceHook(HookBase):
 
     - ``positives/<level>``: positive anchors of a level, a mean over images.
     - ``background_share``: the share of the class loss that comes from background anchors. Left out for a loss
-      that chooses among the anchors (``MiniBatchLoss``): it would choose others if the positives were not there.
+      that is no sum over all anchors (no ``ElementwiseLoss``): one that samples them, say.
     - ``grad_norm/{backbone, cls_subnet, bbox_subnet}``: the L2 norm of the gradient of the backbone and of each subnet
       with its last conv, before any clipping; ``grad_norm/head`` for parameters of a head with other names. Left out
       where it is not finite: in float16 such a step is skipped.
 
-    The first two need a model that calls a module ``cls_loss`` with ``(logits, targets)``; others get the norms alone.
-    On the steps between, nothing is computed and no GPU is waited for.
+    The first two need a model with a ``loss_observer``, FocalRetinaNet or FocalFCOS; others get the norms alone. The
+    steps between cost nothing and synchronise with no GPU.
 
     Register it with a ``StepTrainer``, or another trainer that calls ``after_backward``, in every process.
 
@@ -38,10 +39,9 @@ class BalanceHook(HookBase):
             raise ValueError(f"period is {period}; expected a number of steps ≥ 1.")
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.period = period
-        self.watch = LossWatch(period)
-        loss = getattr(self.model, "cls_loss", None)
-        if isinstance(loss, nn.Module):
-            loss.register_forward_hook(self.watch)
+        self.observer = LossObserver(period)
+        if hasattr(self.model, "loss_observer"):
+            self.model.loss_observer = self.observer
 
     def after_backward(self) -> None:
         """Put the numbers of this step, if it is one of them."""
@@ -56,66 +56,50 @@ class BalanceHook(HookBase):
         storage.put_scalars(smoothing_hint=False, **finite)
 
     def _seen_anywhere(self) -> dict[str, float]:
-        """What the parts of the batch, over all processes, say of the anchors; {} for a model without ``cls_loss``."""
-        images, positives, losses = self.watch.take()
+        """The numbers of all micro-batches and processes, positives and background; {} without an observer."""
+        images, positives, losses = self.observer.take()
         everyone = comm.gather((images, positives, losses))  # [] but on the main process, which is the one that writes
         images = sum(each[0] for each in everyone)
         if not images:
             return {}
         names = getattr(self.model, "head_in_features", None) or range(len(positives))
         counts = [sum(level) for level in zip(*(each[1] for each in everyone))]
-        background, total = (sum(each[2][i] for each in everyone) for i in (0, 1))
+        of_positives, total = (sum(each[2][i] for each in everyone) for i in (0, 1))
         numbers = {f"positives/{name}": count / images for name, count in zip(names, counts)}
-        if total and not hasattr(self.model.cls_loss, "choose"):
-            numbers["background_share"] = background / total  # Detectron2 would print it if it had "loss" in its name
+        if total and math.isfinite(of_positives):  # Detectron2 would print the share if it had "loss" in its name
+            numbers["background_share"] = (
+                min(max(1 - of_positives / total, 0.0), 1.0) if of_positives >= 0 else math.nan
+            )
         return numbers
 
 
-class LossWatch:
-    """A forward hook of a class loss; it keeps what ``BalanceHook`` needs of each call on a step of its period."""
+class LossObserver:
+    """Keeps what ``BalanceHook`` needs of each call of a class loss on a step of its period."""
 
     def __init__(self, period: int):
         self.period = period
         self._iteration = 0
         self._calls: list[tuple[int, list[int], Tensor]] = []
 
-    def __call__(self, loss: nn.Module, args: tuple, total: Tensor) -> None:
-        """After ``loss(*args)``, which gave ``total``."""
+    def __call__(self, cls_loss: ClassLoss, logits: list[Tensor], targets: DenseTargets, total: Tensor) -> None:
+        """Note the call ``cls_loss(logits, targets)``, which gave ``total``."""
         iteration = get_event_storage().iter
         if not torch.is_grad_enabled() or not _is_due(iteration, self.period):
             return
         if iteration != self._iteration:  # what is left is of a step that was computed again, to explain it
             self._iteration, self._calls = iteration, []
-        logits, targets = args
-        background = torch.zeros_like(total)
-        if not hasattr(loss, "choose"):
-            with torch.no_grad():  # `forward`, since a call would come here again
-                background = loss.forward([level.detach() for level in logits], background_of(targets))
+        is_sum = isinstance(cls_loss, ElementwiseLoss)
+        of_positives = loss_of_positives(cls_loss, logits, targets) if is_sum else torch.full_like(total, math.nan)
         positives = [len(level) for level in targets.positives]
-        self._calls.append((len(targets.labels[0]), positives, torch.stack([background, total.detach()])))
+        self._calls.append((len(targets.labels[0]), positives, torch.stack([of_positives, total])))
 
     def take(self) -> tuple[int, list[int], list[float]]:
-        """Of all calls since the last time: images, positives a level, and the loss of background and of everything."""
+        """Of all calls since the last time: images, positives a level, and the loss of positives and of all anchors."""
         calls, self._calls = self._calls, []
         if not calls:
             return 0, [], [0.0, 0.0]
         images, positives, losses = zip(*calls)
         return sum(images), [sum(level) for level in zip(*positives)], torch.stack(losses).sum(dim=0).tolist()
-
-
-def background_of(targets: DenseTargets) -> DenseTargets:
-    """``targets`` with the positives ignored.
-
-    For every loss that is a sum over all anchors, the loss of these is the background anchors' part of it.
-    """
-    return replace(
-        targets,
-        labels=[torch.where((x >= 0) & (x < targets.num_classes), IGNORED, x) for x in targets.labels],
-        positives=[level[:0] for level in targets.positives],
-        anchors=targets.anchors[:0],
-        gt_boxes=targets.gt_boxes[:0],
-        quality=None if targets.quality is None else targets.quality[:0],
-    )
 
 
 @torch.no_grad()

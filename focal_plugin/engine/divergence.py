@@ -6,15 +6,18 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..files.write import replace_file
+from ..retinanet import FocalRetinaNet
 from .batch_file import save_batch
 from .window import split
 
@@ -95,7 +98,7 @@ def recorded_divergence(output_dir: str) -> Iterator[None]:
         if comm.is_main_process():
             try:
                 error.save(path)
-            except OSError as problem:  # what is being told is worth more
+            except OSError as problem:  # the original error matters more
                 logger.warning(str(problem))
         comm.synchronize()  # a process that fails has its launcher end the others
         raise
@@ -116,10 +119,10 @@ def explain(trainer, losses: dict[str, float], gradient: float, batch: list[dict
     scale = trainer.grad_scaler.get_scale() if trainer.grad_scaler.is_enabled() else 1.0
     parts = split(batch, trainer.accumulate)
     looking = mine or not anywhere
-    cause = find_cause(model, parts, trainer.forward) if looking else ""
+    cause = find_cause(model, parts, trainer.autocast) if looking else ""
     # The losses may wait for other processes, so all compute them if one needs to.
     if any(comm.all_gather(looking and not cause)):
-        later = find_cause_in_gradients(model, parts, trainer.forward, scale)
+        later = find_cause_in_gradients(model, parts, scale, trainer.autocast)
         cause = cause or later
     if not looking:
         report = None
@@ -135,22 +138,24 @@ def _save(trainer, model: nn.Module, batch: list[dict], losses: dict[str, float]
     try:
         settings = {"iteration": trainer.iter, "accumulate": trainer.accumulate, "losses": losses}
         save_batch(path, batch, model, precision=str(trainer.precision or "").removeprefix("torch."), **settings)
-    except (OSError, RuntimeError) as error:  # what is being told is worth more
+    except (OSError, RuntimeError) as error:  # the original error matters more
         logger.warning(f"The batch could not be saved: {error}")
         return ""
     return path
 
 
 @torch.no_grad()
-def find_cause(model: nn.Module, parts: Sequence[list[dict]], forward: Callable) -> str:
+def find_cause(
+    model: nn.Module, parts: Sequence[list[dict]], autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> str:
     """Where the numbers stop being finite, in one sentence: the weights, an image, a box, or the head's outputs.
 
     Empty if all of these are finite. Waits for no other process.
 
     Args:
         model: the one that diverged, not in DistributedDataParallel.
-        parts: the batch, in the parts in which it was computed.
-        forward: the losses of a part by ``(model, part)``.
+        parts: the batch, in the micro-batches in which it was computed.
+        autocast: the precision in which it was computed.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -161,40 +166,39 @@ def find_cause(model: nn.Module, parts: Sequence[list[dict]], forward: Callable)
         boxes = getattr(getattr(image.get("instances"), "gt_boxes", None), "tensor", torch.zeros(0))
         if not boxes.isfinite().all():
             return f"A box of {_name(image)} is not finite."
-    if isinstance(getattr(model, "head", None), nn.Module):
-        for part in parts:
-            for kind, levels in zip(("logits", "deltas"), _head_outputs(model.head, lambda: forward(model, part))):  # noqa: B023
-                for level, values in enumerate(levels):
-                    if not values.isfinite().all():
-                        return _describe(f"the head's {kind}", values, level, model, part)
+    for part in parts if isinstance(model, DenseDetector) else ():
+        with autocast():
+            _, _, outputs = _through_the_head(model, part)
+        for kind, levels in zip(("logits", "deltas"), outputs):
+            for level, values in enumerate(levels):
+                if not values.isfinite().all():
+                    return _describe(f"the head's {kind}", values, level, model, part)
     return ""
 
 
-def find_cause_in_gradients(model: nn.Module, parts: Sequence[list[dict]], forward: Callable, scale: float) -> str:
+def find_cause_in_gradients(
+    model: nn.Module,
+    parts: Sequence[list[dict]],
+    scale: float,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> str:
     """Where the gradients stop being finite, in one sentence, when all before the losses is: at an anchor or a weight;
     or the losses that are not finite themselves.
 
     Args:
-        model, parts, forward: as those of ``find_cause``.
+        model, parts, autocast: as those of ``find_cause``.
         scale: what the losses are multiplied by before the backward pass.
     """
     for part in parts:
-        seen: list = []
-        head = getattr(model, "head", None)
-        hook = head.register_forward_hook(lambda *args: seen.append(args[-1])) if isinstance(head, nn.Module) else None  # noqa: B023
-        try:
-            losses = forward(model, part)
-        finally:
-            if hook is not None:
-                hook.remove()
-        logits = list(seen[0][0]) if seen else []
+        with autocast():
+            logits, losses = _logits_and_losses(model, part)
         names, weights = zip(*((name, weight) for name, weight in model.named_parameters() if weight.requires_grad))
         gradients = torch.autograd.grad(sum(losses.values()) * scale, [*logits, *weights], allow_unused=True)
         for level, values in enumerate(gradients[: len(logits)]):
             if values is not None and not values.isfinite().all():
                 return _describe("the class loss's gradient by the head's logits", values, level, model, part)
         bad = [name for name, value in losses.items() if not value.isfinite()]
-        if seen and bad:
+        if logits and bad:
             return f"It starts in {' and '.join(bad)}: weights, images, boxes and the head's outputs are finite."
         found = list(zip(names, gradients[len(logits) :]))[::-1]  # the backward pass sees the last ones first
         for name, values in found:
@@ -204,24 +208,25 @@ def find_cause_in_gradients(model: nn.Module, parts: Sequence[list[dict]], forwa
     return "Weights, images and the head's outputs are finite, and so are their gradients: it starts in the losses."
 
 
-class _Seen(Exception):
-    """Ends a forward pass at the head: what follows may wait for other processes, which are not computing it."""
+def _through_the_head(model: DenseDetector, part: list[dict]) -> tuple[ImageList, list[Tensor], Sequence]:
+    """The network's input, its features, and what the head makes of them for all anchors: logits, deltas, ..."""
+    images = model.preprocess_image(part)
+    features = model.backbone(images.tensor)
+    features = [features[name] for name in model.head_in_features]
+    return images, features, model.head(features)
 
 
-def _head_outputs(head: nn.Module, forward: Callable) -> tuple[list[Tensor], list[Tensor]]:
-    """The logits and deltas of all anchors that ``head`` makes of the features in a ``forward`` pass."""
-
-    def stop(module: nn.Module, args: tuple) -> None:
-        raise _Seen(module.forward(*args[:1]))  # without targets, which would leave out anchors
-
-    hook = head.register_forward_pre_hook(stop)
-    try:
-        forward()
-    except _Seen as seen:
-        return seen.args[0]
-    finally:
-        hook.remove()
-    return [], []
+def _logits_and_losses(model: nn.Module, part: list[dict]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The logits of a micro-batch, [] for a model that is no dense detector, and its losses by name."""
+    if isinstance(model, FocalRetinaNet):
+        logits, deltas, targets = model.predict(part)
+        return logits, model.losses(logits, deltas, targets)
+    if isinstance(model, DenseDetector):
+        images, features, outputs = _through_the_head(model, part)
+        gt_instances = [image["instances"].to(model.device) for image in part]
+        return list(outputs[0]), model.forward_training(images, features, outputs, gt_instances)
+    losses = model(part)
+    return [], losses if isinstance(losses, dict) else {"total_loss": losses}
 
 
 def _describe(what: str, values: Tensor, level: int, model: nn.Module, part: list[dict]) -> str:

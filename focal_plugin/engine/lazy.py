@@ -1,5 +1,6 @@
 """``.py`` LazyConfigs: what Detectron2's tools/lazyconfig_train_net.py does with them, on any device."""
 
+import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_writers, hooks
@@ -13,6 +14,8 @@ from ..config.load import find_config, usable_device
 from ..data import check_files_of
 from ..evaluation.report import log_report
 from ..files.write import explained_full_disk
+from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
+from ..retinanet import FocalRetinaNet
 from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter
@@ -60,6 +63,10 @@ def main(args) -> dict | None:
     start_logs(cfg, args, cfg.train.output_dir, cfg.train.device)
     _check_files(cfg, args.eval_only)
     model = instantiate(cfg.model).to(cfg.train.device)
+    if isinstance(model, FocalRetinaNet):
+        fold_frozen_norms(model)
+    if torch.device(cfg.train.device).type == "cpu":
+        compute_top_blocks_in_float32(model)
     if cfg.train.get("channels_last", False):
         use_channels_last(model)
     log_model(model)

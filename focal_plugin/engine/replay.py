@@ -14,7 +14,6 @@ import math
 import os
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from ..config import ConfigError
@@ -23,6 +22,7 @@ from ..files.safe_load import WeightsError
 from .batch_file import load_batch
 from .divergence import find_cause, find_cause_in_gradients
 from .step import StepTrainer, largest_gradient
+from .trainer import Trainer
 from .window import split
 
 
@@ -38,7 +38,7 @@ def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], 
     """
     content = load_batch(path)
     cfg = load_config(os.path.join(os.path.dirname(path), "config.yaml"), opts or [])
-    model = build_model(cfg).train()
+    model = Trainer.build_model(cfg).train()
     model.load_state_dict(content["model"])
     precision = getattr(torch, content["precision"]) if content["precision"] else None
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -50,8 +50,8 @@ def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], 
         if all(map(math.isfinite, [*losses.values(), gradient])):
             return losses, gradient, ""
         parts = split(content["batch"], trainer.accumulate)
-        cause = find_cause(model, parts, trainer.forward)
-        return losses, gradient, cause or find_cause_in_gradients(model, parts, trainer.forward, 1.0)
+        cause = find_cause(model, parts, trainer.autocast)
+        return losses, gradient, cause or find_cause_in_gradients(model, parts, 1.0, trainer.autocast)
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.fast_dtype import fast_dtype
-from ..layers.float32 import compute_top_blocks_in_float32
 from .divergence import Divergence, explain
 from .window import counted_together, divide_gradients, split
 
@@ -73,6 +72,7 @@ class StepTrainer(SimpleTrainer):
 
     Args:
         model: returns a dict of losses (or one loss) for a batch, in training mode; may be a DistributedDataParallel.
+            For bfloat16 on a CPU, give it to ``layers.compute_top_blocks_in_float32`` before.
         data_loader: an iterable of batches, each a list of images as the model takes them.
         optimizer: what updates the model.
         precision: float16 or bfloat16 to compute under autocast, with a gradient scaler for float16; None, as is.
@@ -96,8 +96,6 @@ class StepTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.device_type = next(model.parameters()).device.type
         self.precision = precision
-        if self.device_type == "cpu" and precision is not None:
-            compute_top_blocks_in_float32(model)
         self.accumulate = accumulate
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
         self.max_skips, self.skips = max_skips, 0
@@ -132,9 +130,13 @@ class StepTrainer(SimpleTrainer):
 
     def forward(self, model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
         """The losses that ``model`` has for a batch, computed in this trainer's precision."""
-        with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
+        with self.autocast():
             losses = model(batch)
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
+
+    def autocast(self) -> torch.autocast:
+        """The context that computes in this trainer's precision."""
+        return torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None)
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
         self.grad_scaler.scale(sum(losses.values())).backward()

@@ -21,6 +21,7 @@ from torch import nn
 from ..data import FocalDatasetMapper
 from ..evaluation.report import draw_curves, draw_detections, log_report
 from ..files.write import explained_full_disk
+from ..layers import compute_top_blocks_in_float32
 from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, off_screen
@@ -151,6 +152,8 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model of the config on its device, in its memory format."""
         model = build_model(cfg)
+        if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            compute_top_blocks_in_float32(model)
         if cfg.MODEL.FOCAL.CHANNELS_LAST:
             use_channels_last(model)
         log_model(model)

@@ -39,6 +39,8 @@ class FocalRetinaNetHead(nn.Module):
         ValueError: ``norm_sharing`` is none of these.
     """
 
+    takes_targets = True
+
     @configurable
     def __init__(
         self,

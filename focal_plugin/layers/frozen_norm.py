@@ -5,18 +5,20 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from .replace import like_conv, replace_modules
+
 
 class FrozenNormConv2d(Conv2d):
     """Detectron2's ``Conv2d`` with a ``FrozenBatchNorm2d`` that scales the weight in mixed precision.
 
     A frozen batch norm is y = s·x + b, channel by channel, so s·conv(x, w) + b = conv(x, s·w) + b: the same function of
     the same parameters. Detectron2's module reads and writes the activations twice more, their gradients once more, and
-    rounds them each time to the lower precision. In full precision this is its very computation, to the last bit.
+    rounds them each time to the lower precision. In full precision this is Detectron2's computation to the last bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W')."""
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which knows no meta device
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
             return super().forward(x)
         weight, bias = folded(self, self.norm)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -24,15 +26,22 @@ class FrozenNormConv2d(Conv2d):
 
 
 def fold_frozen_norms(model: nn.Module) -> nn.Module:
-    """Make each ``Conv2d`` in ``model`` that has a ``FrozenBatchNorm2d`` a ``FrozenNormConv2d``; in place.
+    """Replace each ``Conv2d`` in ``model`` that has a ``FrozenBatchNorm2d`` by a ``FrozenNormConv2d``; in place.
 
-    The modules stay the same objects with the same parameters and buffers: whoever holds one sees the change, and
-    checkpoints load as before. Classes derived from the two are left as they are.
+    The parameters and buffers stay the same objects under the same names, so checkpoints load as before. Classes
+    derived from the two are left as they are. ``FocalRetinaNet.from_config`` does this to the backbone it builds; do it
+    to a backbone of yours before you hand it over.
+
+    Returns:
+        ``model``, or its replacement if it is such a convolution itself.
     """
-    for module in model.modules():
-        if type(module) is Conv2d and type(module.norm) is FrozenBatchNorm2d:
-            module.__class__ = FrozenNormConv2d
-    return model
+    return replace_modules(model, _frozen_twin)
+
+
+def _frozen_twin(module: nn.Module) -> nn.Module | None:
+    if type(module) is not Conv2d or type(module.norm) is not FrozenBatchNorm2d:
+        return None
+    return like_conv(FrozenNormConv2d, module, norm=module.norm, activation=module.activation)
 
 
 def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The last layers of Fast R-CNN with a sigmoid for each class and any class loss of the registry."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..contracts import check_cls_loss
+from ..class_loss import ClassLoss, class_loss
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss
 from ..structures import DenseTargets
@@ -43,7 +44,7 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         input_shape: ShapeSpec,
         *,
         num_classes: int,
-        cls_loss: Callable[[list[Tensor], DenseTargets], Tensor],
+        cls_loss: ClassLoss,
         normalizer: Callable[[int, torch.device], Tensor],
         bias_init: Callable[[nn.Linear, int, int], None],
         **kwargs,
@@ -77,27 +78,27 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         """
         logits, deltas = predictions
         targets = [self._targets(image) for image in proposals]
-        if getattr(self.cls_loss, "needs_quality", False):
-            boxes = self.predict_boxes_for_gt_classes(predictions, proposals)  # N × (P_i, 4)
-            targets = [image.with_quality(rows[image.positives[0]]) for image, rows in zip(targets, boxes)]
-        loss_cls = logits[:0].float().sum()  # with a gradient, 0, where no image has proposals
-        for rows, image in zip(logits.split([len(image) for image in proposals]), targets):
-            if len(rows):
-                loss = self.cls_loss([rows_as_dense(rows[None])], image)
-                check_cls_loss(self.cls_loss, loss, [rows], image)
-                loss_cls = loss_cls + loss
+        boxes = functools.cache(lambda: self.predict_boxes_for_gt_classes(predictions, proposals))  # N × (P_i, 4)
         normalizer = self.normalizer(sum(image.num_positives for image in targets), logits.device)
+        scale = self.loss_weight.get("loss_cls", 1.0) / normalizer
+        loss_cls = logits[:0].float().sum()  # with a gradient, 0, where no image has proposals
+        for i, (rows, image) in enumerate(zip(logits.split([len(image) for image in proposals]), targets)):
+            if len(rows):
+                loss_cls = loss_cls + class_loss(
+                    self.cls_loss,
+                    [rows_as_dense(rows[None])],
+                    image,
+                    boxes=lambda i=i, image=image: boxes()[i][image.positives[0]],
+                    scale=scale,
+                )
 
         gt_classes = _cat([image.gt_classes for image in proposals], logits.new_zeros(0, dtype=torch.int64))
         _log_accuracy(logits.detach(), gt_classes)
         no_boxes = deltas.new_zeros(0, 4)
         proposal_boxes = _cat([image.proposal_boxes.tensor for image in proposals], no_boxes)
         gt_boxes = _cat([_gt_boxes(image) for image in proposals], no_boxes)
-        losses = {
-            "loss_cls": loss_cls / normalizer,
-            "loss_box_reg": self.box_reg_loss(proposal_boxes, gt_boxes, deltas, gt_classes),
-        }
-        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+        loss_box_reg = self.box_reg_loss(proposal_boxes, gt_boxes, deltas, gt_classes)
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg * self.loss_weight.get("loss_box_reg", 1.0)}
 
     def _targets(self, proposals: Instances) -> DenseTargets:
         boxes, labels = proposals.proposal_boxes.tensor, proposals.gt_classes

@@ -13,10 +13,9 @@ from fvcore.nn import giou_loss
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..contracts import check_cls_loss
+from ..class_loss import ClassLoss, class_loss
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss
-from ..structures import DenseTargets
 from .common import components_config, row_targets, rows_as_dense
 
 
@@ -40,7 +39,7 @@ class FocalFCOS(FCOS):
     def __init__(
         self,
         *,
-        cls_loss: Callable[[list[Tensor], DenseTargets], Tensor],
+        cls_loss: ClassLoss,
         normalizer: Callable[[int, torch.device], Tensor],
         cls_loss_weight: float = 1.0,
         **kwargs,
@@ -50,6 +49,7 @@ class FocalFCOS(FCOS):
             raise TypeError(f"FocalFCOS takes no {' and no '.join(given)}: give them to its cls_loss.")
         super().__init__(**kwargs)
         self.cls_loss = cls_loss
+        self.loss_observer = None  # as of FocalRetinaNet
         self.normalizer = normalizer
         self.cls_loss_weight = cls_loss_weight
 
@@ -116,12 +116,16 @@ class FocalFCOS(FCOS):
         centerness = targets.gather([rows_as_dense(level) for level in pred_centerness])  # (P, 1)
         wanted = self.compute_ctrness_targets([Boxes(targets.anchors)], [targets.gt_boxes])  # (1, P)
         loss_ctr = F.binary_cross_entropy_with_logits(centerness.squeeze(1), wanted[0], reduction="sum")
-        if getattr(self.cls_loss, "needs_quality", False):
-            targets = targets.with_quality(boxes)
-        loss_cls = self.cls_loss([rows_as_dense(level) for level in pred_logits], targets)
-        check_cls_loss(self.cls_loss, loss_cls, pred_logits, targets)
+        loss_cls = class_loss(
+            self.cls_loss,
+            [rows_as_dense(level) for level in pred_logits],
+            targets,
+            boxes=lambda: boxes,
+            scale=self.cls_loss_weight / normalizer,
+            observer=self.loss_observer,
+        )
         return {
-            "loss_fcos_cls": loss_cls * (self.cls_loss_weight / normalizer),
+            "loss_fcos_cls": loss_cls,
             "loss_fcos_loc": loss_loc / normalizer,
             "loss_fcos_ctr": loss_ctr / normalizer,
         }

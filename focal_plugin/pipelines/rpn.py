@@ -4,13 +4,17 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import configurable
+from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from ..contracts import check_cls_loss
+from ..class_loss import ClassLoss, class_loss
+from ..matchers.batch import Matcher as AnchorMatcher
+from ..matchers.batch import match_images
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss, build_matcher
 from ..structures import IGNORED, Anchors, DenseTargets
@@ -44,8 +48,8 @@ class FocalRPN(RPN):
     def __init__(
         self,
         *,
-        anchor_matcher: Callable[[Anchors, Instances], tuple[Tensor, Tensor]],
-        cls_loss: Callable[[list[Tensor], DenseTargets], Tensor],
+        anchor_matcher: AnchorMatcher,
+        cls_loss: ClassLoss,
         normalizer: Callable[[int, torch.device], Tensor],
         bias_init: Callable[[torch.nn.Conv2d, int, int], None],
         **kwargs,
@@ -64,6 +68,7 @@ class FocalRPN(RPN):
                 "MODEL.PROPOSAL_GENERATOR.NAME."
             )
         super().__init__(anchor_matcher=anchor_matcher, **kwargs)
+        self.matcher_seen = False  # whether it has matched boxes, and its first indices and labels were right
         self.cls_loss = cls_loss
         self.normalizer = normalizer
         if not hasattr(self.rpn_head, "objectness_logits"):
@@ -100,45 +105,58 @@ class FocalRPN(RPN):
         maps = [features[name] for name in self.in_features]
         logits, deltas = self.rpn_head(maps)  # L × (N, A, H, W), L × (N, A·4, H, W)
         anchors = Anchors.from_generator(self.anchor_generator, maps)
-        matches = self.match(anchors, gt_instances)
+        objects = [_as_one_class(gt) for gt in gt_instances]
+        targets = DenseTargets.from_matches(anchors, self.match(anchors, gt_instances), objects, num_classes=1)
+        losses = self.losses_of(logits, targets.gather(deltas), targets)
 
-        # What Detectron2's methods take.
         boxes = [Boxes(level) for level in anchors.boxes]
         flat_logits = [permute_to_N_HWA_K(level, 1).squeeze(2) for level in logits]  # L × (N, H·W·A)
         flat_deltas = [permute_to_N_HWA_K(level, 4) for level in deltas]  # L × (N, H·W·A, 4)
-        matched = [_boxes_of(index, gt) for (index, _), gt in zip(matches, gt_instances)]  # N × (R, 4)
-        losses = self.losses(boxes, flat_logits, [labels for _, labels in matches], flat_deltas, matched)
-
-        objects = [_as_one_class(gt) for gt in gt_instances]
-        targets = DenseTargets.from_matches(anchors, matches, objects, num_classes=1)
-        losses["loss_rpn_cls"] = self.objectness_loss(logits, deltas, targets)
         return self.predict_proposals(boxes, flat_logits, flat_deltas, images.image_sizes), losses
 
     @torch.no_grad()
     def match(self, anchors: Anchors, gt_instances: list[Instances]) -> list[tuple[Tensor, Tensor]]:
         """For each image the (R,) index of each anchor's box, and its (R,) label: IGNORED, NEGATIVE or POSITIVE."""
-        matches = [self.anchor_matcher(anchors, gt) for gt in gt_instances]
+        matches = match_images(self.anchor_matcher, anchors, gt_instances, check_values=not self.matcher_seen)
+        self.matcher_seen |= any(map(len, gt_instances))
         if self.anchor_boundary_thresh < 0:
             return matches
         boxes = Boxes(torch.cat(anchors.boxes))
         inside = [boxes.inside_box(gt.image_size, self.anchor_boundary_thresh) for gt in gt_instances]
         return [(index, labels.masked_fill(~kept, IGNORED)) for (index, labels), kept in zip(matches, inside)]
 
-    def objectness_loss(self, logits: list[Tensor], deltas: list[Tensor], targets: DenseTargets) -> Tensor:
-        """``loss_rpn_cls``, normalised and weighted. ``logits``: (N, A, H, W); ``deltas``: (N, A·4, H, W), by level."""
-        if getattr(self.cls_loss, "needs_quality", False):
-            rows = targets.gather(deltas).detach().float()  # (P, 4)
-            targets = targets.with_quality(self.box2box_transform.apply_deltas(rows, targets.anchors))
+    def losses_of(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
+        """``loss_rpn_cls`` and ``loss_rpn_loc``, normalised and weighted.
+
+        Args:
+            logits: one (N, A, H, W) tensor a level.
+            deltas: (P, 4), the positives'.
+            targets: one class, object.
+        """
+        num_images = len(logits[0])
+        num_negatives = sum((level == targets.num_classes).sum() for level in targets.labels)
+        storage = get_event_storage()
+        storage.put_scalar("rpn/num_pos_anchors", targets.num_positives / num_images)
+        storage.put_scalar("rpn/num_neg_anchors", num_negatives / num_images)
         normalizer = self.normalizer(targets.num_positives, logits[0].device)
-        loss = self.cls_loss([level.unsqueeze(2) for level in logits], targets)  # of L × (N, A, 1, H, W)
-        check_cls_loss(self.cls_loss, loss, logits, targets)
-        return loss * (self.loss_weight.get("loss_rpn_cls", 1.0) / normalizer)
-
-
-def _boxes_of(matched: Tensor, gt: Instances) -> Tensor:
-    """The (R, 4) matched boxes; zeros in an image without boxes, as in Detectron2."""
-    boxes = gt.gt_boxes.tensor
-    return boxes[matched] if len(boxes) else boxes.new_zeros(len(matched), 4)
+        loss_cls = class_loss(
+            self.cls_loss,
+            [level.unsqueeze(2) for level in logits],  # L × (N, A, 1, H, W)
+            targets,
+            boxes=lambda: self.box2box_transform.apply_deltas(deltas.float(), targets.anchors),
+            scale=self.loss_weight.get("loss_rpn_cls", 1.0) / normalizer,
+        )
+        loss_loc = _dense_box_regression_loss(
+            [Boxes(targets.anchors)],
+            self.box2box_transform,
+            [deltas[None]],
+            [targets.gt_boxes],
+            torch.ones(1, len(deltas), dtype=torch.bool, device=deltas.device),
+            box_reg_loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        scale = self.loss_weight.get("loss_rpn_loc", 1.0) / (self.batch_size_per_image * num_images)
+        return {"loss_rpn_cls": loss_cls, "loss_rpn_loc": loss_loc * scale}
 
 
 def _as_one_class(gt: Instances) -> Instances:

@@ -25,7 +25,7 @@ from focal_plugin.anchors.foreign import TorchvisionAnchorGenerator
 from focal_plugin.config.load import load_config
 from focal_plugin.data.quickstart import source_folder
 from focal_plugin.deploy import export, export_formats
-from focal_plugin.deploy.export_check import ExportError, compare_detections, expected_detections
+from focal_plugin.deploy.export_check import ExportError, compare_detections, expected_detections, expected_maps
 from focal_plugin.deploy.export_formats import FORMATS, quiet
 from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
 
@@ -195,7 +195,7 @@ def test_images_of_another_layout_and_dtype(format, layout, dtype, raw, photo, t
     given = torch.from_numpy(array.reshape([dimensions[side] for side in layout]))
     found = FORMATS[format][1](path)(given)
     if raw:
-        for a, b in zip(export.expected_maps(model, image), found, strict=True):
+        for a, b in zip(expected_maps(model, image), found, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
         return
     compare_detections(expected_detections(model, image), found, model)

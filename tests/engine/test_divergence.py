@@ -4,9 +4,11 @@ import json
 import math
 import os
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -27,27 +29,39 @@ class Head(nn.Module):
         self.logits = [torch.zeros(2, 6, 4, 4), torch.zeros(2, 6, 2, 2)]
         self.deltas = [torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 2, 2)]
 
-    def forward(self):
+    def forward(self, features):
         return self.logits, self.deltas
 
 
-class Detector(nn.Module):
-    num_classes = 3
+class Dense(DenseDetector):
+    """A dense detector of Detectron2's without a network: its head needs no features."""
 
+    num_classes = 3
+    pixel_mean = torch.zeros(1)  # where the model's device is read
+    head_in_features = ()
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.backbone = lambda images: {}
+
+    def preprocess_image(self, batch):
+        return SimpleNamespace(tensor=None)
+
+
+class Detector(Dense):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
         self.head = Head()
 
-    def forward(self, batch):
-        self.head()
+    def forward_training(self, *args):
         raise AssertionError("what comes after the head is not to be computed again")
 
 
 @pytest.fixture
 def batch():
     return [
-        {"image": torch.zeros(3, 8, 8), "file_name": "/images/a.png"},
+        {"image": torch.zeros(3, 8, 8), "file_name": "/images/a.png", "instances": Instances((8, 8))},
         {
             "image": torch.zeros(3, 8, 8),
             "image_id": 7,
@@ -56,54 +70,54 @@ def batch():
     ]
 
 
-def forward(model, part):
-    return model(part)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_where_it_starts(batch, bad):
     model = Detector()
     model.head.deltas[0][1, 5, 3, 2] = bad
-    assert "deltas: level 0, delta 1 of anchor 1, at (3, 2) of 7" in find_cause(model, [batch], forward)
+    assert "deltas: level 0, delta 1 of anchor 1, at (3, 2) of 7" in find_cause(model, [batch])
     model.head.logits[1][0, 4, 1, 0] = bad
-    assert "logits: level 1, class 1 of anchor 1, at (1, 0) of /images/a.png" in find_cause(model, [batch], forward)
+    assert "logits: level 1, class 1 of anchor 1, at (1, 0) of /images/a.png" in find_cause(model, [batch])
     batch[1]["instances"].gt_boxes.tensor[0, 2] = bad
-    assert find_cause(model, [batch[:1], batch[1:]], forward) == "A box of 7 is not finite."
+    assert find_cause(model, [batch[:1], batch[1:]]) == "A box of 7 is not finite."
     batch[0]["image"][0, 0, 0] = bad
-    assert find_cause(model, [batch], forward) == "A pixel of /images/a.png is not finite."
+    assert find_cause(model, [batch]) == "A pixel of /images/a.png is not finite."
     with torch.no_grad():
         model.weight[1] = bad
-    assert "The weight weight is not finite" in find_cause(model, [batch], forward)
+    assert "The weight weight is not finite" in find_cause(model, [batch])
 
 
 def test_nothing_before_the_losses(batch):
     model = Detector()
-    assert find_cause(model, [batch], forward) == ""
-    assert not model.head._forward_pre_hooks
-    assert find_cause(nn.Linear(1, 1), [batch], lambda model, part: None) == ""  # no head to look at
+    assert find_cause(model, [batch]) == ""
+    assert find_cause(nn.Linear(1, 1), [batch]) == ""  # no head to look at
 
 
-class Root(nn.Module):
+class Root(Dense):
     """A detector whose class loss is the sum of the square roots of 6-channel logits: of 0 its gradient is infinite."""
 
-    num_classes = 3
-
-    def __init__(self):
+    def __init__(self, zero=None):
         super().__init__()
-        self.bias = nn.Parameter(torch.full((6,), 4.0))
+        self.head = Levels(zero)
         self.scale = nn.Parameter(torch.ones(()))
-        self.head = Levels()
+        self.factor = 0.0
 
-    def forward(self, batch):
-        logits, _ = self.head([self.bias, self.bias], self.zero)
-        return {"loss_cls": sum(level.sqrt().sum() for level in logits), "loss_box_reg": (self.scale * 0).sqrt()}
+    def forward_training(self, images, features, outputs, gt_instances):
+        loss_box_reg = (self.scale * self.factor).sqrt()
+        return {"loss_cls": sum(level.sqrt().sum() for level in outputs[0]), "loss_box_reg": loss_box_reg}
 
 
 class Levels(nn.Module):
-    def forward(self, biases, zero):
-        logits = [bias.view(1, 6, 1, 1) * torch.ones(2, 6, 3, 3) for bias in biases]
-        if zero is not None:
-            level, where = zero
+    """Logits of 4 at two levels, but for one that is 0."""
+
+    def __init__(self, zero):
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((6,), 4.0))
+        self.zero = zero
+
+    def forward(self, features):
+        logits = [self.bias.view(1, 6, 1, 1) * torch.ones(2, 6, 3, 3) for _ in range(2)]
+        if self.zero is not None:
+            level, where = self.zero
             mask = torch.ones(2, 6, 3, 3)
             mask[where] = 0
             logits[level] = logits[level] * mask
@@ -111,34 +125,29 @@ class Levels(nn.Module):
 
 
 def test_in_the_gradients(batch):
-    model = Root()
-    model.zero = 1, (0, 5, 2, 1)
-    assert all(loss.isfinite() for loss in model(batch).values())
-    found = find_cause_in_gradients(model, [batch], forward, 1.0)
+    found = find_cause_in_gradients(Root(zero=(1, (0, 5, 2, 1))), [batch], 1.0)
     assert "gradient by the head's logits: level 1, class 2 of anchor 1, at (2, 1) of /images/a.png" in found
-    model.zero = None
-    assert "the gradient of the weight scale is not finite" in find_cause_in_gradients(model, [batch], forward, 1.0)
-    assert not model.head._forward_hooks
+    assert "the gradient of the weight scale is not finite" in find_cause_in_gradients(Root(), [batch], 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_in_a_loss_on_finite_outputs(batch, bad):
     """Whatever the weights are called that its gradient reaches first."""
     model = Root()
-    model.zero = None
-
-    def losses(model, part):
-        found = model(part)
-        return {**found, "loss_box_reg": (model.scale * bad).sum()}
-
-    found = find_cause_in_gradients(model, [batch], losses, 1.0)
+    model.factor = bad
+    found = find_cause_in_gradients(model, [batch], 1.0)
     assert found == "It starts in loss_box_reg: weights, images, boxes and the head's outputs are finite."
 
 
+class OneLoss(nn.Linear):
+    """A model that is no dense detector and returns a tensor."""
+
+    def forward(self, batch):
+        return self.weight.sum()
+
+
 def test_not_in_the_gradients(batch):
-    model = nn.Linear(1, 1)
-    found = find_cause_in_gradients(model, [batch], lambda model, part: {"loss": model.weight.sum()}, 1.0)
-    assert "it starts in the losses" in found
+    assert "it starts in the losses" in find_cause_in_gradients(OneLoss(1, 1), [batch], 1.0)
 
 
 def test_what_is_raised(tmp_path):

@@ -37,10 +37,10 @@ def test_gradients_are_those_of_float32(size):
     expected = [parameter.grad.clone() for parameter in top_block.parameters()]
 
     batches = iter([images] * 20)
-    model = Backbone(top_block)
+    model = compute_top_blocks_in_float32(Backbone(top_block))
     trainer = StepTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.0), precision=torch.bfloat16)
     for batch in batches:
-        top_block.zero_grad()
+        model.zero_grad()
         dirty_memory()
         trainer.forward_backward(batch)
         for parameter, grad in zip(top_block.parameters(), expected):

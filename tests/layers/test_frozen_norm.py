@@ -3,9 +3,13 @@ import copy
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 
+from focal_plugin import FocalRetinaNet
 from focal_plugin.layers.frozen_norm import FrozenNormConv2d, fold_frozen_norms, folded
+from tests.small_retinanet import small_config
 
 
 def randomize(norm):
@@ -74,11 +78,47 @@ def test_in_mixed_precision_the_norm_is_folded_and_closer_to_the_exact_result():
 
 def test_modules_parameters_and_names_stay():
     model = nn.Sequential(convolution(), nn.ReLU())
-    conv, state = model[0], model.state_dict()
+    conv, parameters, state = model[0], list(model.parameters()), model.state_dict()
     assert fold_frozen_norms(model) is model
-    assert model[0] is conv
+    assert type(conv) is Conv2d and type(model[0]) is FrozenNormConv2d  # whoever holds the old one sees no change
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == list(state)
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.state_dict().values(), state.values()))
+
+
+class Body(Backbone):
+    """Two features, straight from the image."""
+
+    def __init__(self):
+        super().__init__()
+        self._out_features, self._out_feature_channels = ["c3", "c4"], {"c3": 3, "c4": 3}
+        self._out_feature_strides = {"c3": 8, "c4": 16}
+
+    def forward(self, x):
+        return {"c3": x[..., ::8, ::8], "c4": x[..., ::16, ::16]}
+
+
+def test_a_pyramid_calls_the_new_convolutions():
+    """Detectron2's FPN holds them in lists as well."""
+    pyramid = fold_frozen_norms(FPN(Body(), ["c3", "c4"], 8, norm="FrozenBN"))
+    convs = [module for module in pyramid.modules() if isinstance(module, Conv2d)]
+    called = []
+    for conv in convs:
+        conv.register_forward_hook(lambda module, *_: called.append(module))
+    pyramid(torch.rand(1, 3, 32, 32))
+    assert len(convs) == 4 and {type(conv) for conv in convs} == {FrozenNormConv2d}
+    assert set(called) == set(convs)
+
+
+def test_the_callers_backbone_stays_as_it_is():
+    """A backbone given in Python is used as it is; the one that a config asks for is built with folded norms."""
+    model = build_model(small_config())
+    assert any(type(module) is FrozenNormConv2d for module in model.backbone.modules())
+    arguments = FocalRetinaNet.from_config(small_config())
+    given = Body()
+    given.conv = convolution()
+    assert FocalRetinaNet(**{**arguments, "backbone": given}).backbone is given
+    assert type(given.conv) is Conv2d
 
 
 def test_a_checkpoint_loaded_afterwards_counts():

@@ -142,7 +142,7 @@ def test_losses(tiny_config, head):
     model = build(tiny_config)
     if head == "plain":  # one that takes no targets
         forward = model.head.forward
-        model.head_takes_targets = False
+        model.head.takes_targets = False
         model.head.forward = lambda features: forward(features)
     boxes, regions = [[4.0, 4, 20, 20]], [[30.0, 30, 64, 64]]
     stock, gradients = losses_of(model, image(*boxes))
