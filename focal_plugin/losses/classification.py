@@ -55,7 +55,7 @@ class ElementwiseLoss(nn.Module, ABC):
             if self.needs_quality:
                 quality.view(-1)[targets.positives[i]] = self._quality(targets, i).to(quality.dtype)
             for block in _blocks(level, labels, quality):
-                total = total + checkpoint(self._sum, *block, use_reentrant=False, preserve_rng_state=False)
+                total = total + checkpoint(self._sum, *block, use_reentrant=False)
         return total
 
     def _sum(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:

@@ -134,6 +134,30 @@ def test_a_parameter_of_a_loss_learns(block_size, monkeypatch):
     torch.testing.assert_close(gradient, 2 * found / loss.scale)  # of s²·x
 
 
+class Noisy(ElementwiseLoss):
+    """A user's loss that draws random numbers."""
+
+    def elementwise(self, logits, targets):
+        return torch.rand_like(logits) * (nn.functional.dropout(logits, 0.3) - targets) ** 2
+
+
+@pytest.mark.parametrize("block_size", [0, 2**22])
+def test_a_loss_may_draw_random_numbers(block_size, monkeypatch):
+    """Backward computes each block again with the numbers that forward drew, and leaves the generator alone."""
+    monkeypatch.setattr(classification, "_BLOCK_SIZE", block_size)
+    targets = draw_targets([2, 0, 3])
+    logits = draw_logits(targets)
+    found = []
+    for checkpoint in (classification.checkpoint, lambda function, *args, **_: function(*args)):
+        monkeypatch.setattr(classification, "checkpoint", checkpoint)
+        torch.manual_seed(0)
+        loss = Noisy()(views(logits, targets), targets)
+        after_forward = torch.get_rng_state()
+        found.append((loss, *torch.autograd.grad(loss, logits)))
+        assert torch.equal(torch.get_rng_state(), after_forward)
+    assert all(map(torch.equal, *found))
+
+
 def test_the_graph_keeps_no_copies_of_the_logits():
     """A level is larger than a block: what lives from forward to backward is the logits."""
     labels = torch.full((1, 9, 80, 80), 80)
