@@ -60,7 +60,7 @@ Initialisations of the classifier's bias (section 3.3), built with ``(cfg)`` and
 ``nn.init``, channel ``a·K + k``.
 """
 
-# Any component that wants to know how many boxes each class has (class_frequencies.class_shares) says so with a class
+# Any component that wants to know how many boxes each class has (class_weights.class_shares) says so with a class
 # method needs_class_frequencies(cfg) → bool; where the config does not tell, they are then counted before training.
 
 _CONFIG_KEYS = {

@@ -82,7 +82,7 @@ PAPER = {
     "class_loss": {"contracts", "structures"},
     "inference": {"structures"},
     "matchers": {"contracts", "registry", "structures"},
-    "losses": {"contracts", "registry", "structures"},
+    "losses": {"config.keys", "contracts", "registry", "structures"},
     "heads": {"losses", "registry", "structures"},
     "retinanet": {
         *{"class_loss", "config.keys", "contracts", "inference", "layers", "matchers", "normalizer", "registry"},

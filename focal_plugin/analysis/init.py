@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..class_loss import loss_of_positives, with_quality
 from ..data import check_num_classes
 from ..engine import Trainer
-from ..losses import ElementwiseLoss, SigmoidFocalLoss
+from ..losses import AlphaBalancedBCELoss, BCELoss, ElementwiseLoss, SigmoidFocalLoss
 from ..registry import build_bias_init
 from ..retinanet import FocalRetinaNet
 from ..structures import IGNORED, DenseTargets
@@ -200,7 +200,7 @@ def _bias_off(model: FocalRetinaNet, bias: Tensor) -> float | None:
 
 def _textbook(loss: nn.Module, bias: Tensor, targets: DenseTargets) -> float | None:
     """Equation 5 for probabilities σ(bias), by counting: how many positives and negatives each (a, k) has."""
-    if not isinstance(loss, SigmoidFocalLoss):
+    if not isinstance(loss, (SigmoidFocalLoss, AlphaBalancedBCELoss, BCELoss)):
         return None
     p = bias.double().sigmoid().cpu()  # (A, K)
     alpha = torch.as_tensor(loss.alpha, dtype=torch.float64).cpu().expand(p.shape[1])  # (K,)

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..data import register_local_datasets
 from ..files.safe_yaml import merge_from_file
-from ..losses.class_frequencies import fill_class_frequencies
+from ..losses.class_weights import fill_class_frequencies
 from ..registry import import_user_modules
 from .explain import explained_keys, merge_from_list
 from .keys import ConfigError, add_focal_config

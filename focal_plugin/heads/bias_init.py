@@ -7,7 +7,7 @@ import torch
 from detectron2.config import configurable
 from torch import nn
 
-from ..losses.class_frequencies import class_shares
+from ..losses.class_weights import class_shares
 from ..registry import BIAS_INIT_REGISTRY
 
 

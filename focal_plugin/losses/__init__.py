@@ -4,13 +4,13 @@ from .box import CIoUBoxLoss, DIoUBoxLoss, GIoUBoxLoss, SmoothL1BoxLoss
 from .classification import (
     AlphaBalancedBCELoss,
     BCELoss,
-    ElementwiseLoss,
     FocalLossStar,
     HingeLoss,
     QualityFocalLoss,
     SigmoidFocalLoss,
     VarifocalLoss,
 )
+from .elementwise import ElementwiseLoss
 from .mining import MiniBatchLoss, OHEMLoss, SampledBCELoss
 
 __all__ = [

@@ -1,21 +1,96 @@
-"""Shares of the classes, and when and how boxes are counted."""
+"""Shares of the classes, when and how boxes are counted, and each class's α, listed or from the shares."""
 
 import json
 import logging
+import math
 from argparse import Namespace
 
 import pytest
+import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
-from focal_plugin import BIAS_INIT_REGISTRY, add_focal_config
+from focal_plugin import BIAS_INIT_REGISTRY, add_focal_config, build_cls_loss
 from focal_plugin.config.load import load_config
 from focal_plugin.engine import start_run
-from focal_plugin.losses.class_frequencies import class_shares, count_boxes, needs_class_frequencies
+from focal_plugin.losses.class_weights import (
+    alpha_from_config,
+    class_shares,
+    count_boxes,
+    frequency_alpha,
+    needs_class_frequencies,
+)
 
 BY_FREQUENCY = ["MODEL.FOCAL.BIAS_INIT.NAME", "ClassFrequencyBiasInit"]
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    return cfg
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.25, 0.75])
+@pytest.mark.parametrize("power", [-1, 0.5, 1, 2])
+def test_weights_go_as_a_power_of_the_frequency(alpha, power):
+    shares = [0.7, 0.2, 0.09, 0.01]
+    found = frequency_alpha(alpha, shares, power)
+    odds = [a / (1 - a) for a in found]
+    for odd, share in zip(odds, shares):
+        assert odd / odds[0] == pytest.approx((shares[0] / share) ** power)
+    assert math.prod(odds) ** (1 / 4) == pytest.approx(alpha / (1 - alpha))
+    assert all(0 < a < 1 for a in found)
+
+
+def test_by_hand():
+    # the geometric mean of .8 and .2 is .4: odds of 1/3 halved and doubled
+    assert frequency_alpha(0.25, [0.8, 0.2], 1) == pytest.approx([1 / 7, 2 / 5])
+
+
+@pytest.mark.parametrize("shares, power", [([0.25] * 4, 1), ([0.7, 0.3], 0), ([1.0], 1)])
+def test_nothing_to_balance(shares, power):
+    assert frequency_alpha(0.25, shares, power) == pytest.approx([0.25] * len(shares))
+
+
+@pytest.mark.parametrize("alpha", [-1, 0, 1])
+def test_an_alpha_without_odds_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"FOCAL_LOSS_ALPHA is .*between 0 and 1"):
+        frequency_alpha(alpha, [0.5, 0.5], 1)
+    with pytest.raises(ValueError, match="CLASS_ALPHA_POWER is inf"):
+        frequency_alpha(0.5, [0.5, 0.5], math.inf)
+
+
+def test_a_config_has_one_alpha_by_default(cfg):
+    cfg.MODEL.FOCAL.CLASS_FREQUENCIES = [8, 1, 1]  # alone, they change nothing
+    assert alpha_from_config(cfg) == 0.25
+
+
+def test_a_list(cfg):
+    cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA = [0.1, 0.2, 0.3]
+    assert alpha_from_config(cfg) == [0.1, 0.2, 0.3]
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    with pytest.raises(ValueError, match=r"CLS_LOSS\.CLASS_ALPHA has 3 numbers and .*NUM_CLASSES is 2"):
+        alpha_from_config(cfg)
+
+
+@pytest.mark.parametrize("name", ["SigmoidFocalLoss", "AlphaBalancedBCELoss", "FocalLossStar"])
+def test_from_frequencies(cfg, name):
+    cfg.MODEL.FOCAL.CLS_LOSS.NAME = name
+    cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER = 1.0
+    with pytest.raises(ValueError, match=r"MODEL\.FOCAL\.CLASS_FREQUENCIES is empty"):
+        build_cls_loss(cfg)
+    cfg.MODEL.FOCAL.CLASS_FREQUENCIES = [16, 4, 1]  # a geometric mean of 4
+    torch.testing.assert_close(build_cls_loss(cfg).alpha, torch.tensor([1 / 13, 1 / 4, 4 / 7]))
+    cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA = [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match=r"CLASS_ALPHA lists .*CLASS_ALPHA_POWER"):
+        build_cls_loss(cfg)
+
+
+# Shares
 
 
 def shares_of(counts, num_classes=3):

@@ -1,0 +1,131 @@
+"""The classes' shares of the boxes, and α: one number for all classes, or one for each."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from ..config.keys import ConfigError
+from ..registry import chosen_components
+
+
+def alpha_from_config(cfg: CfgNode) -> float | list[float]:
+    """Return α: ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, or one number a class where the config asks for it.
+
+    ``MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA`` lists them; ``CLASS_ALPHA_POWER`` beside it derives them from the class
+    frequencies, see ``frequency_alpha``.
+
+    Raises:
+        ConfigError: both are given; CLASS_ALPHA has another length than K; or as ``frequency_alpha``.
+    """
+    alpha, loss = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, cfg.MODEL.FOCAL.CLS_LOSS
+    if loss.CLASS_ALPHA and loss.CLASS_ALPHA_POWER:
+        raise ConfigError(
+            "MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA lists an alpha for each class and CLASS_ALPHA_POWER "
+            f"({loss.CLASS_ALPHA_POWER}) would derive them from the class frequencies: empty one, or set the other 0."
+        )
+    if loss.CLASS_ALPHA:
+        return _one_a_class(cfg, "MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA", loss.CLASS_ALPHA)
+    if loss.CLASS_ALPHA_POWER:
+        return frequency_alpha(alpha, class_shares(cfg), loss.CLASS_ALPHA_POWER)
+    return alpha
+
+
+def alpha_needs_class_frequencies(cfg: CfgNode) -> bool:
+    """Whether ``alpha_from_config`` reads the class frequencies."""
+    return cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER != 0
+
+
+def frequency_alpha(alpha: float, shares: Sequence[float], power: float) -> list[float]:
+    """α of each class such that α_k / (1 − α_k) = α / (1 − α) · (g / f_k)^power, g being the geometric mean of the f_k.
+
+    The left side is how much more a positive of class k weighs than a negative. That weight is proportional to the
+    inverse frequency (power 1) or to its root (.5), or is the same for all classes (0); its geometric mean over the
+    classes stays that of ``alpha``.
+
+    Args:
+        alpha: the weight of a class of mean frequency, in (0, 1).
+        shares: f_k > 0, the classes' shares of the boxes.
+        power: how strongly the frequency counts.
+
+    Raises:
+        ConfigError: alpha is not in (0, 1), or power is not finite.
+    """
+    if not 0 < alpha < 1:
+        raise ConfigError(
+            f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {alpha}; with MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER expected a "
+            "number between 0 and 1."
+        )
+    if not math.isfinite(power):
+        raise ConfigError(f"MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER is {power}; expected a finite number.")
+    logs = [math.log(share) for share in shares]
+    mean = sum(logs) / len(logs)  # log g
+    odds = [alpha / (1 - alpha) * math.exp(power * (mean - log)) for log in logs]
+    return [odd / (1 + odd) for odd in odds]  # in (0, 1) for any odds
+
+
+def class_shares(cfg: CfgNode) -> list[float]:
+    """Return each class's share of the boxes, in all 1, from ``MODEL.FOCAL.CLASS_FREQUENCIES``.
+
+    A class without boxes gets the count of the rarest class that has some: absent from the training set, it is rare and
+    not impossible.
+
+    Raises:
+        ConfigError: the key is empty, has another length than K, or holds numbers that are no frequencies.
+    """
+    counts = cfg.MODEL.FOCAL.CLASS_FREQUENCIES
+    if not counts:
+        raise ConfigError(
+            "MODEL.FOCAL.CLASS_FREQUENCIES is empty, and a component that the config names needs it: give the number "
+            "of boxes of each class, or their shares. load_config, and so train_net.py, counts them in DATASETS.TRAIN."
+        )
+    counts = _one_a_class(cfg, "MODEL.FOCAL.CLASS_FREQUENCIES", counts)
+    if not all(0 <= count < math.inf for count in counts) or not any(counts):
+        raise ConfigError(
+            f"MODEL.FOCAL.CLASS_FREQUENCIES is {counts}; expected finite numbers ≥ 0, at least one of them above 0."
+        )
+    rarest = min(count for count in counts if count > 0)
+    counts = [count or rarest for count in counts]
+    return [count / sum(counts) for count in counts]
+
+
+def _one_a_class(cfg: CfgNode, key: str, numbers: Sequence[float]) -> list[float]:
+    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    if len(numbers) != num_classes:
+        raise ConfigError(
+            f"{key} has {len(numbers)} numbers and MODEL.RETINANET.NUM_CLASSES is {num_classes}; expected one a class."
+        )
+    return list(numbers)
+
+
+def fill_class_frequencies(cfg: CfgNode) -> None:
+    """Set an empty ``MODEL.FOCAL.CLASS_FREQUENCIES`` to the counts of ``DATASETS.TRAIN``, if a component needs it.
+
+    User modules and data sets have to be registered before. If a name in ``DATASETS.TRAIN`` is not registered, nothing
+    is counted.
+    """
+    if cfg.MODEL.FOCAL.CLASS_FREQUENCIES or not needs_class_frequencies(cfg) or not cfg.DATASETS.TRAIN:
+        return
+    if all(name in DatasetCatalog for name in cfg.DATASETS.TRAIN):
+        key = "ROI_HEADS" if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" else "RETINANET"
+        cfg.MODEL.FOCAL.CLASS_FREQUENCIES = count_boxes(cfg.DATASETS.TRAIN, cfg.MODEL[key].NUM_CLASSES)
+
+
+def needs_class_frequencies(cfg: CfgNode) -> bool:
+    """Whether a component that ``cfg`` names reads the class frequencies; its method of this name tells."""
+    asked = (getattr(component, "needs_class_frequencies", None) for component in chosen_components(cfg))
+    return any(needs is not None and needs(cfg) for needs in asked)
+
+
+def count_boxes(datasets: Iterable[str], num_classes: int) -> list[int]:
+    """Count the boxes of each class in registered data sets, without crowds; at least ``num_classes`` counts."""
+    counts = [0] * num_classes
+    for name in datasets:
+        for record in DatasetCatalog.get(name):
+            for annotation in record.get("annotations", ()):
+                if annotation.get("iscrowd", 0) == 0:
+                    category = annotation["category_id"]
+                    counts += [0] * (category + 1 - len(counts))
+                    counts[category] += 1
+    return counts

@@ -1,0 +1,96 @@
+"""The base of the losses that look at one logit at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..contracts import checked_elementwise
+from ..structures import IGNORED, DenseTargets
+
+_BLOCK_SIZE = 2**22  # logits whose temporaries are in memory at a time
+
+
+class ElementwiseLoss(nn.Module, ABC):
+    """A loss that is a sum over anchors and classes of a function of one logit and its target.
+
+    A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves the ignored anchors out
+    and sums. Targets and temporaries are in memory for a few million logits at a time and computed again in backward,
+    with the same random numbers if ``elementwise`` draws any.
+
+    Targets are 0 and 1. With the class attribute ``needs_quality = True`` they are soft: a positive's target for its
+    class is its quality, the IoU of the box that is predicted for it with its ground truth.
+
+    Args:
+        hyperparameters: become attributes and are shown by ``repr``. A tensor is a buffer, which moves with the module
+            and is not in checkpoints: they hold what is learnt.
+    """
+
+    needs_quality = False
+
+    def __init__(self, **hyperparameters: float | Tensor):
+        super().__init__()
+        self._hyperparameters = tuple(hyperparameters)
+        for name, value in hyperparameters.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, float(value))
+
+    @abstractmethod
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each element. All are float tensors of one shape, (..., K, H, W)."""
+
+    def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
+        """Sum over all anchors that are not ignored and all classes; a float32 scalar.
+
+        Args:
+            logits: one (N, A, K, H, W) view a level.
+            targets: of the same anchors.
+
+        Raises:
+            ValueError: the loss needs the positives' quality, and ``targets`` have none.
+        """
+        # Every anchor counts, about 100,000 an image: the focal loss needs no sampling heuristic (section 4.1).
+        total = torch.zeros((), device=logits[0].device)
+        for i, (level, labels) in enumerate(zip(logits, targets.labels)):
+            quality = torch.ones(labels.shape, device=labels.device)  # (N, A, H, W)
+            if self.needs_quality:
+                quality.view(-1)[targets.positives[i]] = self._quality(targets, i).to(quality.dtype)
+            for block in _blocks(level, labels, quality):
+                total = total + checkpoint(self._sum, *block, use_reentrant=False)
+        return total
+
+    def _sum(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+        """The sum over logits (..., K, H, W) with labels and quality (..., H, W)."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        labels = labels.unsqueeze(-3)  # (..., 1, H, W)
+        classes = torch.arange(logits.shape[-3], device=logits.device).view(-1, 1, 1)  # (K, 1, 1)
+        # One sigmoid a class: background, label K, is no class but all targets 0.
+        wanted = torch.where(labels == classes, quality.unsqueeze(-3), 0.0).to(logits.dtype)  # (..., K, H, W)
+        loss = checked_elementwise(self, self.elementwise(logits, wanted), logits)
+        return torch.where(labels == IGNORED, 0.0, loss).sum()  # no product: an ignored anchor's may be infinite
+
+    def _quality(self, targets: DenseTargets, level: int) -> Tensor:
+        """The quality of the positives of a level, (P_l,)."""
+        if targets.quality is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the quality of each positive, and these DenseTargets have none: give it "
+                "targets.with_quality(boxes), with the predicted boxes of the positives."
+            )
+        return targets.quality.split([len(positives) for positives in targets.positives])[level]
+
+    def extra_repr(self) -> str:
+        numbers = {name: getattr(self, name) for name in self._hyperparameters}
+        return ", ".join(f"{name}={x.tolist() if isinstance(x, Tensor) else x}" for name, x in numbers.items())
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split the tensors along their first dimensions, until the first has at most ``_BLOCK_SIZE`` elements."""
+    if tensors[0].numel() <= _BLOCK_SIZE or tensors[0].dim() <= 3:
+        yield tensors
+        return
+    for slices in zip(*(tensor.unbind() for tensor in tensors)):
+        yield from _blocks(*slices)
