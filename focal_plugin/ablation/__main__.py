@@ -8,12 +8,14 @@ again goes on with what is unfinished and runs nothing twice.
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.explain import split_pairs
@@ -24,16 +26,16 @@ from .rows import DATA, ROOT, find_base, find_tables
 from .runs import Run, count_images, plan, versions
 from .unread import without_effect
 
+PROG = "python -m focal_plugin.ablation"
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ``words`` are split into ``rows`` and ``opts``, the KEY VALUE pairs.
+
+def parse(argv: Sequence[str], prog: str = PROG) -> argparse.Namespace:
+    """Return the command line, with its words split into ``rows`` and ``opts``, the KEY VALUE pairs.
 
     Raises:
-        SystemExit: something is missing, or is not as it should be.
+        SystemExit: a word is missing or wrong.
     """
-    parser = argparse.ArgumentParser(
-        "python -m focal_plugin.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "words",
         nargs="+",
@@ -77,9 +79,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run and report. 0 if every run has a result; 1 if one has failed or is wrongly asked for."""
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a table of configs and report it.
+
+    Args:
+        argv: the words of the command line; those of this process if not given.
+        prog: the name of the program in usage lines and in the report.
+
+    Returns:
+        0 if every run has a result; 1 if one has none, or if a word, config or file is wrong; 130 after Ctrl+C.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the encoding of a terminal may lack Δ
+    argv, prog = sys.argv[1:] if argv is None else list(argv), prog or PROG
+    args = parse(argv, prog)
+    args.command = f"{prog} {shlex.join(argv)}"
     try:
         tables = find_tables(args.rows)
         base = find_base(args.data) if args.data else None
@@ -124,7 +138,7 @@ def run_all(args: argparse.Namespace, runs: list[Run], launcher, images: dict[st
         ends = (signal.SIGINT, signal.SIGTERM)
         former = [signal.signal(number, signal.default_int_handler) for number in ends]
         try:
-            note_start(args.output / "ablation.json", images)
+            note_start(args.output / "ablation.json", args.command, images)
             execute(runs, launcher, args.train_net, {"versions": versions()})
         except KeyboardInterrupt:
             return 130
@@ -134,10 +148,9 @@ def run_all(args: argparse.Namespace, runs: list[Run], launcher, images: dict[st
     return 0
 
 
-def note_start(path: Path, images: dict[str, int]) -> None:
+def note_start(path: Path, command: str, images: dict[str, int]) -> None:
     """Add this start of the program to the notes of the output folder."""
     starts = read_json(path, {}).get("starts", [])
-    command = shlex.join(["python", "-m", "focal_plugin.ablation", *sys.argv[1:]])
     new = path.with_suffix(".new")
     new.write_text(
         json.dumps({"images": images, "starts": [*starts, {"time": time.time(), "command": command}]}, indent=2)
@@ -158,5 +171,4 @@ def make_launcher(args: argparse.Namespace, num_runs: int) -> LocalLauncher | Sl
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may have no Δ
     sys.exit(main())

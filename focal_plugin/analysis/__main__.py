@@ -13,9 +13,9 @@ from .common import UserError
 _WHAT = {"doctor": doctor, "loss-cdf": loss_cdf, "init": init, "anchors": anchors, "speed": speed}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: a subcommand for each analysis, described by the first line of its module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m focal_plugin.analysis", description=__doc__)
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line: a subcommand for each analysis, described by its module's docstring."""
+    parser = argparse.ArgumentParser(prog=prog or "python -m focal_plugin.analysis", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, module in _WHAT.items():
         summary = module.__doc__.splitlines()[0]
@@ -26,10 +26,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one analysis. 0, 1 for a finding that is wrong, 2 for what the user can put right."""
-    words, pairs = split_pairs(sys.argv[1:] if arguments is None else arguments)
-    args = build_parser().parse_args(words)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one analysis.
+
+    Args:
+        argv: the words of the command line; those of this process if not given.
+        prog: the name of the program in usage lines.
+
+    Returns:
+        0; 1 if the analysis found a problem; 2 if the user has to correct the command line, the config or a file.
+    """
+    words, pairs = split_pairs(sys.argv[1:] if argv is None else argv)
+    args = build_parser(prog).parse_args(words)
     args.opts += pairs
     try:
         return _WHAT[args.what].main(args)

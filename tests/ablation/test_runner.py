@@ -15,7 +15,7 @@ import cloudpickle
 import pytest
 from detectron2.data import DatasetCatalog
 
-from focal_plugin.ablation.__main__ import make_launcher, parse
+from focal_plugin.ablation.__main__ import main, make_launcher, parse
 from focal_plugin.ablation.job import TrainJob
 from focal_plugin.ablation.launch import LocalLauncher
 from focal_plugin.ablation.rows import find_base, find_tables
@@ -72,6 +72,18 @@ def test_every_row_with_every_seed_once(ablation, table, capfd):
     assert ablation("--seeds", 2) == 0
     assert starts(table) == {f"gamma_{gamma}/seed{seed}": 1 for gamma in (0, 1, 2) for seed in (1, 2)}
     assert report(table) == {"gamma_0": 2.5, "gamma_1": 12.5, "gamma_2": 22.5}  # 10γ + 1 and 10γ + 4
+
+
+def test_the_program_as_a_part_of_another(rows, tiny_config, train_net, table, capsys):
+    """Its usage lines and the command of the report have the other one's name."""
+    words = [str(rows.folder / "gamma_0.yaml"), "--data", tiny_config, "--train-net", str(train_net)]
+    assert main([*words, "--output", str(table)], prog="focal ablation") == 0
+    (start,) = json.loads((table / "ablation.json").read_text())["starts"]
+    assert start["command"] == f"focal ablation {' '.join(words)} --output {table}"
+    for prog, name in (("focal ablation", "focal ablation"), (None, "python -m focal_plugin.ablation")):
+        with pytest.raises(SystemExit) as end:
+            main(["--help"], prog)
+        assert end.value.code == 0 and f"usage: {name} " in capsys.readouterr().out
 
 
 def test_a_job_starts_without_pytorch(tmp_path):

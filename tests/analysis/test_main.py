@@ -10,6 +10,17 @@ from focal_plugin.analysis.__main__ import main
 
 
 @pytest.mark.parametrize(
+    ("prog", "name"), [("focal analysis", "focal analysis"), (None, "python -m focal_plugin.analysis")]
+)
+@pytest.mark.parametrize("what", [[], ["anchors"]])
+def test_the_name_in_usage_lines(prog, name, what, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*what, "--help"], prog)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join([name, *what])} ")
+
+
+@pytest.mark.parametrize(
     "opts, message",
     [
         (["MODEL.NOPE", "3"], "MODEL.NOPE"),
