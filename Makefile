@@ -14,7 +14,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 # The stamp's name is a digest of all that the set-up depends on: what changes one of them sets up again.
 quote = '$(subst ','\'',$(1))'
-INPUTS := setup.cfg pyproject.toml $(wildcard requirements/*)
+INPUTS := setup.cfg setup.py pyproject.toml $(wildcard requirements/*)
 STAMP := $(VENV)/.setup-$(shell { echo $(call quote,$(DETECTRON2)); cat $(INPUTS); } | sha256sum | cut -c1-16)
 
 .DEFAULT_GOAL := help

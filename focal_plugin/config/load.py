@@ -1,36 +1,46 @@
 """A config from a file and a command line."""
 
 import os
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 
 from ..data import register_local_datasets
 from ..files.safe_yaml import merge_from_file
+from ..files.shipped import CONFIGS, shipped
 from ..losses.class_weights import fill_class_frequencies
 from ..registry import import_user_modules
 from .explain import explained_keys, merge_from_list
 from .keys import ConfigError, add_focal_config
 
+# Not through detectron2.model_zoo, whose import needs pkg_resources, which setuptools no longer has.
+_ZOO = Path(str(files("detectron2") / "model_zoo" / "configs"))
+
 
 def find_config(name: str) -> str:
-    """The path of the config file ``name``: a file, or a name of Detectron2's model zoo such as
-    ``COCO-Detection/retinanet_R_50_FPN_1x.yaml``.
+    """Return the path of the config file ``name``, which is, in this order:
+
+    - a file, relative to the current folder, or a URL;
+    - a shipped config such as ``quickstart/trees.yaml``, with or without ``configs/`` before it;
+    - a config of Detectron2's model zoo such as ``COCO-Detection/retinanet_R_50_FPN_1x.yaml``.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: it is none of them.
     """
     if os.path.exists(name) or "://" in name:
         return name
-    try:
-        from detectron2 import model_zoo  # only here, since it needs a setuptools that not everyone has
-
-        return model_zoo.get_config_file(name)
-    except ImportError as error:
-        zoo = f"Detectron2's model zoo cannot be imported ({error})"
-    except (RuntimeError, ValueError):
-        zoo = "no such name in Detectron2's model zoo"
-    raise FileNotFoundError(f"--config-file {name}: there is no such file in {os.getcwd()}, and {zoo}.")
+    for path in (shipped(name), _ZOO / name):
+        if path.is_file():
+            return str(path)
+    names = [str(file.relative_to(folder)) for folder in (CONFIGS, _ZOO) for file in sorted(folder.rglob("*.*"))]
+    near = get_close_matches(name.removeprefix("configs/"), names)
+    raise FileNotFoundError(
+        f"--config-file {name}: there is no such file in {os.getcwd()}, and no such config in {CONFIGS} or in "
+        f"Detectron2's model zoo." + (f" Near it: {', '.join(near)}." if near else "")
+    )
 
 
 def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -> CfgNode:

@@ -1,38 +1,18 @@
 """A command line becomes a config; what cannot be right is said before anything runs."""
 
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 
-from focal_plugin.config.load import find_config, load_config, usable_device
+from focal_plugin.config.load import load_config, usable_device
 from focal_plugin.engine import start_run
 from focal_plugin.files.safe_yaml import ConfigError
 
 pytestmark = pytest.mark.usefixtures("loggers")
 
 ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-
-
-def test_a_config_is_a_file_or_a_name_of_the_zoo(tmp_path, monkeypatch):
-    assert Path(find_config(ZOO)).is_file()
-    (tmp_path / "COCO-Detection").mkdir()
-    (tmp_path / ZOO).write_text("VERSION: 2\n")
-    monkeypatch.chdir(tmp_path)
-    assert find_config(ZOO) == ZOO  # a file of one's own comes first
-    with pytest.raises(FileNotFoundError, match=r"missing\.yaml: there is no such file in .*model zoo"):
-        find_config("missing.yaml")
-
-
-def test_a_missing_config_where_the_zoo_cannot_be_imported(monkeypatch):
-    """It needs a part of setuptools that newer ones do not have."""
-    monkeypatch.delattr("detectron2.model_zoo", raising=False)
-    monkeypatch.setitem(sys.modules, "detectron2.model_zoo", None)
-    with pytest.raises(FileNotFoundError, match=r"missing\.yaml: there is no such file in .*cannot be imported"):
-        find_config("missing.yaml")
 
 
 def test_a_stock_config_and_one_line():

@@ -1,0 +1,156 @@
+"""The front door: every command by name, its modules imported when it is called, its help under its own name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from focal_plugin import __main__ as front
+from focal_plugin import train
+from focal_plugin.engine import Trainer
+
+ROOT = Path(__file__).parents[1]
+NAMES = {"train", "eval", "predict", "export", "convert", "doctor", "analysis", "ablation", "replay", "quickstart"}
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_one_help_page(capsys, flag):
+    assert front.main([flag], "focal") == 0
+    page = capsys.readouterr().out
+    listed = page.split("commands:\n")[1].split("\n\n")[0]
+    assert {line.split()[0] for line in listed.splitlines()} == NAMES == set(front.COMMANDS)
+    assert page.startswith("usage: focal COMMAND")
+    assert "focal train --config-file quickstart/trees.yaml" in page
+    assert str(ROOT / "configs") in page
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_no_command(capsys):
+    assert front.main([], "focal") == 2
+    assert capsys.readouterr().err == front.help_page("focal")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("pridict", "Near it: predict."), ("evaluate", "Near it: eval."), ("xyz", f"The commands: {', '.join(NAMES)}.")],
+)
+def test_an_unknown_command(capsys, name, hint):
+    assert front.main([name, "--help"], "focal") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"focal: there is no command {name!r}. ")
+    assert sorted(error.replace(",", "").split()) == sorted(
+        f"focal: there is no command {name!r}. {hint} See `focal --help`.".replace(",", "").split()
+    )
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_command_has_its_own_help(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        front.main([name, "--help"], "focal")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: focal {name} ")
+    assert "%(prog)s" not in text and "train_net.py" not in text.replace("Detectron2's tools/train_net.py", "")
+
+
+def test_a_command_takes_its_words_and_gives_its_exit_code(monkeypatch):
+    called = []
+    monkeypatch.setattr(train, "main", lambda *args: called.append(args) or 3)
+    assert front.main(["train", "--config-file", "my.yaml", "SEED", "1"], "focal") == 3
+    assert called == [(["--config-file", "my.yaml", "SEED", "1"], "focal train")]
+
+
+def test_a_command_finds_the_modules_of_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "main", lambda words, prog: None)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert front.main(["train"], "focal") is None
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def run(*words, code=None):
+    command = [sys.executable, *(["-c", code] if code else ["-m", "focal_plugin", *words])]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_python_m_focal_plugin():
+    result = run("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: python -m focal_plugin COMMAND")
+    assert run("no-such").returncode == 2
+
+
+def test_modules_are_imported_when_their_command_is_called():
+    """The public names need the rooms of the paper and some beside it, and the front door no others."""
+    code = """
+import sys
+import focal_plugin
+before = set(sys.modules)
+from focal_plugin import __main__ as front
+for words in ([], ["--help"], ["no-such"]):
+    front.main(words, "focal")
+print(*(name for name in sys.modules if name not in before and name.startswith("focal_plugin")), file=sys.stderr)
+for room in ("ablation", "analysis", "deploy", "engine", "train"):
+    assert f"focal_plugin.{room}" not in sys.modules, room
+"""
+    result = run(code=code)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == "focal_plugin.__main__"
+
+
+# Training, evaluation and checks
+
+
+def test_eval(tiny_config, monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "launch", lambda process, *args, **kwargs: given.append((process, kwargs["args"])))
+    words = ["--config-file", tiny_config, "--resume", "SEED", "1"]
+    assert front.main(["eval", *words], "focal") == 0
+    assert front.main(["train", *words], "focal") == 0
+    (process, (evaluated,)), (_, (trained,)) = given
+    assert process is train.run
+    assert (evaluated.eval_only, trained.eval_only) == (True, False)
+    assert evaluated.resume and evaluated.config_file == tiny_config and evaluated.opts == ["SEED", "1"]
+
+
+def test_run_takes_another_trainer(tiny_config, monkeypatch):
+    class MyTrainer(Trainer):
+        def __init__(self, cfg, *args):
+            raise InterruptedError(cfg.SEED)
+
+    args = train.build_parser().parse_args(["--config-file", tiny_config, "SEED", "7"])
+    monkeypatch.setattr(train, "start_run", lambda cfg, args: None)
+    with pytest.raises(InterruptedError, match="7"):
+        train.run(args, MyTrainer)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        ([], 0, "first loss"),
+        (["--num-gpus", "8", "--num-images", "1"], 0, "on 1 image"),
+        (["MODEL.RETINANET.NUM_CLASSES", "3"], 1, "NUM_CLASSES"),
+        (["--weights", "nowhere.pth"], 1, "nowhere.pth"),
+        (["--num-images", "-1"], 2, "--num-images"),
+    ],
+)
+def test_doctor(tiny_config, capsys, words, code, text):
+    assert front.main(["doctor", "--config-file", tiny_config, *words], "focal") == code
+    assert text in "".join(capsys.readouterr())
+
+
+def test_quickstart_says_what_it_needs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        front.main(["quickstart", "--output", str(tmp_path / "trees")], "focal")
+    assert end.value.code == 1
+    assert "pip install --no-deps deepforest==2.1.0" in capsys.readouterr().err
+    assert not (tmp_path / "trees").exists()
