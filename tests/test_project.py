@@ -104,6 +104,8 @@ TOOLS = {
     "ablation": set(PAPER)
     | {"analysis", "backbones", "config", "data", "deploy", "engine", "evaluation", "files", "pipelines"},
 }
+# Commands, above all rooms. `__main__` imports a command's module when it is called.
+TOOLS |= {"train": {"analysis", "config", "deploy", "engine"}, "__main__": {"files"}}
 BELOW = PAPER | TOOLS
 
 

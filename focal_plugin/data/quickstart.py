@@ -16,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -163,9 +164,11 @@ def _cut(source: Path, stem: str, folder: Path, tile: int, overlap: int, min_ins
     (folder / "annotations.json").write_text(json.dumps(content))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """The command line: ``python -m focal_plugin.data.quickstart --help``."""
-    parser = argparse.ArgumentParser(description="Write the quickstart's data: tiles of airborne images with trees.")
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Write the quickstart's data: tiles of airborne images with trees."
+    )
     parser.add_argument(
         "--output", default="datasets/quickstart_trees", help="the folder to make (default: %(default)s)"
     )
@@ -176,7 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--min-inside", type=float, default=0.5, help="share of a box that makes it an object (default: %(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         folder = make_quickstart(args.output, args.tile, args.overlap, args.min_inside)
     except (FileExistsError, FileNotFoundError, ValueError) as error:

@@ -212,10 +212,10 @@ def read_images(cfg: CfgNode, files: Sequence[str]) -> dict[str, Tensor]:
     return images
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m focal_plugin.deploy.export",
+        prog=prog or "python -m focal_plugin.deploy.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -234,9 +234,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Export. 0; 2 for what the user can put right."""
-    args = build_parser().parse_args(arguments)
+    args = build_parser(prog).parse_args(argv)
     try:
         if os.path.lexists(args.output):  # before minutes of work
             raise FileExistsError(f"{args.output} exists and is left as it is: remove it, or choose another --output.")

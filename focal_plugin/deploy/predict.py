@@ -34,10 +34,10 @@ from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
 from .predictor import ImageError, Predictor
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m focal_plugin.deploy.predict",
+        prog=prog or "python -m focal_plugin.deploy.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --config-file FILE [--weights FILE] INPUT ... --output DIR [options] [KEY VALUE ...]",
@@ -46,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
         "words", nargs="+", metavar="INPUT ... KEY VALUE", help="what to predict on, then changes of the config"
     )
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="YAML, or a name of Detectron2's model zoo"
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="YAML: a file, or a name of the shipped configs or the zoo",
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
@@ -62,9 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Predict. 0; 1 if not all was read and written; 2 for what the user can put right before; 130 after Ctrl+C."""
-    args = build_parser().parse_intermixed_args(arguments)
+    args = build_parser(prog).parse_intermixed_args(argv)
     try:
         words, opts = split_pairs(args.words)
         sources = find_sources(words)

@@ -12,6 +12,7 @@ your own.
 import argparse
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -54,12 +55,14 @@ def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], 
         return losses, gradient, cause or find_cause_in_gradients(model, parts, 1.0, trainer.autocast)
 
 
-def main() -> int:
-    """The exit code: 1 if a number is not finite."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Replay the file that the command line names. The exit code is 1 if a number is not finite."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="diverged_*.pth of a run")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes of the config")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         losses, gradient, cause = replay(args.file, args.opts)
     except (OSError, WeightsError, ConfigError) as error:

@@ -1,7 +1,5 @@
 import copy
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from focal_plugin.config.load import load_config
 from focal_plugin.deploy import fast_dtype, optimize_for_inference
 from focal_plugin.engine import Trainer
 from focal_plugin.layers.frozen_norm import FrozenNormConv2d
+from focal_plugin.train import evaluate
 
 DENSE = ("FocalRetinaNet", "RetinaNet")
 
@@ -161,14 +160,11 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize("optimize", [False, True])
 def test_eval_only_uses_it_when_asked(optimize, tiny_config, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_net", Path(__file__).parents[2] / "train_net.py")
-    train_net = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_net)
     evaluated = []
     monkeypatch.setattr(Trainer, "test", lambda cfg, model: evaluated.append(model) or {})
     monkeypatch.setattr(Trainer, "report", lambda cfg, model, results: evaluated.append(model))
     opts = ["MODEL.DEVICE", "cpu", "MODEL.FOCAL.INFERENCE.OPTIMIZE", optimize]
-    train_net.evaluate(load_config(tiny_config, opts), resume=False)
+    evaluate(load_config(tiny_config, opts), resume=False)
     convs = [m for m in evaluated[0].modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(evaluated) == 2 and evaluated[0] is evaluated[1]
     assert all(

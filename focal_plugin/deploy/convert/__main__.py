@@ -25,10 +25,10 @@ _SOURCES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line: a subcommand for each source, and ``classes``."""
     parser = argparse.ArgumentParser(
-        prog="python -m focal_plugin.deploy.convert",
+        prog=prog or "python -m focal_plugin.deploy.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,9 +70,9 @@ def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
     return command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Convert one file. 0, or 2 for what the user can put right."""
-    args = build_parser().parse_args(arguments)
+    args = build_parser(prog).parse_args(argv)
     try:
         check_output(args.output, args.force, with_config=args.source != "classes")
         if not os.path.isfile(args.input):
