@@ -104,12 +104,15 @@ def tiny_config(tmp_path):
 
 @pytest.fixture
 def loggers():
-    """Take the handlers off again that a run adds: they write to its log file and to this test's screen."""
-    names = ("detectron2", "fvcore", "focal_plugin")
+    """Undo what a run does to the loggers: handlers for its log file and this test's screen, and all levels."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "focal_plugin")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
     setup_logger.cache_clear()
     yield
-    for name in names:
-        logging.getLogger(name).handlers.clear()
+    for logger, (level, propagate) in zip(loggers, before):
+        logger.handlers.clear()
+        logger.setLevel(level)
+        logger.propagate = propagate
     setup_logger.cache_clear()
 
 
