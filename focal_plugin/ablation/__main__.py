@@ -2,8 +2,8 @@
 
     python -m focal_plugin.ablation configs/paper/table1b --data bccd --seeds 3 [--jobs 2] [KEY VALUE ...]
 
-Each row is run with each seed as `train_net.py --config-file ... --resume` in a folder of its own. The same command
-again goes on with what is unfinished and runs nothing twice.
+Each row is run with each seed as `python -m focal_plugin train --config-file ... --resume` in a folder of its own. The
+same command again goes on with what is unfinished and runs nothing twice.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ..config.explain import split_pairs
 from .job import read_json
 from .launch import LocalLauncher, SlurmLauncher, execute
 from .report import to_markdown, write_report
-from .rows import DATA, ROOT, find_base, find_tables
+from .rows import DATA, find_base, find_tables
 from .runs import Run, count_images, plan, versions
 from .unread import without_effect
 
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str], prog: str = PROG) -> argparse.Namespace:
         "words",
         nargs="+",
         metavar="ROWS [KEY VALUE ...]",
-        help="a folder, YAML files, or the beginning of their names; then changes to all configs",
+        help="a folder, YAML files, or the beginning of their names, here or shipped; then changes to all configs",
     )
     parser.add_argument(
         "--data",
@@ -57,7 +57,9 @@ def parse(argv: Sequence[str], prog: str = PROG) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="partition=..., time=MINUTES, gpus_per_node=..., and the like, of submitit's SlurmExecutor",
     )
-    parser.add_argument("--train-net", type=Path, default=ROOT / "train_net.py", metavar="PATH", help="what runs a run")
+    parser.add_argument(
+        "--train-net", type=Path, metavar="PATH", help="a train_net.py to run; default: python -m focal_plugin train"
+    )
     parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
     args = parser.parse_intermixed_args(argv)
 
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         base = find_base(args.data) if args.data else None
         runs = plan([row for table in tables for row in table.rows], base, args.opts, args.seeds, args.output)
         launcher = None if args.report_only else make_launcher(args, len(runs))
-        if not args.train_net.is_file():
+        if args.train_net and not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
         images = {} if args.report_only else count_images(runs)
         args.output.mkdir(parents=True, exist_ok=True)

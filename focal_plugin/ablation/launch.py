@@ -152,12 +152,13 @@ class Progress:
         self.bar.write(text, file=sys.stderr)
 
 
-def train_command(run: Run, train_net: Path) -> list[str]:
-    """What runs a run: nothing but train_net.py, in the run's folder."""
-    return [sys.executable, str(train_net), "--config-file", str(run.config_file), "--resume"]
+def train_command(run: Run, train_net: Path | None) -> list[str]:
+    """Return what runs a run: ``python -m focal_plugin train``, or another ``train_net``, on the run's config."""
+    program = [str(train_net)] if train_net else ["-m", "focal_plugin", "train"]
+    return [sys.executable, *program, "--config-file", str(run.config_file), "--resume"]
 
 
-def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> None:
+def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) -> None:
     """Run what is not over, at most ``launcher.num_jobs`` at a time, and wait for all of it.
 
     A run that fails, or diverges, does not keep the others from running. One that another start of this program has
@@ -166,7 +167,7 @@ def execute(runs: Sequence[Run], launcher, train_net: Path, facts: dict) -> None
     Args:
         runs: in the order to run them.
         launcher: a ``LocalLauncher`` or a ``SlurmLauncher``.
-        train_net: the path of train_net.py.
+        train_net: the path of a train_net.py; None for `python -m focal_plugin train`.
         facts: what the jobs note of themselves.
 
     Raises:

@@ -3,6 +3,7 @@
 import csv
 import glob
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,12 @@ from ..config import add_focal_config
 from ..config.explain import merge_from_list
 from ..config.load import find_config
 from ..files.safe_yaml import merge_from_file, parse_yaml
+from ..files.shipped import CONFIGS, shipped
 
-ROOT = Path(__file__).parents[2]  # of the checkout
-
-# What --data knows by name; anything else is the path of a base config.
+# What --data knows by name; anything else is the name of a base config.
 DATA = {
-    "quickstart": ROOT / "configs/quickstart/trees.yaml",
-    "bccd": ROOT / "configs/bccd/focal_retinanet_R_18_FPN_scratch.yaml",
+    "quickstart": CONFIGS / "quickstart/trees.yaml",
+    "bccd": CONFIGS / "bccd/focal_retinanet_R_18_FPN_scratch.yaml",
 }
 
 _BASE = re.compile("Base([-_].*)?")  # names of files that are no rows
@@ -69,7 +69,7 @@ class Table:
 
 def find_tables(words: Sequence[str]) -> list[Table]:
     """The tables of the rows that ``words`` name: folders, YAML files, or beginnings of file names
-    (``paper/table1b`` is ``paper/table1b_*.yaml``).
+    (``paper/table1b`` is ``paper/table1b_*.yaml``), in the current folder or else among the shipped configs.
 
     A folder's ``Base.yaml``, ``Base-*`` and ``Base_*`` are no rows. A ``results.csv`` beside the files has the paper's
     results, its order and its baseline; without one the order is that of the names, and the first row is the baseline.
@@ -147,21 +147,23 @@ def _table_of(name: str) -> str:
 
 
 def _find_files(word: str) -> list[Path]:
-    path = Path(word)
-    if path.is_file():
-        return [path]
-    folder = path.is_dir()
-    ending = "/*.yaml" if folder else "_*.yaml"
-    found = [Path(file) for file in sorted(glob.glob(glob.escape(str(path)) + ending))]
-    files = [file for file in found if not _BASE.fullmatch(file.stem)]
-    if not files:
-        what = "no row in this folder" if folder else "neither a folder, nor a file, nor the beginning of rows"
-        raise FileNotFoundError(f"{word}: {what} ({path}{ending}, without Base.yaml, Base-* and Base_*).")
-    return files
+    for path in (Path(word), shipped(word)):
+        if path.is_file():
+            return [path]
+        ending = "/*.yaml" if path.is_dir() else "_*.yaml"
+        found = [Path(file) for file in sorted(glob.glob(glob.escape(str(path)) + ending))]
+        if files := [file for file in found if not _BASE.fullmatch(file.stem)]:
+            return files
+        if path.is_dir():
+            raise FileNotFoundError(f"{path}: no row in this folder ({ending[1:]}, without Base.yaml, Base-*, Base_*).")
+    raise FileNotFoundError(
+        f"{word}: neither a folder, nor a file, nor the beginning of rows ({word}_*.yaml), in {os.getcwd()} or in "
+        f"{CONFIGS}."
+    )
 
 
 def find_base(data: str) -> Path:
-    """The base config that ``--data`` names: one of ``DATA``, a path, or a name of Detectron2's model zoo.
+    """Return the base config that ``--data`` names: one of ``DATA``, or what ``find_config`` finds.
 
     Raises:
         FileNotFoundError: it is none of them.
@@ -170,7 +172,7 @@ def find_base(data: str) -> Path:
         return Path(find_config(str(DATA.get(data, data))))
     except FileNotFoundError:
         known = ", ".join(DATA)
-        raise FileNotFoundError(f"--data {data}: expected {known}, or the path of a base config.") from None
+        raise FileNotFoundError(f"--data {data}: expected {known}, or the path or name of a base config.") from None
 
 
 def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:

@@ -1,5 +1,6 @@
 """A run: one row with one seed in a folder of its own, and what that folder says about it."""
 
+import contextlib
 import fcntl
 import math
 import signal
@@ -20,9 +21,10 @@ from ..evaluation.report import has_found_nothing
 from ..files.safe_yaml import parse_yaml
 from ..registry import check_names, import_user_modules
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
-from .rows import METRICS, ROOT, Row, as_yaml, compose, flat
+from .rows import METRICS, Row, as_yaml, compose, flat
 
 CONFIG = "config-ablation.yaml"
+_CHECKOUT = Path(__file__).parents[2]  # or the folder that the package is installed in
 _NAN = "bbox/AP is NaN: the test set has no boxes, or its detections are not in the folder inference any more."
 _TOLD_TO_END = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that a signal has ended
 
@@ -260,9 +262,11 @@ def _has_box(record: dict) -> bool:
 def versions() -> dict[str, str]:
     """What the runs are computed with: PyTorch, Detectron2, and this package's commit where it is a git checkout."""
     found = {"torch": str(torch.__version__), "detectron2": str(detectron2.__version__)}  # of classes of their own
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        found["focal_plugin"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+    describe = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(metadata.PackageNotFoundError):  # neither installed nor under git: a copy of the sources
         found["focal_plugin"] = metadata.version("focal_plugin")
+    # Asked only where the checkout is the package's: an environment may be inside one of something else.
+    if (_CHECKOUT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            found["focal_plugin"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return found

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..files.shipped import CONFIGS
 from .job import read_json
 from .rows import METRICS, Table, flat
 from .runs import Outcome, Run
@@ -101,7 +102,7 @@ def _what_was_run(table: Table, runs: Sequence[Run], base: Path | None, opts: Se
     facts = {
         "Training set": named(cfg.DATASETS.TRAIN),
         "Test set": named(cfg.DATASETS.TEST),
-        "Config": f"each row's own keys on {os.path.relpath(base)}" if base else "each row with its _BASE_",
+        "Config": f"each row's own keys on {_place(base)}" if base else "each row with its _BASE_",
         "Changes": " ".join(opts),
         "Schedule": f"{solver.MAX_ITER} steps of {solver.IMS_PER_BATCH} images{epochs}, SOLVER.BASE_LR "
         f"{solver.BASE_LR:g}, {solver.LR_SCHEDULER_NAME}{steps} (of the baseline; for other rows, see their keys)",
@@ -113,6 +114,13 @@ def _what_was_run(table: Table, runs: Sequence[Run], base: Path | None, opts: Se
     }
     commands = list(dict.fromkeys(start["command"] for start in notes.get("starts", [])))
     return {"facts": {name: text for name, text in facts.items() if text}, "commands": commands}
+
+
+def _place(config: Path) -> str:
+    """Return where a config is: a shipped one under ``configs/``, another one relative to the current folder."""
+    if config.is_relative_to(CONFIGS):
+        return f"configs/{config.relative_to(CONFIGS)}"
+    return os.path.relpath(config)
 
 
 def _each(attempts: Sequence[dict], describe) -> list[str]:

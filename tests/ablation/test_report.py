@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 from PIL import Image
 
 from focal_plugin.ablation.report import write_report
-from focal_plugin.ablation.rows import ROOT, find_base, find_tables
+from focal_plugin.ablation.rows import find_base, find_tables
 from focal_plugin.ablation.runs import plan
 from focal_plugin.ablation.unread import without_effect
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # AP of the seeds 1, 2, 3. By hand: 40, 41, 45 has mean 42 and std √((4 + 1 + 9) / 2) = √7; 50, 53 has 51.5 and √4.5.
 GAMMA_0, GAMMA_1 = (40.0, 41.0, 45.0), (50.0, 53.0)
@@ -178,7 +181,7 @@ def test_several_tables_are_reported_each_by_itself(rows, tiny_config, tmp_path)
 
 def test_keys_without_effect_are_told(table, tmp_path):
     """Rows that vary the ResNet's depth, on an encoder of timm's."""
-    paper = ROOT / "configs/paper"
+    paper = CONFIGS / "paper"
     (table,) = find_tables([str(paper / f"table1e_{name}.yaml") for name in ("R50_400", "R101_400", "R50_500")])
     runs = plan(table.rows, find_base("quickstart"), [], 2, tmp_path / "table")
     advice, same = write_report(table, runs, None, [], tmp_path / "table")["without_effect"]
@@ -190,7 +193,7 @@ def test_keys_without_effect_are_told(table, tmp_path):
 
 
 def test_the_other_keys_of_an_encoder_that_is_not_made(tmp_path):
-    (table,) = find_tables([str(ROOT / "configs/paper/table2")])
+    (table,) = find_tables([str(CONFIGS / "paper/table2")])
     runs = plan(table.rows, find_base("quickstart"), [], 1, tmp_path)
     assert any(line.startswith("table2_R101, table2_X101: the same run") for line in without_effect(runs))
     assert without_effect(plan(table.rows, None, [], 1, tmp_path)) == []

@@ -1,10 +1,17 @@
 """Finding rows, what the paper says of them, and composing their configs."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from detectron2.config import get_cfg
 
 from focal_plugin import add_focal_config
-from focal_plugin.ablation.rows import ROOT, as_yaml, compose, find_base, find_tables
+from focal_plugin.ablation import runs
+from focal_plugin.ablation.rows import as_yaml, compose, find_base, find_tables
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def find_table(words):
@@ -21,7 +28,7 @@ def test_a_folder_a_file_and_the_beginning_of_names(rows):
     two = [str(rows.folder / "other.yaml"), str(rows.folder / "gamma_1.yaml")]
     assert [row.name for row in find_table(two).rows] == ["other", "gamma_1"]
     assert find_table(two).baseline == "other"
-    with pytest.raises(FileNotFoundError, match="delta"):
+    with pytest.raises(FileNotFoundError, match=r"delta: neither a folder, nor a file, nor the beginning of rows"):
         find_table([str(rows.folder / "delta")])
     with pytest.raises(ValueError, match=f"{two[0]}, {two[0]}: rows are called as their files are"):
         find_table([two[0], str(rows.folder)])
@@ -34,6 +41,55 @@ def test_odd_names(tmp_path):
     for name in ("Base", "Base-small", "Base_small", "Baseline", "γ = 1"):
         (folder / f"{name}.yaml").write_text("SEED: 1")
     assert [row.name for row in find_table([str(folder)]).rows] == ["Baseline", "γ = 1"]
+
+
+@pytest.mark.parametrize("word", ["paper/table1b", "configs/paper/table1b"])
+def test_shipped_rows_are_found_from_anywhere(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = find_table([word])
+    assert [row.name for row in table.rows][:2] == ["table1b_gamma_0", "table1b_gamma_0.1"]
+    assert (table.baseline, table.missing) == ("table1b_gamma_0", [])
+    with pytest.raises(FileNotFoundError, match=rf"paper/table9: neither .* in {tmp_path} or in {CONFIGS}"):
+        find_table(["paper/table9"])
+
+    (tmp_path / word).parent.mkdir(parents=True)
+    (tmp_path / f"{word}_mine.yaml").write_text("SEED: 1")
+    assert [row.name for row in find_table([word]).rows] == ["table1b_mine"]  # what is here comes first
+    (tmp_path / word).mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{word}: no row in this folder"):
+        find_table([word])
+
+
+def test_data_by_name_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_base("quickstart").samefile(CONFIGS / "quickstart/trees.yaml")
+    assert find_base("Base-FocalRetinaNet.yaml").samefile(CONFIGS / "Base-FocalRetinaNet.yaml")
+    assert "detectron2" in str(find_base("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    with pytest.raises(FileNotFoundError, match="--data nothing: expected quickstart, bccd, or"):
+        find_base("nothing")
+
+
+def test_the_version_is_the_commit_in_the_checkout_of_the_package_alone(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(runs, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(runs.metadata, "version", lambda name: "1.2.3")
+    assert runs.versions()["focal_plugin"] == head[:12]
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(runs, "_CHECKOUT", tmp_path / "site-packages")
+    assert runs.versions()["focal_plugin"] == "1.2.3"
+    shutil.rmtree(tmp_path / ".git")
+    (tmp_path / ".git").mkdir()  # no repository
+    monkeypatch.setattr(runs, "_CHECKOUT", tmp_path)
+    assert runs.versions()["focal_plugin"] == "1.2.3"
+
+    def unknown(name):
+        raise runs.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(runs.metadata, "version", unknown)
+    assert runs.versions().keys() == {"torch", "detectron2"}
 
 
 def test_results_beside_the_rows(rows):
@@ -75,7 +131,7 @@ def test_results_are_of_the_rows_beside_them(rows, tmp_path):
 
 def test_the_tables_of_the_paper():
     """The whole folder is seven tables, each with a baseline of its own; a part of one is one table."""
-    tables = find_tables([str(ROOT / "configs/paper")])
+    tables = find_tables([str(CONFIGS / "paper")])
     assert {table.name: table.baseline for table in tables} == {
         "table1a": "table1a_alpha_0.5",
         "table1b": "table1b_gamma_0",
@@ -86,7 +142,7 @@ def test_the_tables_of_the_paper():
         "table3": "table3_fl_gamma_2",
     }
     assert all(row.name.startswith(f"{table.name}_") for table in tables for row in table.rows)
-    part = find_table([str(ROOT / "configs/paper/table1b"), str(ROOT / "configs/paper/table1a_ce_prior.yaml")])
+    part = find_table([str(CONFIGS / "paper/table1b"), str(CONFIGS / "paper/table1a_ce_prior.yaml")])
     assert (part.name, part.baseline) == ("", "table1b_gamma_0")
 
 

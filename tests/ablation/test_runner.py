@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -17,7 +18,7 @@ from detectron2.data import DatasetCatalog
 
 from focal_plugin.ablation.__main__ import main, make_launcher, parse
 from focal_plugin.ablation.job import TrainJob
-from focal_plugin.ablation.launch import LocalLauncher
+from focal_plugin.ablation.launch import LocalLauncher, train_command
 from focal_plugin.ablation.rows import find_base, find_tables
 from focal_plugin.ablation.runs import plan, versions
 
@@ -499,6 +500,14 @@ def test_the_name_of_a_folder_that_is_not_named(word, tmp_path, monkeypatch):
     (tmp_path / "mine/sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine")
     assert str(parse([word, "--data", "bccd"]).output) == "output/ablation/mine-bccd"
+
+
+def test_what_runs_a_run():
+    """The package's own command, wherever it is installed, or the script that is asked for."""
+    run = SimpleNamespace(config_file="run/config.yaml")
+    words = ["--config-file", "run/config.yaml", "--resume"]
+    assert train_command(run, parse(["rows"]).train_net) == [sys.executable, "-m", "focal_plugin", "train", *words]
+    assert train_command(run, parse(["rows", "--train-net", "my.py"]).train_net) == [sys.executable, "my.py", *words]
 
 
 def test_with_the_real_train_net(rows, ablation, table):
