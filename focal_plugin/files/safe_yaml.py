@@ -8,6 +8,7 @@ every other tag that is not plain YAML is refused.
 import ast
 import io
 import operator
+import os
 
 import yaml
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
@@ -15,6 +16,7 @@ from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError
+from .shipped import shipped
 
 _EVAL = "tag:yaml.org,2002:python/object/apply:eval"
 _MOST_NODES = 100_000  # of a file, aliases written out: far above any config, far below what fills the memory
@@ -24,6 +26,8 @@ _TOO_DEEP = "is nested too deep, or its _BASE_ leads back to itself."
 
 def merge_from_file(cfg: CfgNode, path: str) -> None:
     """Merge a config file and its ``_BASE_`` files into ``cfg``, as Detectron2's ``cfg.merge_from_file`` does.
+
+    A ``_BASE_`` is relative to its file, as in Detectron2, or else the name of a shipped config.
 
     Args:
         cfg: of Detectron2's latest version; changed in place.
@@ -56,7 +60,17 @@ class _SafeFiles(CfgNode):
     def _open_cfg(cls, filename: str) -> io.StringIO:
         with PathManager.open(filename, "rb") as file:
             content = parse_yaml(file.read(), filename)
+        if bases := content.get("_BASE_"):
+            content["_BASE_"] = [_find_base(base, filename) for base in (bases if isinstance(bases, list) else [bases])]
         return io.StringIO(yaml.safe_dump(content, sort_keys=False))
+
+
+def _find_base(base: str, config: str) -> str:
+    """Return ``base`` as ``config`` names it, relative to itself, or if no such file exists, the shipped config."""
+    beside = os.path.join(os.path.dirname(config), os.path.expanduser(base))
+    if "://" in config or os.path.exists(beside) or not shipped(base).is_file():
+        return base
+    return str(shipped(base))
 
 
 def parse_yaml(text: str | bytes, where: str) -> dict:

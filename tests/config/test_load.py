@@ -30,6 +30,30 @@ def test_a_shipped_config_is_read_with_what_it_is_based_on():
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA) == ("FocalRetinaNet", 5.0)
 
 
+@pytest.mark.parametrize("base", [SHIPPED, f"configs/{SHIPPED}", f"[paper/table1b_gamma_5.yaml, {SHIPPED}]"])
+def test_a_config_of_ones_own_on_a_shipped_one(elsewhere, base):
+    (elsewhere / "sub").mkdir()
+    (elsewhere / "sub" / "my.yaml").write_text(f"_BASE_: {base}\nSEED: 17\n")
+    cfg = load_config("sub/my.yaml", ["MODEL.DEVICE", "cpu", "DATASETS.LOCAL", "[]"])
+    assert (cfg.SEED, cfg.MODEL.FOCAL.TIMM.NAME, cfg.MODEL.RETINANET.NUM_CLASSES) == (17, "tf_efficientnet_lite0", 1)
+    gamma = 5.0 if base.startswith("[") else 2.0
+    assert gamma == cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA
+
+
+def test_a_base_beside_the_config_comes_first(elsewhere):
+    (elsewhere / "sub" / SHIPPED).parent.mkdir(parents=True)
+    (elsewhere / "sub" / SHIPPED).write_text("VERSION: 2\nSEED: 3\n")
+    (elsewhere / "sub" / "my.yaml").write_text(f"_BASE_: {SHIPPED}\n")
+    cfg = load_config("sub/my.yaml")
+    assert (cfg.SEED, cfg.MODEL.FOCAL.TIMM.NAME) == (3, load_config().MODEL.FOCAL.TIMM.NAME)
+
+
+def test_a_base_that_is_nowhere(elsewhere):
+    (elsewhere / "my.yaml").write_text("_BASE_: quickstart/no.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"quickstart/no\.yaml"):
+        load_config("my.yaml")
+
+
 @pytest.mark.parametrize("can_import", [True, False])
 def test_a_config_of_the_zoo(monkeypatch, can_import):
     """Also where Detectron2's module cannot be imported: it needs a part of setuptools that newer ones lack."""
