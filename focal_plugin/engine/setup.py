@@ -13,6 +13,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..data import check_files, check_num_classes
 from ..losses.class_weights import needs_class_frequencies
+from ..evaluation.report import note_start
 from .advice import advise
 from .console import off_screen
 
@@ -79,6 +80,7 @@ def start_logs(cfg, args, output_dir: str, device: str) -> None:
         output_dir: the run's folder.
         device: what the model will run on.
     """
+    note_start(output_dir)
     with off_screen("detectron2"):
         default_setup(cfg, args)
     plugin_logger = setup_logger(output_dir, distributed_rank=comm.get_rank(), name="focal_plugin")

@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data import FocalDatasetMapper
-from ..evaluation.report import draw_curves, draw_detections, log_report
+from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
 from .balance import BalanceHook
@@ -48,6 +48,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode, evaluate_also: Callable[[nn.Module], dict] | None = None):
+        note_start(cfg.OUTPUT_DIR, again=False)
         TrainerBase.__init__(self)  # not DefaultTrainer's: it assumes GPUs for many processes and for mixed precision
         for name in ("detectron2", "focal_plugin"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):

@@ -1,4 +1,4 @@
-"""A run's loss, learning rate and AP as curves."""
+"""Curves of a run's loss, learning rate and AP."""
 
 import json
 
@@ -11,13 +11,13 @@ _METRICS = ("AP", "AP50")
 
 
 def read_metrics(path: str) -> dict[str, tuple[list[int], list[float]]]:
-    """The series in a ``metrics.json`` of Detectron2's: for each name its iterations and values, in order.
+    """Return the series in one of Detectron2's ``metrics.json``: for each name its iterations and values, in order.
 
-    A run that starts again, or resumes from an earlier iteration, appends to the file; what it does again replaces what
-    was there. A line cut off in the middle, as a killed run leaves it, is passed over.
+    A run that starts again, or resumes from an earlier iteration, appends to the file; the later lines of an iteration
+    replace the earlier ones. A line that a killed run left incomplete is skipped.
 
     Raises:
-        ValueError: a line is not of a ``metrics.json``; names it.
+        ValueError: a line has no integer ``iteration``; the message names the line.
     """
     lines: list[dict] = []
     with open(path) as file:

@@ -1,10 +1,10 @@
-"""The end of a run: its results and what it wrote, for a human."""
+"""The end of a run: its results and the files that it wrote, in the log."""
 
 import glob
+import json
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,19 +16,52 @@ from .detections import sample_detections, save_detections
 
 logger = logging.getLogger(__name__)
 
-_STARTED = time.time() - 1  # files older than this are not of this run; file systems round their times
-
-_FILES = {
+_FILES = {  # of a run's folder
     "detections.png": "ground truth and detections",
     "curves.png": "loss, learning rate and AP",
     "metrics.json": "loss, learning rate and AP in numbers",
     "events.out.tfevents.*": "the same for `tensorboard --logdir`",
     "model_final.pth": "the weights, for MODEL.WEIGHTS",
-    "inference/coco_instances_results.json": "all detections, in COCO's format",
-    "inference/*/coco_instances_results.json": "all detections in that test set, in COCO's format",
+    "inference/*_instances_results.json": "all detections, in COCO's format",
+    "inference/*/*_instances_results.json": "all detections in that test set, in COCO's format",
     "config.yaml": "the whole config",
-    "log.txt": "all that was logged",
+    "log.txt": "the whole log",
 }
+
+# The files that a folder had when its run started: {folder: {file: identity}}.
+_before: dict[str, dict[str, tuple[int, int, int]]] = {}
+
+
+def note_start(output_dir: str, *, again: bool = True) -> None:
+    """Note the files that are in a run's folder when it starts, so that ``log_report`` leaves them out.
+
+    Args:
+        output_dir: the run's folder; it need not exist yet.
+        again: replace the note of an earlier start that was never reported; if False, keep it.
+    """
+    folder = os.path.abspath(output_dir)
+    if again or folder not in _before:
+        _before[folder] = {name: _identity(folder, name) for name in _known_files(folder)}
+
+
+def written_files(output_dir: str) -> dict[str, str]:
+    """Return the known files of a run's folder that are new or changed since ``note_start``, with what each is."""
+    before = _before.get(os.path.abspath(output_dir), {})
+    return {
+        os.path.join(output_dir, name): what
+        for name, what in _known_files(output_dir).items()
+        if before.get(name) != _identity(output_dir, name)
+    }
+
+
+def _known_files(folder: str) -> dict[str, str]:
+    return {name: what for pattern, what in _FILES.items() for name in sorted(glob.glob(pattern, root_dir=folder))}
+
+
+def _identity(folder: str, name: str) -> tuple[int, int, int]:
+    """The inode, time in ns and size of a file. Times are not ordered, since a file server's clock may differ."""
+    status = os.stat(os.path.join(folder, name))
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def draw_curves(output_dir: str) -> None:
@@ -53,11 +86,11 @@ def draw_detections(
     Args:
         output_dir: the run's folder.
         model: a trained detector.
-        loader: a Detectron2 test loader.
-        dataset_name: the data set it loads.
-        image_format: of its images, as in ``INPUT.FORMAT``.
-        num_images: how many of them to draw.
-        score_thresh: detections below it are not drawn.
+        loader: a Detectron2 test loader of the data set.
+        dataset_name: the name of the data set.
+        image_format: the channel order of the loader's images, as in ``INPUT.FORMAT``.
+        num_images: the number of images to draw.
+        score_thresh: the lowest score of a detection to draw.
     """
     records, classes = DatasetCatalog.get(dataset_name), MetadataCatalog.get(dataset_name).get("thing_classes")
     samples = sample_detections(model, loader, records, num_images=num_images, image_format=image_format)
@@ -72,21 +105,33 @@ def log_report(output_dir: str, results: Mapping[str, Mapping]) -> None:
     files = written_files(output_dir)
     width = max((len(path) for path in files), default=0)
     logger.info("Written:\n" + "\n".join(f"  {path:<{width}}  {what}" for path, what in files.items()))
+    _before.pop(os.path.abspath(output_dir), None)
 
 
 def has_found_nothing(output_dir: str | os.PathLike, dataset_name: str = "") -> bool:
-    """Whether a run's last evaluation had no detection at all, for which Detectron2's AP is NaN and should be 0.
+    """Return whether a run's last evaluation had no detection at all: Detectron2 then gives an AP of NaN, not of 0.
+
+    False if the detections are not there, or not whole.
 
     Args:
         output_dir: the run's folder.
-        dataset_name: which of its test sets; empty for the only one.
+        dataset_name: the test set, if the run has several.
     """
-    path = os.path.join(output_dir, "inference", dataset_name, "coco_instances_results.json")
-    return os.path.exists(path) and os.path.getsize(path) == len("[]")
+    folder = glob.escape(os.path.join(output_dir, "inference", dataset_name))
+    paths = glob.glob(os.path.join(folder, "*_instances_results.json"))
+    return bool(paths) and all(_holds_empty_list(path) for path in paths)
+
+
+def _holds_empty_list(path: str) -> bool:
+    with open(path) as file:
+        try:
+            return json.load(file) == []
+        except json.JSONDecodeError:
+            return False
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of {task: {metric: percent}}, without the rows by class; empty without results."""
+    """Return a table of {task: {metric: percent}} without the metrics of single classes; "" without results."""
     rows = [
         {"": task, **{name: _number(value) for name, value in metrics.items() if "-" not in name}}
         for task, metrics in results.items()
@@ -97,13 +142,3 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"  # NaN: the test set has no such objects
-
-
-def written_files(output_dir: str) -> dict[str, str]:
-    """The known files of a run's folder that this process has written, with what each is."""
-    found = {}
-    for pattern, what in _FILES.items():
-        for path in sorted(glob.glob(os.path.join(glob.escape(output_dir), pattern))):
-            if os.path.getmtime(path) >= _STARTED:
-                found[path] = what
-    return found

@@ -389,10 +389,28 @@ def test_random_and_frozen(find, tiny_config, tmp_path):
     assert find("weights", weights=path)[0][0] == OK
 
 
-def test_first_loss(find, tiny_config, tmp_path):
-    ((level, text),) = find("first loss", "MODEL.RETINANET.PRIOR_PROB", 0.5)
-    assert level == ERROR and "PRIOR_PROB 0.01" in text
+@pytest.fixture
+def equal_images(edit_data):
+    """One box in the middle of each image, where a flip leaves it: every batch has the same targets."""
 
+    def centre(content):
+        images = [image["id"] for image in content["images"]]
+        box = {"category_id": 1, "bbox": [24, 24, 16, 16], "area": 256, "iscrowd": 0}
+        content["annotations"] = [{"id": i, "image_id": image, **box} for i, image in enumerate(images, 1)]
+        content["annotations"][0]["category_id"] = 2
+
+    edit_data(centre)
+
+
+@pytest.mark.parametrize("seed", [1, 5])
+def test_first_loss(find, equal_images, seed):
+    ((level, text),) = find("first loss", "SEED", seed, "MODEL.RETINANET.PRIOR_PROB", 0.5)
+    assert level == ERROR and "PRIOR_PROB 0.01" in text and "starts at 13 times" in text
+    ((level, text),) = find("first loss", "SEED", seed)
+    assert level == OK and "by its closed form" in text
+
+
+def test_first_loss_of_other_models(find, tiny_config, tmp_path):
     path = save_weights(tiny_config, tmp_path, lambda model: model.head.cls_score.bias.data.fill_(-2.0))
     ((level, text),) = find("first loss", weights=path)
     assert level == OK and "trained classifier" in text
