@@ -1,14 +1,13 @@
 """Which boxes the anchors reach, and which anchors would reach more.
 
-Every box of the training set, at the size that its image is resized to, is matched by the config's own matcher: on
-which levels it gets a positive, whether only by the low-quality rule (with MODEL.FOCAL.MATCHER.LOW_QUALITY none it has
-none), or not at all; by its size in the original image (small below 32² pixels, large from 96² on, as COCO's metric
-has it) and by its shape. Then other sizes and ratios are taken from the boxes themselves, by k-means of their
-logarithms, as many as the config has, and matched the same way; the best are printed, with what they gain, if they
-gain anything.
+The config's matcher matches every box of the training set, at the size to which its image is resized. The tables count
+the boxes that have positive anchors: on which levels; with the low-quality rule only (they have none with
+MODEL.FOCAL.MATCHER.LOW_QUALITY none); or not at all. They do so by size in the original image (small below 32² pixels,
+large from 96² on, as in COCO's metric) and by shape. Then other sizes and ratios are tried, as many as in the config,
+which k-means of the boxes' logarithms gives. The best are printed with their gain, if there is one.
 
-Images are not read where the records have their sizes. Crops and INPUT.AUGMENTATIONS are left out; of several
-MIN_SIZE_TRAIN each image gets one, drawn as in training, always the same.
+Images are not read if the records have their sizes. Crops and INPUT.AUGMENTATIONS are left out; if there are several
+INPUT.MIN_SIZE_TRAIN, each image gets a random one, the same in each call.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
 from tabulate import tabulate
@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ..evaluation import style
 from .common import UserError, add_flags, output_stem, read_config, read_records, spread, written
 from .coverage import Coverage, FeatureGrid, Image, measure, ratios_of, read_images
-from .kmeans import kmeans
 
 SIZE_BANDS = [("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, np.inf)]  # area in pixels, COCO's
 SHAPE_BANDS = [  # height ÷ width
@@ -42,13 +41,15 @@ _SUFFIXES = (".png", ".json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
-    parser.add_argument("--num-images", type=int, default=2000, help="spread over the set; 0 for all (default: 2000)")
+    """Add the flags of this analysis."""
+    parser.add_argument(
+        "--num-images", type=int, default=2000, help="images, spread evenly over the set; 0: all (default: 2000)"
+    )
     add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, suggest, print, draw, write."""
+    """Measure the coverage, look for better anchors, and print, draw and write both."""
     cfg = read_config(args)
     records = read_records(cfg, "TRAIN", filter_empty=True)
     images = read_images(cfg, spread(records, args.num_images))
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 def tabulate_coverage(
     coverage: Coverage, areas: np.ndarray, ratios: np.ndarray, levels: Sequence[str]
 ) -> dict[str, list[dict]]:
-    """Tables as rows: of all boxes, by level, by size and by shape (height ÷ width)."""
+    """Return tables, as lists of rows, of all boxes, by level, by size and by shape (height ÷ width)."""
     total = len(coverage.regular)
     by_level = [
         {
@@ -95,14 +96,14 @@ def tabulate_coverage(
 
 
 def suggest(cfg: CfgNode, grid: FeatureGrid, images: Sequence[Image], now: Coverage) -> dict | None:
-    """Sizes and ratios that give more boxes a regular positive than ``now``, with what they gain; None if none do.
+    """Return sizes and ratios that give more boxes a regular positive than ``now``, and their gain; None if none do.
 
     There are as many on each level as in the config. The ratios are the centres of the boxes' log ratios. A level's
-    sizes are the centres of the log sizes from a multiple of its stride to that of the next level; of several
-    multiples, with the new ratios and the old, the set is taken that reaches most boxes of at most 300 images.
+    sizes are the centres of the log sizes between a multiple of its stride and the same multiple of the next level's.
+    Several multiples are tried, with the new ratios and the old, on at most 300 images.
     """
     if type(build_anchor_generator(cfg, grid.shapes)) is not DefaultAnchorGenerator:
-        return None  # its anchors are not made of sizes and ratios
+        return None  # another generator need not have sizes and ratios
     num_levels, strides = len(grid.shapes), [shape.stride for shape in grid.shapes]
     sizes, ratios = (_per_level(cfg.MODEL.ANCHOR_GENERATOR[key], num_levels) for key in ("SIZES", "ASPECT_RATIOS"))
     boxes = torch.cat([image.boxes for image in images]).numpy()
@@ -139,9 +140,10 @@ def suggest(cfg: CfgNode, grid: FeatureGrid, images: Sequence[Image], now: Cover
 def sizes_by_level(
     side: np.ndarray, strides: Sequence[int], sizes: Sequence[Sequence[float]], octave: float
 ) -> list[list[float]]:
-    """The centres of the boxes of each level: those of ``side`` from ``octave`` strides to as many of the next level.
+    """Return the centres of the box sizes ``side`` of each level, from ``octave`` times its stride to that of the next.
 
-    The first level also has the smaller ones, the last the larger. A level with fewer boxes than sizes keeps its own.
+    The first level also takes the smaller boxes and the last the larger. A level with fewer boxes than sizes keeps its
+    own ``sizes``.
     """
     edges = [0.0, *(octave * stride for stride in strides[1:]), np.inf]
     return [
@@ -151,29 +153,48 @@ def sizes_by_level(
 
 
 def _centres(values: np.ndarray, count: int) -> list[float]:
-    """``count`` centres of positive ``values`` by k-means of their logarithms, ascending, to three digits."""
+    """Return ``count`` centres of positive ``values`` by k-means of their logarithms, ascending, to three digits."""
     return [float(f"{centre:.3g}") for centre in np.exp(kmeans(np.log(values), count))]
 
 
+def kmeans(values: np.ndarray, count: int, rounds: int = 100) -> np.ndarray:
+    """Return ``count`` ascending centres of ``values`` (n,) by Lloyd's algorithm from the quantiles: nothing is random.
+
+    Some centres are equal if there are fewer different values than ``count``.
+
+    Raises:
+        ValueError: there is no value, or ``count`` is below 1.
+    """
+    if not len(values) or count < 1:
+        raise ValueError(f"{len(values)} values and {count} centres; expected at least one of each.")
+    centres = np.quantile(values, (np.arange(count) + 0.5) / count)
+    for _ in range(rounds):
+        nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)  # (n,)
+        sizes = np.bincount(nearest, minlength=count)  # (count,)
+        sums = np.bincount(nearest, values, minlength=count)
+        centres, before = np.where(sizes > 0, sums / np.maximum(sizes, 1), centres), centres
+        if np.array_equal(centres, before):
+            break
+    return centres
+
+
 def _per_level(values: Sequence, num_levels: int) -> list[list[float]]:
-    """``SIZES`` or ``ASPECT_RATIOS`` as a list a level: one list, or one number after another, serves all levels."""
+    """Return ``SIZES`` or ``ASPECT_RATIOS`` as one list a level, where one list, or plain numbers, serve all levels."""
     if not isinstance(values[0], Sequence):
         values = [values]
     return [list(level) for level in (list(values) * num_levels if len(values) == 1 else values)]
 
 
 def config_lines(sizes: list[list[float]], ratios: list[list[float]]) -> str:
-    """YAML of both, to paste into a config."""
+    """Return YAML of both, to paste into a config."""
     if all(level == ratios[0] for level in ratios):
         ratios = ratios[:1]
-    return "\n".join(
-        ["MODEL:", "  ANCHOR_GENERATOR:", "    SIZES:", *(f"      - {level}" for level in sizes)]
-        + [f"    ASPECT_RATIOS: {ratios}"]
-    )
+    keys = {"MODEL": {"ANCHOR_GENERATOR": {"SIZES": sizes, "ASPECT_RATIOS": ratios}}}
+    return yaml.safe_dump(keys, default_flow_style=None, sort_keys=False).rstrip()
 
 
 def draw(path: Path, tables: dict[str, list[dict]]) -> None:
-    """Draw boxes by level, and their fates by size and by shape, to a PNG."""
+    """Draw the boxes with positives by level, by size and by shape to a PNG."""
     figure, (by_level, by_size, by_shape) = style.panels(3)
     rows = tables["By level"]
     by_level.bar([row["level"] for row in rows], [row["of all boxes (%)"] for row in rows], color=style.color(0))
@@ -182,10 +203,10 @@ def draw(path: Path, tables: dict[str, list[dict]]) -> None:
         rows = [row for row in tables[title] if row["boxes"]]
         names = [f"{row[key]}\n({row['boxes']:,})" for row in rows]
         left = np.zeros(len(rows))
-        fates = {"regular (%)": style.color(0), "low quality only (%)": style.color(5), "none (%)": style.GRAY}
-        for fate, color in fates.items():
-            values = np.array([row[fate] for row in rows])
-            axis.barh(names, values, left=left, color=color, label=fate.removesuffix(" (%)"))
+        kinds = {"regular (%)": style.color(0), "low quality only (%)": style.color(5), "none (%)": style.GRAY}
+        for kind, color in kinds.items():
+            values = np.array([row[kind] for row in rows])
+            axis.barh(names, values, left=left, color=color, label=kind.removesuffix(" (%)"))
             left += values
         axis.invert_yaxis()
         axis.set(title=title, xlabel="% of the boxes", xlim=(0, 100))

@@ -14,9 +14,8 @@ from detectron2.structures import Boxes, pairwise_iou
 
 from focal_plugin.analysis import coverage as coverage_module
 from focal_plugin.analysis.__main__ import main
-from focal_plugin.analysis.anchors import sizes_by_level, tabulate_coverage
-from focal_plugin.analysis.coverage import Coverage, FeatureGrid, Image, measure, read_images, resized
-from focal_plugin.analysis.kmeans import kmeans
+from focal_plugin.analysis.anchors import kmeans, sizes_by_level, tabulate_coverage
+from focal_plugin.analysis.coverage import Coverage, FeatureGrid, Image, measure, read_images
 from focal_plugin.config.load import load_config
 
 
@@ -102,11 +101,13 @@ def test_boxes_as_the_network_gets_them(cfg, monkeypatch):
 @pytest.mark.parametrize(("sizes", "sampling"), [((40, 60), "range"), ((40, 50, 60), "choice")])
 def test_resizing(cfg, sizes, sampling):
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MAX_SIZE_TRAIN = sizes, sampling, 110
-    rng = np.random.default_rng(0)
-    drawn = {resized(cfg, 100, 200, rng) for _ in range(300)}
-    assert {height for height, _ in drawn} == ({40, 50, 55} if sampling == "choice" else set(range(40, 56)))
+    records = [{"height": 100, "width": 200}] * 300
+    sizes = [image.size for image in read_images(cfg, records)]
+    expected = {40, 50, 55} if sampling == "choice" else set(range(40, 56))
+    assert set(sizes) == {(height, 2 * height) for height in expected}
+    assert sizes == [image.size for image in read_images(cfg, records)]
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (0,), "choice"
-    assert resized(cfg, 123, 45, rng) == (123, 45)
+    assert read_images(cfg, [{"height": 123, "width": 45}])[0].size == (123, 45)
 
 
 def test_bands():
