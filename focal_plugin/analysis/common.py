@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.utils.file_io import PathManager
@@ -118,9 +117,3 @@ def build_focal_model(cfg: CfgNode, what: str) -> FocalRetinaNet:
             "weights of a RetinaNet of Detectron2's load into one."
         )
     return model
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,33 +1,35 @@
 """Speed against accuracy, figure 2 of the paper: milliseconds an image and AP of runs and of Detectron2's models.
 
-``--runs`` takes folders of runs (config.yaml, their last checkpoint, and the last AP in metrics.json) and configs,
-files or names of Detectron2's model zoo such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml. A config's AP comes from
-``--ap NAME=AP`` and its weights from ``--weights NAME=FILE``; without weights it is timed with random ones, which may
-find fewer boxes than trained ones. NAME is the folder's name, or the file's without its suffix, or what is said with
-``--runs NAME=RUN``. A model without an AP stands on the axis, hollow. ``--join a,b,c`` draws a line through these, as
-the paper's figure does through one model at several image sizes.
+``--runs`` takes folders of runs (config.yaml, the last checkpoint, and the last AP in metrics.json) and configs, which
+are files or names of Detectron2's model zoo such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml. A config's AP comes
+from ``--ap NAME=AP`` and its weights from ``--weights NAME=FILE``; without weights it is timed with random ones, which
+may find fewer boxes than trained ones. NAME is the folder's name, the file's name without its suffix, or the one given
+by ``--runs NAME=RUN``. A model without an AP is drawn hollow, on the axis. ``--join a,b,c`` draws a line through these
+models, as the paper's figure does through one model at several image sizes.
 
-All models see the same images, those of DATASETS.TEST of ``--config-file`` (if not given, of the first run), one at a
-time, each model at its own INPUT.MIN_SIZE_TEST. They take turns, image by image, in an order that rotates, after a
-warm-up, so that whatever else the machine does meets all of them. The time is that of the whole model, with the
-normalisation of the image and NMS, without reading and resizing it. KEY VALUE at the end changes every config.
+All models get the same images, those of DATASETS.TEST of ``--config-file`` (by default, of the first run), one at a
+time, each model at its own INPUT.MIN_SIZE_TEST. After a warm-up they take turns on each image, in a rotating order, so
+that other load on the machine affects all of them. The time is that of the whole model, with normalisation of the image
+and NMS, without reading and resizing. KEY VALUE pairs at the end change every config.
 """
 
 import argparse
+import contextlib
 import csv
 import math
 import os
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from tabulate import tabulate
 from torch import nn
+from torch.utils.benchmark.utils.timer import timer
 from tqdm import tqdm
 
 from ..config.load import load_config
@@ -36,7 +38,7 @@ from ..engine import Trainer
 from ..evaluation import style
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
-from .common import UserError, add_flags, load_weights, output_stem, read_records, spread, synchronize, written
+from .common import UserError, add_flags, load_weights, output_stem, read_records, spread, written
 
 _SUFFIXES = (".png", ".csv", ".md")
 _OPTIMIZED = ", optimised"
@@ -51,11 +53,12 @@ class Entry:
     """A model to time.
 
     Attributes:
-        name: of the run or config.
+        name: the name of the run or config.
         cfg: its config.
-        model: on its device, in eval mode.
-        weights: where they come from; "random" if from nowhere.
-        ap: in percent; None if not known. ap_source: where it comes from.
+        model: the model on its device, in eval mode.
+        weights: the file of its weights, or "random".
+        ap: its AP in percent; None if unknown.
+        ap_source: the flag or file that the AP is from.
     """
 
     name: str
@@ -67,11 +70,13 @@ class Entry:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
+    """Add the flags of this analysis."""
     parser.add_argument("--runs", nargs="+", required=True, metavar="[NAME=]RUN", help="folders of runs, and configs")
-    parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=AP", help="in percent, where a run has none")
-    parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE", help="where a run has none")
-    parser.add_argument("--num-images", type=int, default=20, help="spread over the set; 0 for all (default: 20)")
+    parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=AP", help="AP in percent of what has none")
+    parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE", help="weights of what has none")
+    parser.add_argument(
+        "--num-images", type=int, default=20, help="images, spread evenly over the set; 0: all (default: 20)"
+    )
     parser.add_argument("--warmup", type=int, default=2, help="images before the timing starts (default: 2)")
     parser.add_argument(
         "--optimize", action="store_true", help="time each model also after deploy.optimize_for_inference"
@@ -82,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Build, time, print, draw, write."""
+    """Build and time the models, and print, draw and write the result."""
     if args.warmup < 0:
         raise UserError(f"--warmup is {args.warmup}; expected a number ≥ 0.")
     aps, weights = parse_pairs(args.ap, "--ap"), parse_pairs(args.weights, "--weights")
@@ -111,66 +116,62 @@ def main(args: argparse.Namespace) -> int:
 
 
 def parse_pairs(words: Sequence[str], flag: str) -> dict[str, str]:
-    """``NAME=VALUE`` words as a dict."""
-    pairs = [word.partition("=") for word in words]
-    for (name, equals, value), word in zip(pairs, words):
-        if not (name and equals and value):
+    """Return words of the form NAME=VALUE as a dict."""
+    pairs = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not (name and value):
             raise UserError(f"{flag} {word}: expected NAME=VALUE.")
-    return {name: value for name, _, value in pairs}
+        pairs[name] = value
+    return pairs
 
 
 def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dict[str, str]) -> Entry:
-    """The model of a run's folder or of a config, ``RUN`` or ``NAME=RUN``.
+    """Return the model of a run's folder or of a config, ``RUN`` or ``NAME=RUN``.
 
     Raises:
-        UserError: there is no such folder or config, the folder lacks a file, or an AP is no number.
+        UserError: there is no such folder or config, the folder lacks a file, or the AP is not a number.
     """
-    given, equals, rest = run.partition("=")
-    if named := bool(equals) and not os.path.exists(run):
-        run = rest
-    folder = Path(run)
-    is_folder = folder.is_dir()
-    name = given if named else folder.resolve().name if is_folder else folder.stem
-    config_file = str(folder / "config.yaml") if is_folder else run
-    if is_folder and not os.path.isfile(config_file):
-        raise UserError(f"--runs {run}: there is no config.yaml in that folder.")
+    name, equals, path = run.partition("=")
+    if not equals or os.path.exists(run):
+        name, path = "", run
+    folder = Path(path) if os.path.isdir(path) else None
+    name = name or (folder.resolve().name if folder else Path(path).stem)
+    if folder and not (folder / "config.yaml").is_file():
+        raise UserError(f"--runs {path}: there is no config.yaml in that folder.")
     try:
-        cfg = load_config(config_file, opts)
+        cfg = load_config(str(folder / "config.yaml") if folder else path, opts)
     except FileNotFoundError as error:
-        raise UserError(f"--runs {run}: no folder, config file or name of the model zoo ({error}).") from error
-    ap, ap_source = (aps[name], "--ap") if name in aps else (last_ap(folder) if is_folder else None, "metrics.json")
-    try:
-        ap = None if ap is None else float(ap)
-    except ValueError:
-        ap = math.nan
-    if ap is not None and not math.isfinite(ap):
-        raise UserError(f"--ap {name}={aps[name]}: expected a number, the AP in percent.")
-    source = weights.get(name) or (last_checkpoint(folder) if is_folder else None)
+        raise UserError(f"--runs {path}: no folder, config file or name of the model zoo ({error}).") from error
+    ap, ap_source = last_ap(folder) if folder else None, "metrics.json"
+    if name in aps:
+        ap, ap_source = parse_ap(name, aps[name]), "--ap"
+    source = weights.get(name) or (last_checkpoint(folder) if folder else None)
     if source:
         cfg.MODEL.WEIGHTS, cfg.MODEL.FOCAL.TIMM.WEIGHTS = source, ""  # the encoder's own would be replaced
     model = Trainer.build_model(cfg).eval()
     if source:
-        load_weights(model, source, f"--weights {name}" if name in weights else f"The checkpoint of {run}")
+        load_weights(model, source, f"The checkpoint of --runs {path} (or --weights {name}=FILE)")
     return Entry(name, cfg, model, source or "random", ap, "-" if ap is None else ap_source)
 
 
-def last_checkpoint(folder: Path) -> str:
-    """The last checkpoint of a run.
+def parse_ap(name: str, text: str) -> float:
+    """Return the AP of ``--ap NAME=AP``."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(ap := float(text)):
+            return ap
+    raise UserError(f"--ap {name}={text}: expected a number, the AP in percent.")
 
-    Raises:
-        UserError: it has none.
-    """
-    mark = folder / "last_checkpoint"
-    path = folder / (mark.read_text().strip() if mark.is_file() else "model_final.pth")
-    if not path.is_file():
-        raise UserError(f"--runs {folder}: there is no {path.name}; expected --weights {folder.name}=FILE.")
-    return str(path)
+
+def last_checkpoint(folder: Path) -> str:
+    """Return the path of a run's last checkpoint, which need not be there."""
+    return DetectionCheckpointer(None, str(folder)).get_checkpoint_file() or str(folder / "model_final.pth")
 
 
 def last_ap(folder: Path) -> float | None:
-    """The last box AP in a run's metrics.json: 0 if the model finds nothing at all.
+    """Return the last box AP in a run's metrics.json: 0 if the model finds nothing at all.
 
-    None if there is none, if the test set has no boxes to find, or if there are several test sets.
+    None if there is no AP, if the test set has no boxes, or if there are several test sets.
     """
     path = folder / "metrics.json"
     if not path.is_file():
@@ -186,7 +187,7 @@ def last_ap(folder: Path) -> float | None:
 
 
 def check_names(entries: Sequence[Entry], *given: Collection[str]) -> None:
-    """Refuse two models of one name, and a name in ``given`` that no model has."""
+    """Check that the names of the models differ, and that each of the ``given`` ones is the name of a model."""
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
@@ -197,20 +198,18 @@ def check_names(entries: Sequence[Entry], *given: Collection[str]) -> None:
 
 
 def optimized(entry: Entry) -> Entry:
-    """The same model, optimised for inference. Its AP is the model's before, and said to be."""
+    """Return the model optimised for inference, with the AP from before optimisation."""
     source = "-" if entry.ap is None else "before optimisation"
     model = optimize_for_inference(entry.model)
     return Entry(f"{entry.name}{_OPTIMIZED}", entry.cfg, model, entry.weights, entry.ap, source)
 
 
 def where(entries: Sequence[Entry]) -> str:
-    """The devices of the models, in words."""
-    devices = {next(entry.model.parameters()).device for entry in entries}
-    cpu = f"a CPU ({torch.get_num_threads()} threads)" if torch.get_num_threads() > 1 else "a CPU (1 thread)"
-    names = [
-        torch.cuda.get_device_name(device) if device.type == "cuda" else cpu for device in sorted(devices, key=str)
-    ]
-    return " and ".join(names)
+    """Return the devices of the models, in words."""
+    threads = torch.get_num_threads()
+    cpu = f"a CPU ({threads} thread{'s' * (threads > 1)})"
+    devices = sorted({next(entry.model.parameters()).device for entry in entries}, key=str)
+    return " and ".join(torch.cuda.get_device_name(d) if d.type == "cuda" else cpu for d in devices)
 
 
 # Timing
@@ -218,7 +217,7 @@ def where(entries: Sequence[Entry]) -> str:
 
 @torch.no_grad()
 def time_models(entries: Sequence[Entry], records: Sequence[dict], warmup: int) -> np.ndarray:
-    """Milliseconds of each model on each image, (number of entries, number of images)."""
+    """Return the milliseconds of each model on each image, (number of models, number of images)."""
     mappers = [DatasetMapper(entry.cfg, is_train=False) for entry in entries]
     times = np.zeros((len(entries), len(records)))
     schedule = [records[i % len(records)] for i in range(warmup)] + list(records)
@@ -226,26 +225,18 @@ def time_models(entries: Sequence[Entry], records: Sequence[dict], warmup: int) 
         for turn in range(len(entries)):
             i = (turn + step) % len(entries)
             image = mappers[i](dict(record))
-            elapsed = _time(entries[i].model, image)
+            start = timer()  # PyTorch's: waits for a GPU to finish
+            entries[i].model([image])
             if step >= warmup:
-                times[i, step - warmup] = elapsed
+                times[i, step - warmup] = 1000 * (timer() - start)
     return times
 
 
-def _time(model: nn.Module, image: dict) -> float:
-    device = next(model.parameters()).device
-    synchronize(device)
-    start = time.perf_counter()
-    model([image])
-    synchronize(device)
-    return 1000 * (time.perf_counter() - start)
-
-
-# What comes out
+# Output
 
 
 def table(entries: Sequence[Entry], times: np.ndarray) -> list[dict]:
-    """A row a model: the quartiles of its times, its AP and where things come from."""
+    """Return a row for each model: the quartiles of its times, its AP, and the sources of AP and weights."""
     rows = []
     for entry, mine in zip(entries, times):
         low, median, high = np.percentile(mine, [25, 50, 75])
@@ -256,7 +247,7 @@ def table(entries: Sequence[Entry], times: np.ndarray) -> list[dict]:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write the rows of ``table``."""
+    """Write the rows of ``table`` to a CSV file."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -264,9 +255,9 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 def draw(path: Path, rows: Sequence[dict], lines: Sequence[Sequence[str]], *, paper: bool, title: str) -> None:
-    """Draw ms against AP to a PNG; bars from quartile to quartile; models without AP on the axis, hollow.
+    """Draw ms against AP to a PNG, with bars from quartile to quartile; models without an AP are hollow, on the axis.
 
-    Each of ``lines`` joins the models it names, those of known AP.
+    Each of ``lines`` names models to join by a line; those without an AP are left out of it.
     """
     figure, (axis,) = style.panels(1, width=7.0, height=5.2)
     known = [row["AP"] for row in rows if row["AP"] is not None]
@@ -286,7 +277,7 @@ def draw(path: Path, rows: Sequence[dict], lines: Sequence[Sequence[str]], *, pa
             capsize=3,
             linestyle="none",
             clip_on=has_ap,
-            label=row["model"] + ("" if has_ap else " (AP not known)"),
+            label=row["model"] + ("" if has_ap else " (AP unknown)"),
         )
     points = {row["model"]: (row["ms (median)"], row["AP"]) for row in rows if row["AP"] is not None}
     for names in lines:

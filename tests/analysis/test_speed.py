@@ -90,7 +90,7 @@ def test_turns_and_times(tiny_config, monkeypatch):
     cfg = load_config(tiny_config, ["MODEL.DEVICE", "cpu"])
     records = [{"image_id": i} for i in range(4)]
     monkeypatch.setattr(speed, "DatasetMapper", lambda cfg, is_train: dict)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed, "timer", lambda: clock[0])
     seconds = {"a": [0.1, 0.2, 0.3, 0.4], "b": [1.0, 1.0, 1.0, 9.0]}
     entries = [Entry(name, cfg, Sleeper(name, clock, s, seen), "random", None, "-") for name, s in seconds.items()]
     times = time_models(entries, records, warmup=2)
