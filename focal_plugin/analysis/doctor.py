@@ -1,8 +1,8 @@
-"""What would go wrong with a run, found before it starts: a line for each check, and what to change.
+"""Find what would go wrong with a run before it starts: a line for each check, with what to change.
 
-On the CPU and in less than a minute for 1,000 images: the config, the folder it writes to, the training set and what
-the anchors make of it, the components, the weights and the first loss. Nothing is written. The exit code is 1 if a
-check found an error.
+The checks cover the config, the output folder, the training set and the anchors of its boxes, the components, the
+weights and the first loss. They run on the CPU, take less than a minute for 1,000 images, and write nothing. The exit
+code is 1 if a check found an error.
 """
 
 import argparse
@@ -39,21 +39,19 @@ CHECKS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
+    """Add the flags of this analysis."""
+    parser.add_argument("--weights", metavar="FILE", default="", help="weights to start from (default: MODEL.WEIGHTS)")
     parser.add_argument(
-        "--weights", metavar="FILE", default="", help="what training starts from; MODEL.WEIGHTS if not given"
+        "--num-images", type=int, default=1000, help="images to match anchors on; 0: all (default: 1000)"
     )
-    parser.add_argument(
-        "--num-images", type=int, default=1000, help="that anchors are matched on; 0: all (default: 1000)"
-    )
-    parser.add_argument("--resume", action="store_true", help="the run goes on with the one in its OUTPUT_DIR")
+    parser.add_argument("--resume", action="store_true", help="check a run that resumes the one in its OUTPUT_DIR")
     add_flags(parser, writes=False)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check and print. 1 if there is an error."""
+    """Run the checks and print their findings. Returns 1 if there is an error."""
     if args.config_file.endswith(".py"):
-        raise UserError(f"--config-file {args.config_file}: a LazyConfig; the checks read the keys of a YAML config.")
+        raise UserError(f"--config-file {args.config_file}: a LazyConfig; the checks expect a YAML config.")
     if args.num_images < 0:
         raise UserError(f"--num-images is {args.num_images}; expected a number ≥ 0, where 0 stands for all.")
     case = Case(args.config_file, args.opts, weights=args.weights, resume=args.resume, num_images=args.num_images)
@@ -70,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine(case: Case, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[Check, Finding]]:
-    """What each of the ``checks`` finds, in their order."""
+    """Yield each check with each of its findings, in the order of ``checks``."""
     failed = set()
     for check in checks:
         if missing := [name for name in check.needs if name in failed]:
@@ -87,7 +85,7 @@ def examine(case: Case, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[Chec
 def _findings(check: Check, case: Case) -> Iterator[Finding]:
     try:
         yield from check.function(case)
-    except Exception as error:  # whatever stops a check would stop the training, and the other checks go on
+    except Exception as error:  # it would stop the training, but not the other checks
         logger.debug("The check %r failed.", check.name, exc_info=True)
         text = error.args[0] if isinstance(error, KeyError) and error.args else error  # without the quotes
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -95,5 +93,5 @@ def _findings(check: Check, case: Case) -> Iterator[Finding]:
 
 
 def line(check: Check, finding: Finding) -> str:
-    """A finding for the screen: the level, the check and the text."""
+    """Return a finding as a line: the level, the name of the check and the text."""
     return f"{finding.level:8} {check.name:18} {' '.join(finding.text.split())}"

@@ -301,7 +301,7 @@ def test_boxes_without_anchors(find):
     ((level, text),) = find("anchors", *FAR_TOO_LARGE, "MODEL.FOCAL.MATCHER.LOW_QUALITY", "none")
     assert level == WARNING and "(100.0 %)" in text and "get no anchor" in text
     level, text = find("anchors", *FAR_TOO_LARGE)[-1]  # besides the boxes whose best anchors go to a better one
-    assert level == WARNING and "low-quality rule alone" in text and "MODEL.ANCHOR_GENERATOR" in text
+    assert level == WARNING and "only by the low-quality rule" in text and "MODEL.ANCHOR_GENERATOR" in text
 
 
 def test_not_a_dense_model(find):

@@ -1,4 +1,4 @@
-"""What the checks share: the run that is looked at, its parts made once and only if asked for, and what was found."""
+"""What the checks share: the run to check, whose parts are made once and only if needed, and their findings."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: a level, OK, WARNING, ERROR or SKIPPED, and a line that says what to change."""
+    """A result of a check: a level (OK, WARNING, ERROR or SKIPPED), and a line that says what to change."""
 
     level: str
     text: str
@@ -29,12 +29,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A row of the list of checks.
+    """A check.
 
     Attributes:
         name: what is checked.
-        function: called with a ``Case``, it gives findings, at least one. An exception is an ERROR.
-        needs: names of checks before it; if one of them found an error, or was skipped, this one is skipped.
+        function: called with a ``Case``, it yields one or more findings. An exception is reported as an ERROR.
+        needs: names of earlier checks; if one of them found an error or was skipped, this one is skipped.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Case:
     """A run that is about to start.
 
     Args:
-        config_file, opts: as of ``load_config``.
-        weights: in place of ``MODEL.WEIGHTS``; empty, those.
-        resume: whether the run goes on with the one in its ``OUTPUT_DIR``.
-        num_images: how many images are matched, spread over the training set; 0 for all.
+        config_file, opts: the arguments of ``load_config``.
+        weights: the weights to start from; ``MODEL.WEIGHTS`` if empty.
+        resume: whether the run resumes the one in its ``OUTPUT_DIR``.
+        num_images: the number of images to match anchors on, spread over the training set; 0 for all.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Case:
 
     @cached_property
     def cfg(self) -> CfgNode:
-        """The config, for the CPU."""
+        """The config, with the device set to the CPU."""
         cfg = load_config(self.config_file, self.opts)
         cfg.MODEL.DEVICE = "cpu"
         cfg.MODEL.WEIGHTS = self.weights or cfg.MODEL.WEIGHTS
@@ -74,17 +74,22 @@ class Case:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the model is a RetinaNet or of its kind."""
+        """Whether the model is a RetinaNet or similar."""
         return is_dense_detector(self.cfg.MODEL.META_ARCHITECTURE)
+
+    @property
+    def levels(self) -> list[str]:
+        """The names of the L levels."""
+        return list(self.cfg.MODEL.RETINANET.IN_FEATURES)
 
     @cached_property
     def records(self) -> list[dict]:
-        """Those of ``DATASETS.TRAIN``, also of images without boxes."""
+        """The records of ``DATASETS.TRAIN``, including images without boxes."""
         return read_records(self.cfg, "TRAIN")
 
     @cached_property
     def used_records(self) -> list[dict]:
-        """Those that are trained on."""
+        """The records that are trained on."""
         return [record for record in self.records if objects(record) or not self.filters_empty]
 
     @property
@@ -94,7 +99,7 @@ class Case:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model as the config makes it, without ``MODEL.WEIGHTS``."""
+        """The model of the config, without ``MODEL.WEIGHTS``."""
         seed_all_rng(max(self.cfg.SEED, 0))
         return build_model(self.cfg)
 
@@ -105,36 +110,36 @@ class Case:
 
     @cached_property
     def anchor_generator(self) -> nn.Module:
-        """Of the config."""
+        """The anchor generator of the config."""
         return build_anchor_generator(self.cfg, self.grid.shapes)
 
     @cached_property
     def images(self) -> list[Image]:
-        """The sizes and boxes of ``num_images`` images."""
+        """The sizes and boxes of ``num_images`` training images."""
         return read_images(self.cfg, spread(self.used_records, self.num_images))
 
     @cached_property
     def areas(self) -> np.ndarray:
-        """(G,), of all boxes of ``images``, in pixels of the original images."""
+        """(G,) areas of all boxes of ``images`` in the original images, in pixels²."""
         return np.concatenate([image.areas for image in self.images])
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What each box of ``images`` gets from the anchors."""
+        """The positives of each box of ``images``."""
         return measure(self.cfg, self.grid, self.anchor_generator, self.images)
 
 
 def objects(record: dict) -> list[dict]:
-    """The annotations of a record but for crowds."""
+    """Return the annotations of a record without crowds."""
     return [annotation for annotation in record.get("annotations", []) if annotation.get("iscrowd", 0) == 0]
 
 
 def few(names: Iterable[object], most: int = 3) -> str:
-    """The first of some names, for a message."""
+    """Return the first ``most`` of some names, and the number of the others, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def percent(part: int, whole: int) -> str:
-    """``part`` of ``whole`` as "12 of 34 (35.3 %)"."""
+    """Return ``part`` of ``whole`` as in "12 of 34 (35.3 %)"."""
     return f"{part:,} of {whole:,} ({100 * part / max(whole, 1):.1f} %)"
