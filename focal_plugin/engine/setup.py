@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..data import check_files, check_num_classes
-from ..losses.class_weights import needs_class_frequencies
 from ..evaluation.report import note_start
+from ..losses.class_weights import needs_class_frequencies
 from .advice import advise
 from .console import off_screen
 
