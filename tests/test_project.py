@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from focal_plugin import add_focal_config
+from focal_plugin.config.explain import flatten
 from focal_plugin.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ BASE = {"config.keys", "registry", "structures", "layers"}
 TOOLS = {
     "files": {"config.keys"},
     "data": {"structures"},
-    "backbones": {"registry"},
+    "backbones": {"files", "registry"},
     "pipelines": {"class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},
     "evaluation": set(),
@@ -186,20 +187,11 @@ def test_tested_versions_are_within_the_declared_bounds():
 # Config keys
 
 
-def leaves(node, prefix=""):
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from leaves(value, f"{name}.")
-        else:
-            yield name
-
-
 def own_keys():
     cfg = get_cfg()
-    stock = set(leaves(cfg))
+    stock = flatten(cfg).keys()
     add_focal_config(cfg)
-    return sorted(set(leaves(cfg)) - stock)
+    return sorted(flatten(cfg).keys() - stock)
 
 
 def attribute_chains(tree):

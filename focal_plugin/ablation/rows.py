@@ -206,14 +206,6 @@ def difference(cfg: CfgNode, other: CfgNode) -> dict:
     return found
 
 
-def flat(config: dict, prefix: str = "") -> dict[str, object]:
-    """Nested dicts by their whole keys: {"SOLVER": {"MAX_ITER": 4}} is {"SOLVER.MAX_ITER": 4}."""
-    keys: dict[str, object] = {}
-    for key, value in config.items():
-        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return keys
-
-
 def as_yaml(cfg: CfgNode) -> str:
     """A config as the YAML of what it says otherwise than the defaults, which gives the same config again."""
     defaults = get_cfg()

@@ -15,13 +15,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from ..config.explain import flatten
 from ..data import register_local_datasets
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
 from ..files.safe_yaml import parse_yaml
 from ..registry import check_names, import_user_modules
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
-from .rows import METRICS, Row, as_yaml, compose, flat
+from .rows import METRICS, Row, as_yaml, compose
 
 CONFIG = "config-ablation.yaml"
 _CHECKOUT = Path(__file__).parents[2]  # or the folder that the package is installed in
@@ -96,12 +97,11 @@ class Run:
             return f"has {' and '.join(taken)}, but no {CONFIG}" if taken else ""
         if not (self.attempts() or self.series()):  # nothing has been run
             return ""
+        texts = self.config_file.read_bytes(), as_yaml(self.cfg)
+        before, now = (flatten(parse_yaml(text, str(self.config_file))) for text in texts)
         # OUTPUT_DIR may differ: a folder that was moved holds the same run.
-        before, now = (
-            {key: value for key, value in flat(parse_yaml(text, str(self.config_file))).items() if key != "OUTPUT_DIR"}
-            for text in (self.config_file.read_bytes(), as_yaml(self.cfg))
-        )
-        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        keys = (before.keys() | now.keys()) - {"OUTPUT_DIR"}
+        keys = sorted(key for key in keys if before.get(key) != now.get(key))
         show = lambda config, key: repr(config[key]) if key in config else "the default"  # noqa: E731
         return "; ".join(f"{key} was {show(before, key)} and is now {show(now, key)}" for key in keys)
 

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..config.explain import flatten
 from ..files.shipped import CONFIGS
 from .job import read_json
-from .rows import METRICS, Table, flat
+from .rows import METRICS, Table
 from .runs import Outcome, Run
 from .unread import without_effect
 
@@ -44,7 +45,7 @@ def _row(table: Table, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> 
         "row": row.name,
         "label": _label(row.name, table),
         "is_baseline": row.name == table.baseline,
-        "keys": {key: str(value) for key, value in flat(row.own_keys).items()},
+        "keys": {key: str(value) for key, value in flatten(row.own_keys).items()},
         "paper": row.paper,
         "paper_diverged": row.diverged,
         "mean": {metric: statistics.fmean(numbers) for metric, numbers in known.items()},

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from ..config.explain import flatten
 from ..engine.advice import unread_keys
-from .rows import difference, flat
+from .rows import difference
 from .runs import Run
 
 
@@ -24,7 +25,8 @@ def without_effect(runs: Sequence[Run]) -> list[str]:
     same: dict[Run, dict[Run, set[str]]] = {}  # the first of its kind: the others, and in what they differ
     for run in runs:
         for first, others in same.items():
-            keys = (flat(difference(run.cfg, first.cfg)).keys() | flat(difference(first.cfg, run.cfg))) - {"OUTPUT_DIR"}
+            pair = difference(run.cfg, first.cfg), difference(first.cfg, run.cfg)
+            keys = {key for config in pair for key in flatten(config)} - {"OUTPUT_DIR"}
             if all(_is_in(key, unread[run] | unread[first]) for key in keys):
                 others[run] = keys
                 break

@@ -1,19 +1,19 @@
 """What the analyses share: their flags, the config and its data, the names of what they write."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..config.load import load_config
 from ..data import check_files
 from ..engine import AtomicCheckpointer, Trainer
 from ..files.safe_load import WeightsError
+from ..files.weights import missing_file
+from ..files.write import free_paths
 from ..retinanet import FocalRetinaNet
 
 
@@ -46,12 +46,7 @@ def output_stem(args: argparse.Namespace, cfg: CfgNode, name: str, suffixes: Seq
     """
     folder = Path(args.output) if args.output else Path(cfg.OUTPUT_DIR) / "analysis"
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        stem = folder / (name if number == 1 else f"{name}-{number}")
-        if not any(Path(f"{stem}{suffix}").exists() for suffix in suffixes):
-            return stem
-        number += 1
+    return Path(free_paths(folder, *(name + suffix for suffix in suffixes))[0].removesuffix(suffixes[0]))
 
 
 def written(stem: Path, suffixes: Sequence[str]) -> str:
@@ -96,8 +91,8 @@ def load_weights(model: nn.Module, path: str, where: str = "MODEL.WEIGHTS (or --
     Raises:
         UserError: there is no such file, or it holds anything but weights.
     """
-    if "://" not in path and not PathManager.isfile(path):
-        raise UserError(f"{where} is {path}, which is no file (current folder: {os.getcwd()}).")
+    if problem := missing_file(where, path):
+        raise UserError(problem)
     try:
         AtomicCheckpointer(model).load(path)
     except WeightsError as error:

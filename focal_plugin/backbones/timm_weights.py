@@ -12,6 +12,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from ..files.weights import missing_file
+
 logger = logging.getLogger(__name__)
 
 # timm warns that a classifier's weights find no place in an encoder, which has none.
@@ -109,13 +111,10 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 def _local_file(weights: str) -> str:
     """The path of a file on this machine: looked up in a package, downloaded from a URL, or as it is."""
     if not weights.startswith("package://"):
-        path = PathManager.get_local_path(weights)
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"MODEL.FOCAL.TIMM.WEIGHTS is {weights}, which is no file (current folder: {Path.cwd()}). Expected "
-                "timm, a path, a URL, package://..., or nothing for random weights."
-            )
-        return path
+        expected = "timm, a path, a URL, package://..., or nothing for random weights"
+        if problem := missing_file("MODEL.FOCAL.TIMM.WEIGHTS", weights, expected):
+            raise FileNotFoundError(problem)
+        return PathManager.get_local_path(weights)
     package, _, inner = weights.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package)  # found, not imported
     for folder in (spec and spec.submodule_search_locations) or []:

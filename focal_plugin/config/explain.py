@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -23,7 +23,8 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
     Raises:
         ConfigError: there is no such key, and these are near it; or its value is of another type.
     """
-    keys = list(_keys(cfg))
+    leaves = flatten(cfg)
+    keys = [*leaves, *dict.fromkeys(key.rpartition(".")[0] for key in leaves if "." in key)]
     try:
         yield
     except (AssertionError, KeyError, ValueError) as error:
@@ -38,6 +39,14 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         else:
             raise
         raise ConfigError(f"{where}: {problem}") from error
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
+    """Return nested dicts by their whole keys: {"SOLVER": {"MAX_ITER": 4}} is {"SOLVER.MAX_ITER": 4}."""
+    keys: dict[str, object] = {}
+    for key, value in config.items():
+        keys |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return keys
 
 
 def split_pairs(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -79,10 +88,3 @@ def near_keys(key: str, keys: Sequence[str], most: int = 4) -> list[str]:
     last = key.rpartition(".")[2]
     alike = [other for other in keys if last in other.rpartition(".")[2]]
     return get_close_matches(key, alike, most, 0.3) or get_close_matches(key, keys, most, 0.75)
-
-
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")

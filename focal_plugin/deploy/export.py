@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..config.explain import split_pairs
+from ..files.write import check_free
 from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
 from .export_formats import FORMATS, Run, quiet
@@ -83,8 +84,7 @@ def export_model(
     if not images:
         raise ExportError("There is no image to compare the file and the model on.")
     output = os.path.abspath(output)
-    if os.path.lexists(output):
-        raise FileExistsError(f"{output} exists and is left as it is: remove it, or choose another --output.")
+    check_free(output, "--output")
     write, run, class_wise_nms, on_cpu = FORMATS[format]
     model = copy.deepcopy(model).eval()
     model = model.cpu() if on_cpu else model
@@ -103,8 +103,7 @@ def export_model(
         except Exception as error:  # exporters fail in many ways on what they do not know
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
         check(model, loaded, images, raw, image_input)
-        if os.path.lexists(output):
-            raise FileExistsError(f"{output} was made by someone else meanwhile, and is left as it is.")
+        check_free(output, "--output")  # again: the export has taken minutes
         os.rename(path, output)
 
 
@@ -238,8 +237,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Export. 0; 2 for what the user can put right."""
     args = build_parser(prog).parse_args(argv)
     try:
-        if os.path.lexists(args.output):  # before minutes of work
-            raise FileExistsError(f"{args.output} exists and is left as it is: remove it, or choose another --output.")
+        check_free(args.output, "--output")  # before minutes of work
         files, opts = split_pairs(args.image)  # keys may follow it
         if opts and not files:
             raise ExportError(f"--image names no file before {opts[0]}.")

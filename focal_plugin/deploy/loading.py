@@ -3,12 +3,10 @@
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..config import add_focal_config
@@ -17,6 +15,7 @@ from ..config.load import load_config, usable_device
 from ..data import DataError
 from ..engine import AtomicCheckpointer
 from ..files.safe_load import WeightsError
+from ..files.weights import missing_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +54,14 @@ def load_model(cfg: CfgNode) -> nn.Module:
     path = cfg.MODEL.WEIGHTS
     if not path:
         raise FileNotFoundError("No weights: expected the path of a checkpoint (--weights, or MODEL.WEIGHTS).")
-    if "://" not in path and not PathManager.isfile(path.partition("?")[0]):
-        raise FileNotFoundError(f"The weights {path} are no file (current folder: {os.getcwd()}).")
+    if problem := missing_file("MODEL.WEIGHTS (or --weights)", path):
+        raise FileNotFoundError(problem)
     model = build_model(cfg)
-    checkpointer = _Checkpointer(model)
+    checkpointer = AtomicCheckpointer(model)
     checkpointer.load(path)
-    problems = checkpointer.problems
-    if problems:
+    # A smaller network would detect something with a part of the weights; other heads, such as masks, may be left out.
+    excess = [name for name in checkpointer.fit.unexpected if name.startswith(("backbone.", "head."))]
+    if problems := checkpointer.fit._replace(unexpected=excess).problems():
         listed = "\n  ".join(problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5))
         raise WeightsError(
             f"{path} has not the weights of this config's model; expected a checkpoint of training with it, with the "
@@ -69,33 +69,6 @@ def load_model(cfg: CfgNode) -> nn.Module:
             f"{listed}"
         )
     return model.eval()
-
-
-class _Checkpointer(AtomicCheckpointer):
-    """Remembers how the weights that it loaded were not those of the model.
-
-    Attributes:
-        problems: a line for each parameter that was not there, or in another shape, or more than the network has.
-    """
-
-    problems: Sequence[str] = ()
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        misshapen = {name for name, _, _ in incompatible.incorrect_shapes}
-        # Only training needs the running normaliser, which Detectron2's checkpoints do not have.
-        missing = [x for x in incompatible.missing_keys if x not in misshapen and not x.startswith("normalizer")]
-        self.problems = [f"{name} is missing" for name in missing] + [
-            f"{name} is {tuple(found)}, expected {tuple(expected)}"
-            for name, found, expected in incompatible.incorrect_shapes
-        ]
-        # A smaller network would detect something with a part of them. Other heads, such as masks, may be left out.
-        self.problems += [
-            f"{name} is of no part of the model"
-            for name in incompatible.unexpected_keys
-            if name.startswith(("backbone.", "head.")) and not name.endswith("num_batches_tracked")
-        ]
-        return incompatible
 
 
 def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:

@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..config.explain import split_pairs
+from ..files.write import free_paths
 from .inputs import Source, find_sources
 from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
 from .predictor import ImageError, Predictor
@@ -175,20 +176,6 @@ def predict_video(predictor: Predictor, video: Video, folder: str, results: "Res
             output.add(frame[:, :, ::-1], instances)
             results.add(instances, file_name=video.name, frame_id=number, annotated=os.path.basename(output.path))
             bar.update()
-
-
-def free_paths(folder: str, *names: str) -> list[str]:
-    """The paths of files in ``folder``, none of which is there: ``a.jpg``, or else ``a-2.jpg``, ``a-3.jpg`` and so on.
-
-    All of ``names`` get the same number.
-    """
-    parts = [os.path.splitext(os.path.join(folder, name)) for name in names]
-    number = 1
-    while True:
-        paths = [f"{stem}-{number}{suffix}" if number > 1 else f"{stem}{suffix}" for stem, suffix in parts]
-        if not any(map(os.path.lexists, paths)):
-            return paths
-        number += 1
 
 
 class Results:

@@ -13,9 +13,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from ..files.safe_load import WeightsError, load_torch, load_zoo
+from ..files.weights import Fit, missing_file
 from ..files.write import UNFINISHED, replace_file
 
 logger = logging.getLogger(__name__)
+
+
+_EXPECTED = "a path, a URL, a name such as detectron2://ImageNetPretrained/MSRA/R-50.pkl, or nothing for random weights"
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -24,7 +28,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
     A checkpoint, and the file ``last_checkpoint`` that names it, is written under another name, synced to the disk and
     renamed. Before a run resumes from one, all of the file is checked against its checksums; one that is broken is left
     where it is and said to be, and the one before it is used.
+
+    Attributes:
+        fit: how the weights that were loaded last fit the model.
     """
+
+    fit: Fit
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As fvcore's ``Checkpointer.save``.
@@ -74,13 +83,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 "No weights given: what follows is an untrained model. Add MODEL.WEIGHTS (in a LazyConfig "
                 "train.init_checkpoint) and a path, or --resume for the last checkpoint in OUTPUT_DIR."
             )
-        there = not path or "://" in path or os.path.isfile(path.partition("?")[0])
-        if not comm.all_gather(there)[0]:  # the main process has it read, and the others get it from there
-            raise FileNotFoundError(
-                f"MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint) is {path}, which is no file (current folder: "
-                f"{os.getcwd()}). Expected a path, a URL, a name such as "
-                "detectron2://ImageNetPretrained/MSRA/R-50.pkl, or nothing for random weights."
-            )
+        problem = path and missing_file("MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint)", path, _EXPECTED)
+        if problem := comm.all_gather(problem)[0]:  # the main process reads it, and the others get it from there
+            raise FileNotFoundError(problem)
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
@@ -143,6 +148,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         """The content of a checkpoint file, read without executing anything in it (``files.safe_load``)."""
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        missing, unexpected, other_shapes = incompatible
+        others = {name for name, _, _ in other_shapes}  # fvcore lists them among the missing ones, too
+        self.fit = Fit([name for name in missing if name not in others], unexpected, other_shapes)
+        return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         super()._log_incompatible_keys(incompatible)

@@ -1,6 +1,11 @@
-"""Writing files whole or not at all, and saying what a full disk means."""
+"""Writing files: whole or not at all, over nothing that is there, and with an explanation when the disk is full.
+
+The rule on existing files: one that the user has named is refused (``check_free``), unless the command has ``--force``;
+one that the program names gets a number (``free_paths``).
+"""
 
 import errno
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +13,34 @@ from typing import Any, BinaryIO
 
 UNFINISHED = ".part"  # what a file is called while it is written
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_free(path: str | os.PathLike, flag: str, remedy: str = "") -> None:
+    """Check that there is nothing at ``path``, which the user has named with ``flag``.
+
+    Args:
+        path: where a file or a folder is to be written.
+        flag: such as "--output".
+        remedy: a further way to go on, such as "overwrite it with --force".
+
+    Raises:
+        FileExistsError: there is something, be it a broken link.
+    """
+    if os.path.lexists(path):
+        remedies = ["remove it", f"choose another {flag}", *([remedy] if remedy else [])]
+        raise FileExistsError(f"{path} exists and is left as it is: {', or '.join(remedies)}.")
+
+
+def free_paths(folder: str | os.PathLike, *names: str) -> list[str]:
+    """Return paths in ``folder`` at which there is nothing: a.jpg, or else a-2.jpg, a-3.jpg and so on.
+
+    All of ``names`` get the same number, so that one sees which files belong together.
+    """
+    parts = [os.path.splitext(os.path.join(folder, name)) for name in names]
+    for number in itertools.count(1):
+        paths = [f"{stem}-{number}{suffix}" if number > 1 else f"{stem}{suffix}" for stem, suffix in parts]
+        if not any(map(os.path.lexists, paths)):
+            return paths
 
 
 def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:

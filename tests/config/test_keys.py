@@ -3,21 +3,14 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from focal_plugin import add_focal_config
-
-
-def flatten(node, prefix=""):
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+from focal_plugin.config.explain import flatten
 
 
 def test_detectron2s_keys_stay_as_they_are():
     stock, ours = get_cfg(), get_cfg()
     add_focal_config(ours)
-    ours = dict(flatten(ours))
-    for key, value in flatten(stock):
+    ours = flatten(ours)
+    for key, value in flatten(stock).items():
         assert ours[key] == value, key
 
 

@@ -134,7 +134,7 @@ def test_classes_by_command(checkpoint, tiny_config, tmp_path, capsys):
         ]
     assert not _load(build_model(config_for(tiny_config, 3)), out)
     assert main([*command, "--from-classes", "square,disc"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists and is left as it is" in capsys.readouterr().err
     assert main([*command, "--force", "--from-classes", "disc,square"]) == 0  # to those of DATASETS.TRAIN
     assert capsys.readouterr().out.startswith("kept       2  square, disc\n")
     (tmp_path / "latin.txt").write_text("carré\ndisc\n", encoding="latin-1")
@@ -157,7 +157,7 @@ def test_a_backbone_by_command(tmp_path, capsys):
 
     out.unlink()
     assert main(["resnet", str(source), str(out)]) == 2  # the config is there, and may have been edited
-    assert f"{tmp_path / 'out.yaml'} is there already" in capsys.readouterr().err
+    assert f"{tmp_path / 'out.yaml'} exists and is left as it is" in capsys.readouterr().err
     assert not out.exists()
     assert (tmp_path / "out.yaml").read_text() == before
 

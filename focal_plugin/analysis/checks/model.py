@@ -6,10 +6,10 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.utils.file_io import PathManager
 
 from ...data import FocalDatasetMapper
 from ...engine import AtomicCheckpointer
+from ...files.weights import Fit, missing_file
 from ...retinanet import FocalRetinaNet
 from ..init import find_problems, first_step
 from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, percent
@@ -28,20 +28,11 @@ def check_components(case: Case) -> Iterator[Finding]:
     yield Finding(OK, f"{type(model).__name__} of {size:.1f}M parameters, mapper, optimiser and schedule are built")
 
 
-class WeightsProbe(AtomicCheckpointer):
-    """Loads weights as training does, and keeps what did not fit in place of logging it.
+class _QuietCheckpointer(AtomicCheckpointer):
+    """Loads weights as training does, and leaves it to the checks to say what does not fit."""
 
-    Attributes:
-        missing: names of the model's parameters and buffers that got nothing.
-        other_shapes: (name, shape in the file, shape in the model) of those that are of another shape.
-    """
-
-    missing: list[str]
-    other_shapes: list[tuple[str, tuple, tuple]]
-
-    def _load_model(self, checkpoint: Any) -> None:
-        found = super()._load_model(checkpoint)
-        self.missing, self.other_shapes = list(found.missing_keys), list(found.incorrect_shapes)
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        pass
 
 
 def check_weights(case: Case) -> Iterator[Finding]:
@@ -51,29 +42,31 @@ def check_weights(case: Case) -> Iterator[Finding]:
         where = "the encoder's alone (MODEL.FOCAL.TIMM.WEIGHTS)" if has_encoder_weights(case.cfg) else "none: random"
         yield from _frozen(case, [name for name, _ in model.named_parameters()]) or [Finding(OK, where)]
         return
-    if "://" not in path and not PathManager.isfile(path):
-        yield Finding(ERROR, f"MODEL.WEIGHTS is {path}, which is no file. Give a path, a URL, or nothing for none.")
+    if problem := missing_file("MODEL.WEIGHTS", path, "a path, a URL, or nothing for random weights"):
+        yield Finding(ERROR, problem)
         return
-    probe = WeightsProbe(model)
-    probe.load(path)
+    checkpointer = _QuietCheckpointer(model)
+    checkpointer.load(path)
+    fit = checkpointer.fit
+    starts_anew = [*fit.missing, *(name for name, _, _ in fit.other_shapes)]
     total = len(model.state_dict())
-    if len(probe.missing) == total:
+    if len(starts_anew) == total:
         yield Finding(
             ERROR,
             f"None of the model's {total} tensors has its name in {path}: nothing is loaded. Give weights of this "
             "architecture, or set MODEL.WEIGHTS to nothing.",
         )
         return
-    findings = [_other_shapes(case, probe)] if probe.other_shapes else []
-    findings += _frozen(case, probe.missing)
-    loaded = total - len(probe.missing)
-    rest = "" if loaded == total else f"; the rest, such as {few(probe.missing, most=2)}, starts anew"
+    findings = [_other_shapes(case, fit)] if fit.other_shapes else []
+    findings += _frozen(case, starts_anew)
+    loaded = total - len(starts_anew)
+    rest = "" if loaded == total else f"; the rest, such as {few(starts_anew, most=2)}, starts anew"
     yield from findings or [Finding(OK, f"{percent(loaded, total)} of the model's tensors are in {path}{rest}")]
 
 
-def _other_shapes(case: Case, probe: WeightsProbe) -> Finding:
+def _other_shapes(case: Case, fit: Fit) -> Finding:
     """Of another number of classes, most often."""
-    shapes = {name: (theirs, ours) for name, theirs, ours in probe.other_shapes}
+    shapes = {name: (theirs, ours) for name, theirs, ours in fit.other_shapes}
     others = f"{len(shapes)} tensors of MODEL.WEIGHTS have other shapes than the model's"
     bias = shapes.get("head.cls_score.bias")
     if bias and set(shapes) <= {"head.cls_score.bias", "head.cls_score.weight"}:

@@ -7,6 +7,7 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
+from ...config.explain import flatten
 from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
 from .case import ERROR, OK, WARNING, Case, Finding, few
 
@@ -96,14 +97,6 @@ def _differences(cfg: CfgNode, path: str) -> list[str]:
             theirs = yaml.safe_load(file)
     except (OSError, yaml.YAMLError):
         return ["config.yaml, which cannot be read"]
-    ours, theirs = dict(_leaves(yaml.safe_load(cfg.dump()))), dict(_leaves(theirs))
+    ours, theirs = flatten(yaml.safe_load(cfg.dump())), flatten(theirs if isinstance(theirs, dict) else {})
     may_differ = _NOT_THE_RUN | ({"SEED"} if cfg.SEED < 0 else set())  # the run drew one
     return sorted(key for key in {*ours, *theirs} - may_differ if ours.get(key) != theirs.get(key))
-
-
-def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in (node if isinstance(node, dict) else {}).items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

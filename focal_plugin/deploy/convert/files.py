@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...config import add_focal_config
 from ...files.safe_load import WeightsError, load_torch, load_zoo
-from ...files.write import replace_file
+from ...files.weights import compare
+from ...files.write import check_free, replace_file
 
 
 class ConvertError(ValueError):
@@ -102,20 +103,7 @@ def check_complete(weights: Mapping[str, Tensor], module: nn.Module) -> None:
     Raises:
         ConvertError: they are not; lists every difference.
     """
-    expected = {
-        name: tuple(value.shape)
-        for name, value in module.state_dict().items()
-        if not name.endswith("num_batches_tracked") and not name.startswith("normalizer.")  # only training's
-    }
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} has no place in the model" for name in found if name not in expected]
-    problems += [
-        f"{name} is {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
+    if problems := compare(weights, module.state_dict()).problems():
         raise ConvertError("The weights are not those of the model:\n  " + "\n  ".join(problems))
 
 
@@ -132,8 +120,8 @@ def write(converted: Converted, output: str, source: str, force: bool = False) -
         The config's path.
 
     Raises:
-        ConvertError: ``output`` has another ending, or one of the files is there.
-        OSError: they cannot be written.
+        ConvertError: ``output`` has another ending.
+        OSError: one of the files is there, or cannot be written.
     """
     config = check_output(output, force)
     lines = [f"# Weights of {source}, converted.", *(f"# {note}" for note in converted.notes)]
@@ -151,14 +139,15 @@ def check_output(output: str, force: bool, with_config: bool = True) -> str:
     """The path of the config beside the checkpoint ``output``.
 
     Raises:
-        ConvertError: ``output`` does not end in ``.pth``, or a file is there that ``force`` does not give up.
+        ConvertError: ``output`` does not end in ``.pth``.
+        FileExistsError: a file is there, and ``force`` is not given.
     """
     if not output.endswith(".pth"):
         raise ConvertError(f"{output} does not end in .pth, the ending of the file to write.")
     config = output.removesuffix(".pth") + ".yaml"
     for path in (output, config)[: 1 + with_config]:
-        if os.path.exists(path) and not force:
-            raise ConvertError(f"{path} is there already. Choose another name, or overwrite it with --force.")
+        if not force:
+            check_free(path, "OUT", "overwrite it with --force")
     return config
 
 
