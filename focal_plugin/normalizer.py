@@ -4,6 +4,8 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from .config import ConfigError
+
 
 class NumPositives(nn.Module):
     """The number of positives of this batch, at least 1: the paper's normaliser (section 4.1).
@@ -61,5 +63,5 @@ def build_normalizer(cfg) -> nn.Module:
     """Build the normaliser that ``MODEL.FOCAL.NORMALIZER`` names: ``ema``, ``num_fg`` or ``num_fg_sync``."""
     name = cfg.MODEL.FOCAL.NORMALIZER
     if name not in _NORMALIZERS:
-        raise KeyError(f"MODEL.FOCAL.NORMALIZER is {name!r}; expected one of {', '.join(_NORMALIZERS)}.")
+        raise ConfigError(f"MODEL.FOCAL.NORMALIZER is {name!r}; expected one of {', '.join(_NORMALIZERS)}.")
     return _NORMALIZERS[name]()

@@ -6,6 +6,8 @@ from typing import Any
 
 from detectron2.utils.registry import Registry
 
+from .config import ConfigError
+
 DENSE_HEAD_REGISTRY = Registry("DENSE_HEAD")
 DENSE_HEAD_REGISTRY.__doc__ = """
 Heads of a dense detector: the two subnets of the paper's section 4.
@@ -78,7 +80,7 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
         return registry.get(name)
     key = _CONFIG_KEYS[registry._name]
     known = ", ".join(sorted(known for known, _ in registry))
-    raise KeyError(
+    raise ConfigError(
         f"{key} is {name!r}, which is not registered. Registered: {known}. "
         "If it is defined in a module of yours, add that module to MODEL.FOCAL.IMPORTS."
     )
@@ -88,7 +90,7 @@ def _build(registry: Registry, name: str, cfg, *more: Any) -> Any:
     """The component of that name, built with ``(cfg, *more)``.
 
     Raises:
-        KeyError: it is not registered.
+        ConfigError: it is not registered.
         TypeError: its constructor does not take these.
     """
     component = _get(registry, name)
@@ -124,7 +126,7 @@ def check_names(cfg) -> None:
     """Whether the components that ``cfg`` names are there, before anything is built.
 
     Raises:
-        KeyError: one is not registered.
+        ConfigError: one is not registered.
     """
     for registry, name in _chosen_names(cfg).items():
         if name:  # of the box loss; the others' names are never empty
@@ -135,8 +137,11 @@ def import_user_modules(cfg) -> None:
     """Import every module named in ``MODEL.FOCAL.IMPORTS``, so that the components they define are registered.
 
     Raises:
+        ConfigError: ``cfg`` does not have the plugin's keys.
         ImportError: a module is not found; the message names the key and the module.
     """
+    if "FOCAL" not in cfg.MODEL:
+        raise ConfigError("The config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg().")
     for module in cfg.MODEL.FOCAL.IMPORTS:
         try:
             importlib.import_module(module)
@@ -173,7 +178,7 @@ def build_box_loss(cfg):
     if not name:
         stock = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
         if stock not in _STOCK_BOX_LOSSES:
-            raise KeyError(
+            raise ConfigError(
                 f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE is {stock!r}; expected one of {', '.join(_STOCK_BOX_LOSSES)}, "
                 "or name a registered loss in MODEL.FOCAL.BOX_LOSS.NAME."
             )

@@ -107,8 +107,6 @@ class FocalRetinaNet(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg):
-        if "FOCAL" not in cfg.MODEL:
-            raise KeyError("The config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg().")
         import_user_modules(cfg)
         backbone = fold_frozen_norms(build_backbone(cfg))  # the same network in fewer passes over its activations
         shapes = backbone.output_shape()

@@ -94,7 +94,7 @@ PAPER = {
 BASE = {"config.keys", "registry", "structures", "layers"}
 TOOLS = {
     "files": {"config.keys"},
-    "data": {"structures"},
+    "data": {"config.keys", "structures"},
     "backbones": {"files", "registry"},
     "pipelines": {"class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},

@@ -5,7 +5,14 @@ import torch
 from detectron2.config import get_cfg
 
 import focal_plugin
-from focal_plugin import add_focal_config, build_box_loss, build_cls_loss, build_matcher, import_user_modules
+from focal_plugin import (
+    ConfigError,
+    add_focal_config,
+    build_box_loss,
+    build_cls_loss,
+    build_matcher,
+    import_user_modules,
+)
 
 
 @pytest.fixture
@@ -28,7 +35,7 @@ def cfg():
 )
 def test_an_unknown_name_lists_the_known_ones(cfg, build, key, known):
     cfg.merge_from_list([key, "Typo"])
-    with pytest.raises(KeyError) as error:
+    with pytest.raises(ConfigError) as error:
         build(cfg)
     for part in (key, "Typo", known):
         assert part in str(error.value)
@@ -51,7 +58,7 @@ def test_an_own_name_goes_before_the_stock_key(cfg):
 
 def test_an_unknown_stock_box_loss_is_refused(cfg):
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "l2"
-    with pytest.raises(KeyError, match=r"BBOX_REG_LOSS_TYPE is 'l2'; expected one of smooth_l1, giou"):
+    with pytest.raises(ConfigError, match=r"BBOX_REG_LOSS_TYPE is 'l2'; expected one of smooth_l1, giou"):
         build_box_loss(cfg)
 
 

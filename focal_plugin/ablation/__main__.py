@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
         images = {} if args.report_only else count_images(runs)
         args.output.mkdir(parents=True, exist_ok=True)
-    except (ImportError, OSError, KeyError, ValueError) as error:
-        print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
+    except (ImportError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
         return 1
     runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_focal_config
-from ..config.explain import merge_from_list
+from ..config.explain import explained_keys, merge_from_list
 from ..config.load import find_config
 from ..files.safe_yaml import merge_from_file, parse_yaml
 from ..files.shipped import CONFIGS, shipped
@@ -180,16 +180,14 @@ def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
     ``opts``, as KEY VALUE pairs.
 
     Raises:
-        ValueError: a key is not known, or a value has another type; names the row's file, or the command line.
+        ConfigError: a key is not known, or a value has another type; names the row's file, or the command line.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
-    try:
+    with explained_keys(cfg, f"{row.file}{f' on {base}' if base else ''}"):
         merge_from_file(cfg, str(base or row.file))
         if base:
             cfg.merge_from_other_cfg(CfgNode(row.own_keys))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ValueError(f"{row.file}{f' on {base}' if base else ''}: {error}") from error
     merge_from_list(cfg, opts)
     return cfg
 

@@ -15,8 +15,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from ..config import ConfigError
 from ..config.explain import flatten
-from ..data import register_local_datasets
+from ..data import check_registered, register_local_datasets
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
 from ..files.safe_yaml import parse_yaml
@@ -231,7 +232,7 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
 
     Raises:
         ImportError: a module of ``MODEL.FOCAL.IMPORTS``, which may register sets, is not found.
-        KeyError, ValueError, OSError: a component or a set is not known, its files are not as they should be, or there
+        ValueError, OSError: a component or a set is not known, its files are not as they should be, or there
             is no box to find in the first of a run's test sets.
     """
     has_boxes: dict[str, bool] = {}
@@ -240,11 +241,12 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
         import_user_modules(run.cfg)
         try:
             check_names(run.cfg)
-        except KeyError as error:
-            raise KeyError(f"{run.row.name}: {error.args[0]}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{run.row.name}: {error}") from error
         register_local_datasets(run.cfg)
         for name in (*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST):
             if name not in counts:
+                check_registered(name, f"DATASETS of {run.row.name}")
                 records = DatasetCatalog.get(name)
                 counts[name], has_boxes[name] = len(records), any(map(_has_box, records))
         if not has_boxes[first := run.cfg.DATASETS.TEST[0]]:

@@ -87,9 +87,8 @@ def _findings(check: Check, case: Case) -> Iterator[Finding]:
         yield from check.function(case)
     except Exception as error:  # it would stop the training, but not the other checks
         logger.debug("The check %r failed.", check.name, exc_info=True)
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error  # without the quotes
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        yield Finding(ERROR, f"{kind}{text}")
+        yield Finding(ERROR, f"{kind}{error}")
 
 
 def line(check: Check, finding: Finding) -> str:

@@ -116,8 +116,8 @@ def first_step(cfg: CfgNode) -> FirstStep:
     read_records(cfg, "TRAIN", filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     try:
         check_num_classes(cfg)
-    except (KeyError, ValueError) as error:
-        raise UserError(error.args[0]) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     model = build_focal_model(cfg, "init")
     if cfg.MODEL.WEIGHTS:

@@ -18,17 +18,23 @@ _NO_TYPE = re.compile(
 
 @contextmanager
 def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Around the merging of a file or of ``KEY VALUE`` pairs, which ``where`` names, into ``cfg``.
+    """Explain what is wrong with a file or with ``KEY VALUE`` pairs that are merged into ``cfg`` inside.
+
+    Args:
+        cfg: the config; the keys near a mistyped one are found in it.
+        where: names the file or the command line in messages.
 
     Raises:
-        ConfigError: there is no such key, and these are near it; or its value is of another type.
+        ConfigError: there is no such key, it was renamed, or its value has another type.
     """
     leaves = flatten(cfg)
     keys = [*leaves, *dict.fromkeys(key.rpartition(".")[0] for key in leaves if "." in key)]
     try:
         yield
-    except (AssertionError, KeyError, ValueError) as error:
-        text = str(error.args[0]) if error.args else ""
+    except ConfigError:
+        raise
+    except (AssertionError, KeyError, ValueError) as error:  # Detectron2's and fvcore's
+        text = str(error.args[0]) if error.args else type(error).__name__
         if found := _NO_KEY.fullmatch(text):
             near = ", ".join(near_keys(found[1], keys))
             problem = f"there is no key {found[1]}." + (f" Near it: {near}." if near else "")
@@ -37,7 +43,7 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
             example = """, as in "('a', 'b')" or "('a',)" for one""" if expected in ("list", "tuple") else ""
             problem = f"{key} is {value} ({kind}); expected a value of type {expected}{example}."
         else:
-            raise
+            problem = text
         raise ConfigError(f"{where}: {problem}") from error
 
 

@@ -1,19 +1,22 @@
 """A config from a file and a command line."""
 
 import os
+import re
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
+from torch import nn
 
 from ..data import register_local_datasets
 from ..files.safe_yaml import merge_from_file
 from ..files.shipped import CONFIGS, shipped
 from ..losses.class_weights import fill_class_frequencies
 from ..registry import import_user_modules
-from .explain import explained_keys, merge_from_list
+from .explain import explained_keys, flatten, merge_from_list
 from .keys import ConfigError, add_focal_config
 
 # Not through detectron2.model_zoo, whose import needs pkg_resources, which setuptools no longer has.
@@ -67,6 +70,28 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
     register_local_datasets(cfg)
     fill_class_frequencies(cfg)
     return cfg
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """Build the model of ``cfg`` on its device, as Detectron2's ``build_model`` does.
+
+    Raises:
+        ConfigError: a name or a number in ``cfg`` is none that Detectron2 knows, such as MODEL.BACKBONE.NAME.
+    """
+    try:
+        return modeling.build_model(cfg)
+    except KeyError as error:  # of a registry, or of a table such as that of a ResNet's depths
+        unknown = error.args[0]
+        if found := re.match("No object named '(.*)' found in '", str(unknown)):
+            unknown = found[1]
+        values = flatten(cfg.MODEL, "MODEL.").items()
+        keys = [key for key, value in values if type(value) is type(unknown) and value == unknown]
+        if not keys:
+            raise
+        raise ConfigError(
+            f"{' or '.join(keys)} is {unknown!r}, which Detectron2 does not know ({error}). If it is defined in a "
+            "module of yours, add that module to MODEL.FOCAL.IMPORTS."
+        ) from error
 
 
 def usable_device(device: str, key: str = "MODEL.DEVICE") -> str:

@@ -1,6 +1,6 @@
 """Data sets from lines of a config, checked before they are used."""
 
-from .classes import check_num_classes, is_dense_detector
+from .classes import check_num_classes, check_registered, is_dense_detector
 from .files import check_files, check_files_of
 from .local import register_local_dataset, register_local_datasets
 from .mapper import FocalDatasetMapper, build_augmentations
@@ -13,6 +13,7 @@ __all__ = [
     "check_files",
     "check_files_of",
     "check_num_classes",
+    "check_registered",
     "is_dense_detector",
     "register_local_dataset",
     "register_local_datasets",

@@ -5,6 +5,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
+from ..config import ConfigError
+
 
 def check_num_classes(cfg: CfgNode) -> None:
     """Check, before anything is trained, that the model and all of ``DATASETS.{TRAIN, TEST}`` agree on the classes.
@@ -14,8 +16,7 @@ def check_num_classes(cfg: CfgNode) -> None:
     the data sets with each other. Data sets without class names are passed over.
 
     Raises:
-        KeyError: a data set is not registered.
-        ValueError: the number or the names differ; the message says what to set.
+        ConfigError: a data set is not registered; or the number or the names differ; the message says what to set.
     """
     names = {
         dataset: classes
@@ -28,7 +29,7 @@ def check_num_classes(cfg: CfgNode) -> None:
     first, classes = next(iter(names.items()))
     for dataset, others in names.items():
         if others != classes:
-            raise ValueError(
+            raise ConfigError(
                 f"The data sets of DATASETS.TRAIN and DATASETS.TEST disagree on the classes: {first!r} has "
                 f"{_listed(classes)}, {dataset!r} has {_listed(others)}. For sets of DATASETS.LOCAL, give both entries "
                 "the same classes: [...]."
@@ -38,7 +39,7 @@ def check_num_classes(cfg: CfgNode) -> None:
         return
     found = cfg.MODEL[key].NUM_CLASSES
     if found != len(classes):
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.{key}.NUM_CLASSES is {found}, but {first!r} has {len(classes)} classes: {_listed(classes)}. "
             f"Set MODEL.{key}.NUM_CLASSES to {len(classes)} (the background is not counted; "
             f"{cfg.MODEL.META_ARCHITECTURE} reads no other key of that name)."
@@ -46,11 +47,7 @@ def check_num_classes(cfg: CfgNode) -> None:
 
 
 def _class_names(dataset: str, key: str) -> list[str] | None:
-    if dataset not in DatasetCatalog:
-        raise KeyError(
-            f"{key} names {dataset!r}, which is not registered. Describe it in DATASETS.LOCAL, "
-            "or import the module that registers it with MODEL.FOCAL.IMPORTS."
-        )
+    check_registered(dataset, key)
     metadata = MetadataCatalog.get(dataset)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(dataset)  # most sets learn their class names from their files
@@ -58,14 +55,27 @@ def _class_names(dataset: str, key: str) -> list[str] | None:
     return None if classes is None else list(classes)
 
 
+def check_registered(dataset: str, key: str) -> None:
+    """Check that there is a data set of the name that ``key`` gives.
+
+    Raises:
+        ConfigError: it is not registered.
+    """
+    if dataset not in DatasetCatalog:
+        raise ConfigError(
+            f"{key} names {dataset!r}, which is not registered. Describe it in DATASETS.LOCAL, "
+            "or import the module that registers it with MODEL.FOCAL.IMPORTS."
+        )
+
+
 def is_dense_detector(architecture: str) -> bool:
     """Whether this registered meta-architecture is a RetinaNet, Detectron2's or FocalRetinaNet, or of their kind.
 
     Raises:
-        KeyError: it is not registered.
+        ConfigError: it is not registered.
     """
     if architecture not in META_ARCH_REGISTRY:
-        raise KeyError(
+        raise ConfigError(
             f"MODEL.META_ARCHITECTURE is {architecture!r}, which is not registered. Registered: "
             f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}. If it is defined in a module of yours, add "
             "that module to MODEL.FOCAL.IMPORTS."

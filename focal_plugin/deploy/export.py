@@ -250,8 +250,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         how = {"raw": args.raw, "layout": args.input_layout, "dtype": args.input_dtype}
         about = describe(cfg, model, **how)
         export_model(model, args.output, args.format, images, **how, opset=args.opset, metadata=about)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {os.path.getsize(args.output) / 2**20:.1f} MB, same as the model on {len(images)} images")
     return 0

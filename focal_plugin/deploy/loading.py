@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.modeling import build_model
 from torch import nn
 
 from ..config import add_focal_config
 from ..config.explain import merge_from_list
-from ..config.load import load_config, usable_device
+from ..config.load import build_model, load_config, usable_device
 from ..data import DataError
 from ..engine import AtomicCheckpointer
 from ..files.safe_load import WeightsError

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             tta=args.tta or None,
         )
         os.makedirs(args.output, exist_ok=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     results = Results(predictor.metadata)
     problems: list[str] = []

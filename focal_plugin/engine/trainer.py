@@ -11,13 +11,14 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader, build_
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
-from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ..config import ConfigError
+from ..config.load import build_model
 from ..data import FocalDatasetMapper
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
@@ -246,7 +247,7 @@ def log_model(model: nn.Module) -> None:
 def _check_accumulate(cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if not 1 <= cfg.SOLVER.ACCUMULATE <= max(images, 1):
-        raise ValueError(
+        raise ConfigError(
             f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}; expected 1 to {images}, the images a process has in a step "
             f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {comm.get_world_size()} processes)."
         )

@@ -23,10 +23,8 @@ def components_config(cfg: CfgNode, **stand_ins: str) -> Iterator[CfgNode]:
         stand_ins: for a key of ``MODEL.RETINANET`` the whole name of the other: ``IOU_LABELS="MODEL.RPN.IOU_LABELS"``.
 
     Raises:
-        KeyError: ``cfg`` has no ``MODEL.FOCAL``.
+        ConfigError: ``cfg`` has no ``MODEL.FOCAL``.
     """
-    if "FOCAL" not in cfg.MODEL:
-        raise KeyError("The config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg().")
     import_user_modules(cfg)
     copy = cfg.clone()
     copy.defrost()
@@ -34,7 +32,7 @@ def components_config(cfg: CfgNode, **stand_ins: str) -> Iterator[CfgNode]:
         copy.MODEL.RETINANET[key] = reduce(getattr, other.split("."), cfg)
     try:
         yield copy
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         for key, other in stand_ins.items():
             error.add_note(f"{other} stands in for MODEL.RETINANET.{key} here.")
         raise

@@ -2,6 +2,7 @@
 
 import pytest
 
+from focal_plugin import ConfigError
 from focal_plugin.ablation.__main__ import parse
 from focal_plugin.config.explain import split_pairs
 from focal_plugin.config.load import load_config
@@ -37,7 +38,7 @@ def test_a_file_is_no_key(tmp_path, monkeypatch):
 
 
 def test_a_key_that_was_renamed(tiny_config):
-    with pytest.raises(KeyError, match=r"renamed to MODEL\.FOCAL\.TOP_BLOCK"):
+    with pytest.raises(ConfigError, match=r"The command line.*renamed to MODEL\.FOCAL\.TOP_BLOCK"):
         load_config(tiny_config, ["MODEL.FOCAL.TIMM.TOP_BLOCK", "p5"])
 
 

@@ -2,7 +2,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from focal_plugin import add_focal_config
+from focal_plugin import ConfigError, add_focal_config
 from focal_plugin.config.explain import flatten
 
 
@@ -34,7 +34,7 @@ def test_two_configs_share_no_value():
 def test_a_config_without_the_keys_is_told_what_to_call():
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"
-    with pytest.raises(KeyError, match="add_focal_config"):
+    with pytest.raises(ConfigError, match="add_focal_config"):
         build_model(cfg)
 
 

@@ -2,7 +2,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from focal_plugin import add_focal_config
+from focal_plugin import ConfigError, add_focal_config
 from focal_plugin.data import check_num_classes, register_local_dataset
 
 
@@ -72,13 +72,13 @@ def test_nothing_to_compare(sets):
 def test_a_model_that_is_not_registered(sets):
     sets(train=["a"])
     with pytest.raises(
-        KeyError, match=r"MODEL\.META_ARCHITECTURE is 'FocalNet'.*FocalRetinaNet.*MODEL\.FOCAL\.IMPORTS"
+        ConfigError, match=r"MODEL\.META_ARCHITECTURE is 'FocalNet'.*FocalRetinaNet.*MODEL\.FOCAL\.IMPORTS"
     ):
         check_num_classes(make_cfg(arch="FocalNet", test=()))
 
 
 def test_unregistered():
-    with pytest.raises(KeyError, match=r"DATASETS\.TEST names 'nowhere'.*DATASETS\.LOCAL"):
+    with pytest.raises(ConfigError, match=r"DATASETS\.TEST names 'nowhere'.*DATASETS\.LOCAL"):
         check_num_classes(make_cfg(train=(), test=("nowhere",)))
 
 

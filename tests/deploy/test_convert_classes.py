@@ -105,7 +105,9 @@ def test_loading_names_the_command(checkpoint, tiny_config, caplog):
     "words, message",
     [
         (["MODEL.FOCAL.CLS_LOSS.NAME", "Nope"], "MODEL.FOCAL.CLS_LOSS.NAME is 'Nope'"),
-        (["MODEL.META_ARCHITECTURE", "Nope"], "No object named 'Nope'"),
+        (["MODEL.META_ARCHITECTURE", "Nope"], "MODEL.META_ARCHITECTURE is 'Nope'"),
+        (["MODEL.BACKBONE.NAME", "Nope"], "MODEL.BACKBONE.NAME is 'Nope'"),
+        (["MODEL.RESNETS.DEPTH", "77"], "MODEL.RESNETS.DEPTH is 77"),
         (["MODEL.FOCAL.IMPORTS", "['nope']"], "MODEL.FOCAL.IMPORTS names 'nope'"),
     ],
 )

@@ -12,6 +12,7 @@ from torchvision.ops import batched_nms, box_iou
 
 from focal_plugin import (
     CLS_LOSS_REGISTRY,
+    ConfigError,
     FocalBoxPredictor,
     NumPositives,
     OHEMLoss,
@@ -216,7 +217,7 @@ def test_config(small_config):
 
 def test_errors(small_config):
     shape = ShapeSpec(channels=CHANNELS)
-    with pytest.raises(KeyError, match=r"MODEL\.FOCAL\.CLS_LOSS\.NAME is 'Foo'"):
+    with pytest.raises(ConfigError, match=r"MODEL\.FOCAL\.CLS_LOSS\.NAME is 'Foo'"):
         FocalBoxPredictor(small_config(FASTER, "MODEL.FOCAL.CLS_LOSS.NAME", "Foo"), shape)
     with pytest.raises(ValueError, match="has 3 numbers") as error:
         FocalBoxPredictor(small_config(FASTER, "MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA", [0.2, 0.4, 0.1]), shape)

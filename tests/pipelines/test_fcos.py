@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.fcos import FCOS
 from torch.nn import functional as F
 
-from focal_plugin import CLS_LOSS_REGISTRY, EMANumPositives, FocalFCOS, SigmoidFocalLoss
+from focal_plugin import CLS_LOSS_REGISTRY, ConfigError, EMANumPositives, FocalFCOS, SigmoidFocalLoss
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -95,9 +95,9 @@ def test_every_class_loss(config, draw_images, name):
 
 
 def test_errors(config, small_config):
-    with pytest.raises(KeyError, match=r"MODEL\.FOCAL\.CLS_LOSS\.NAME is 'Foo'"):
+    with pytest.raises(ConfigError, match=r"MODEL\.FOCAL\.CLS_LOSS\.NAME is 'Foo'"):
         build_model(config("MODEL.FOCAL.CLS_LOSS.NAME", "Foo"))
-    with pytest.raises(KeyError, match="add_focal_config"):
+    with pytest.raises(ConfigError, match="add_focal_config"):
         build_model(small_config(RETINANET, "MODEL.META_ARCHITECTURE", "FocalFCOS", focal=False))
     with pytest.raises(TypeError, match=r"no focal_loss_alpha and no focal_loss_gamma.*cls_loss"):
         FocalFCOS(cls_loss=SigmoidFocalLoss(), normalizer=None, focal_loss_gamma=2.0, focal_loss_alpha=0.25)

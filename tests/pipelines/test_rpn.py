@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, ImageList, pairwise_iou
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from focal_plugin import CLS_LOSS_REGISTRY, ATSSMatcher, FocalRPN, IgnoreBandMatcher, PriorBiasInit
+from focal_plugin import CLS_LOSS_REGISTRY, ATSSMatcher, ConfigError, FocalRPN, IgnoreBandMatcher, PriorBiasInit
 from focal_plugin.losses.functional import quality_focal_loss
 
 RPN_CONFIG = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
@@ -190,9 +190,9 @@ def test_numbers_of_the_classes_are_not_of_objects(small_config):
 
 
 def test_errors(small_config):
-    with pytest.raises(KeyError, match=r"MODEL\.FOCAL\.CLS_LOSS\.NAME is 'Foo'.*BCELoss"):
+    with pytest.raises(ConfigError, match=r"MODEL\.FOCAL\.CLS_LOSS\.NAME is 'Foo'.*BCELoss"):
         FocalRPN(small_config(RPN_CONFIG, "MODEL.FOCAL.CLS_LOSS.NAME", "Foo"), SHAPES)
-    with pytest.raises(KeyError, match="add_focal_config"):
+    with pytest.raises(ConfigError, match="add_focal_config"):
         FocalRPN(small_config(RPN_CONFIG, focal=False), SHAPES)
     with pytest.raises(ValueError, match="ascending") as error:
         FocalRPN(small_config(RPN_CONFIG, "MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]), SHAPES)

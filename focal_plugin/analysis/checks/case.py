@@ -6,12 +6,11 @@ from functools import cached_property
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from ...config.load import load_config
+from ...config.load import build_model, load_config
 from ...data import is_dense_detector
 from ..common import read_records, spread
 from ..coverage import Coverage, FeatureGrid, Image, measure, read_images

@@ -48,8 +48,8 @@ def check_classes(case: Case) -> Iterator[Finding]:
     """Check that the data sets and ``NUM_CLASSES`` agree, that each box has such a class, and each class a box."""
     try:
         check_num_classes(case.cfg)
-    except (KeyError, ValueError) as error:
-        yield Finding(ERROR, str(error.args[0]))
+    except ValueError as error:
+        yield Finding(ERROR, str(error))
         return
     if not case.is_dense:
         yield Finding(OK, "the data sets have as many as the model")

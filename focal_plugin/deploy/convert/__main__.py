@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             converted = _convert(args)
             config = write(converted, args.output, args.source, args.force)
             print(*converted.notes, f"Written: {args.output} and {config}", sep="\n")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
+from ...config.load import build_model
+from ...data import is_dense_detector
 from .files import ConvertError, find_weights, read_content
 
 _LAYER = "head.cls_score"
@@ -72,8 +72,7 @@ def map_classes(
 
 def _fresh_rows(cfg: CfgNode, num_classes: int) -> dict[str, Tensor]:
     """The classifier's weight and bias in a new model of the config, a row for each anchor and class."""
-    kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if not (isinstance(kind, type) and issubclass(kind, DenseDetector)):
+    if not is_dense_detector(cfg.MODEL.META_ARCHITECTURE):
         raise ConvertError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected a dense detector, such as RetinaNet, "
             f"whose classes are rows of {_LAYER}."
