@@ -1,8 +1,8 @@
-"""Files of weights are read, and nothing in them is executed.
+"""Read files of weights without running anything in them.
 
-A pickle is a program: it may import any function and call it. Files of PyTorch's are read with ``weights_only``, those
-of Detectron's model zoos (``.pkl``) by an unpickler that knows NumPy's arrays and plain containers. What else such a
-file asks for is refused and never imported. There is no switch that turns this off.
+A pickle is a program: it may import any function and call it. PyTorch's files are read with ``weights_only``. That
+unpickler knows no NumPy arrays and no protocol but 2, so Detectron's model zoos (``.pkl``) are read by one with its own
+list of what a pickle may ask for; all else is refused and never imported. No switch turns this off.
 """
 
 import collections
@@ -19,8 +19,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 _CONVERT = (
-    "Nothing of it was run. Tensors, NumPy arrays in a .pkl, numbers, text and containers of them are what is read; if "
-    "you trust whoever made the file, load it in a program of your own and save its state_dict alone with torch.save."
+    "Nothing of it was run: tensors, NumPy arrays in a .pkl, numbers, text and containers of them are read. If you "
+    "trust whoever made the file, load it in a program of your own and save its state_dict alone with torch.save."
 )
 
 
@@ -29,7 +29,7 @@ class WeightsError(ValueError):
 
 
 def load_torch(path: str) -> dict:
-    """What ``torch.save`` wrote to ``path``, a dict of tensors and plain values, on the CPU.
+    """Return what ``torch.save`` wrote to ``path``: a dict of tensors and plain values, on the CPU.
 
     Raises:
         OSError: the file cannot be opened.
@@ -38,7 +38,7 @@ def load_torch(path: str) -> dict:
     with PathManager.open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # PyTorch fails in many ways on what is not its own
+        except Exception as error:  # PyTorch raises errors of many types on files that are not its own
             if wanted := re.search(r"GLOBAL (\S+)", str(error)):
                 raise WeightsError(f"{path} asks for {wanted[1]}, which is refused. {_CONVERT}") from error
             problem = re.search(r"WeightsUnpickler error: (.+)", str(error))
@@ -48,11 +48,11 @@ def load_torch(path: str) -> dict:
 
 
 def load_zoo(path: str) -> dict:
-    """A file of Detectron2's model zoo, of Detectron's and Caffe2's (``.pkl``), or of pycls (``.pyth``).
+    """Read a file of Detectron2's model zoo, of Detectron's or Caffe2's (``.pkl``), or of pycls (``.pyth``).
 
     Returns:
-        What Detectron2's checkpointer makes of them: ``model``, tensors or arrays by name; ``matching_heuristics``,
-        where the names are those of another project; ``__author__``, and whatever else the file has.
+        What Detectron2's checkpointer makes of it: ``model``, tensors or arrays by name; ``matching_heuristics`` where
+        the names are those of another project; ``__author__``, and whatever else the file has.
 
     Raises:
         OSError: the file cannot be opened.
@@ -75,10 +75,10 @@ def load_zoo(path: str) -> dict:
 
 
 def unpickle(data: bytes, where: str) -> object:
-    """The value that a pickle of any protocol describes, of Python 2 or 3 and NumPy 1 or 2.
+    """Return the value in a pickle of any protocol, of Python 2 or 3 and NumPy 1 or 2.
 
-    It may consist of NumPy arrays and scalars (of numbers, bools, bytes and text), numbers, text, bytes, None, and
-    dicts, lists, tuples and sets of them, none of which contains itself. OrderedDicts become dicts.
+    Allowed are NumPy arrays and scalars (numbers, bools, bytes and text), numbers, text, bytes, None, and dicts, lists,
+    tuples and sets of them, none of which contains itself. OrderedDicts become dicts.
 
     Args:
         data: the pickle.
@@ -94,7 +94,7 @@ def unpickle(data: bytes, where: str) -> object:
         return _plain(_Unpickler(io.BytesIO(data), encoding="latin1").load(), {})
     except WeightsError as error:
         raise WeightsError(f"{where} {error}") from error
-    except Exception as error:  # a damaged pickle fails in any way
+    except Exception as error:  # a damaged pickle raises errors of any type
         raise WeightsError(f"{where} is damaged or no pickle: {_first_line(error)}") from error
 
 
@@ -104,7 +104,7 @@ def _is_zip(file: BinaryIO) -> bool:
 
 
 def _beginning(file: BinaryIO) -> str:
-    """What ``file`` is by its looks: a page of HTML in place of a download, a pointer of Git LFS, nothing."""
+    """Quote the beginning of ``file``, which shows a page of HTML in place of a download, or a pointer of Git LFS."""
     file.seek(0)
     beginning, size = file.read(40), file.seek(0, io.SEEK_END)
     return f"it begins with {beginning!r} and has {size} bytes" if size else "it is empty"
@@ -121,27 +121,30 @@ def _need_dict(content: object, where: str) -> dict:
 
 
 # Stand-ins for what the pickles of arrays call. NumPy's own take any state that a file gives them, and some states make
-# them read memory that is not theirs.
+# them read memory that is not theirs. A pickle may also try to change what it calls: each stand-in is a class with its
+# own __setstate__, or made anew for every use.
 
 
 class _Dtype:
-    """``numpy.dtype``."""
+    """``numpy.dtype``: of numbers, bools, bytes and text."""
 
-    def __init__(self, code: str | bytes, align: object = False, copy: object = True):
-        code = code.decode("ascii") if isinstance(code, bytes) else code
-        if not isinstance(code, str) or not re.fullmatch(r"[biufcSU]\d{1,4}", code):
+    def __init__(self, code: str | bytes, *align_and_copy: object):
+        if not re.fullmatch(r"[biufcSU]\d{1,4}", code := _text(code)):
             raise WeightsError(f"has an array of dtype {code!r}, expected numbers, bools or text.")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        byte_order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
-        self.dtype = self.dtype.newbyteorder(byte_order)
+        self.dtype = self.dtype.newbyteorder(_text(state[1]))  # all else follows from the code
 
 
 class _Array:
-    """``numpy.ndarray``: its contents arrive after it was made, as its state."""
+    """``numpy.ndarray``, and ``numpy.core.multiarray._reconstruct``, which makes an array before its state arrives."""
 
     value: np.ndarray | None = None
+
+    def __init__(self, kind: object, shape: object, code: object):
+        if kind is not _Array:
+            raise WeightsError(f"has an array of type {kind!r}, expected numpy.ndarray.")
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
@@ -159,13 +162,6 @@ def _array(data: object, dtype: object, shape: object, order: object) -> np.ndar
     return array.astype(dtype.dtype.newbyteorder("="))  # a copy, which can be written to
 
 
-def _reconstruct(kind: object, shape: object, code: object) -> _Array:
-    """``numpy.core.multiarray._reconstruct``."""
-    if kind is not _Array:
-        raise WeightsError(f"has an array of type {kind!r}, expected numpy.ndarray.")
-    return _Array()
-
-
 def _scalar(dtype: object, data: object = b"") -> np.generic:
     """``numpy.core.multiarray.scalar``."""
     return _array(data, dtype, (), "C")[()]
@@ -178,49 +174,34 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _empty_bytes() -> bytes:
-    """``bytes()``, with which protocols before 3 write empty ones."""
-    return b""
+def _text(value: str | bytes) -> str:
+    return value.decode("ascii") if isinstance(value, bytes) else value
 
 
-class _Callable:
-    """A function that a pickle may call and cannot change."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args: object) -> object:
-        return self.function(*args)
-
-    def __setstate__(self, state: object) -> None:
-        raise WeightsError("gives a function a state, which none has.")
-
-
-_KNOWN: dict[tuple[str, str], object] = {
-    ("numpy", "dtype"): _Callable(_Dtype),
-    ("numpy", "ndarray"): _Array,
-    ("_codecs", "encode"): _Callable(_encode),
-    ("collections", "OrderedDict"): collections.OrderedDict,
+_KNOWN: dict[str, Callable] = {
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array,
+    "_codecs.encode": _encode,
+    "collections.OrderedDict": collections.OrderedDict,
+    "builtins.bytes": lambda: b"",  # protocols before 3 call it for empty ones; with a number it would fill the memory
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
 }
-for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
-    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Callable(_reconstruct)
-    _KNOWN[f"{_core}.multiarray", "scalar"] = _Callable(_scalar)
-    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _Callable(_array)
-for _builtins in ("__builtin__", "builtins"):  # of Python 2 and 3
-    _KNOWN[_builtins, "bytes"] = _Callable(_empty_bytes)
-    _KNOWN[_builtins, "set"] = set
-    _KNOWN[_builtins, "frozenset"] = frozenset
+_OLD_NAMES = {"numpy._core.multiarray": "numpy.core.multiarray", "numpy._core.numeric": "numpy.core.numeric"}
+_OLD_NAMES["__builtin__"] = "builtins"
 
 
 class _Unpickler(pickle.Unpickler):
-    """Imports nothing: knows its few names itself."""
+    """An unpickler that imports nothing."""
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _KNOWN:
+    def find_class(self, module: str, name: str) -> Callable:
+        known = _KNOWN.get(f"{_OLD_NAMES.get(module, module)}.{name}")
+        if known is None:
             raise WeightsError(f"asks for {module}.{name}, which is refused. {_CONVERT}")
-        return _KNOWN[module, name]
+        return known if isinstance(known, type) else lambda *arguments: known(*arguments)
 
 
 def _check_memo(data: bytes) -> None:
@@ -230,28 +211,31 @@ def _check_memo(data: bytes) -> None:
             raise WeightsError(f"is damaged or no pickle: it numbers a value {argument} at byte {position}.")
 
 
-_UNDER_WAY = object()
 _PLAIN = (str, bytes, bytearray, bool, int, float, complex, type(None), np.generic, np.ndarray)
 
 
-def _plain(value: object, done: dict[int, tuple]) -> object:
-    """A copy of ``value`` with arrays for their stand-ins; ``done`` has the copies by the id of what they are of."""
+def _plain(value: object, copies: dict[int, tuple]) -> object:
+    """Return a copy of ``value`` with arrays for their stand-ins.
+
+    Args:
+        value: what the unpickler gave.
+        copies: (copy, value) by the id of the value; the copy is None while it is being made.
+    """
     if isinstance(value, _PLAIN):
         return value
-    if id(value) in done:
-        copy = done[id(value)][0]
-        if copy is _UNDER_WAY:
-            raise WeightsError("has a container that contains itself.")
-        return copy
-    done[id(value)] = _UNDER_WAY, value
-    match value:
-        case dict():
-            copy = {_plain(key, done): _plain(item, done) for key, item in dict.items(value)}
-        case list() | tuple() | set() | frozenset():
-            copy = type(value)(_plain(item, done) for item in value)
-        case _Array(value=np.ndarray() as copy):
-            pass
-        case _:
-            raise WeightsError(f"has a value of type {type(value).__name__}, expected arrays and plain containers.")
-    done[id(value)] = copy, value
+    if id(value) not in copies:
+        copies[id(value)] = None, value
+        match value:
+            case dict():  # also an OrderedDict, whose methods a pickle can replace
+                copy = {_plain(key, copies): _plain(item, copies) for key, item in dict.items(value)}
+            case list() | tuple() | set() | frozenset():
+                copy = type(value)(_plain(item, copies) for item in value)
+            case _Array(value=np.ndarray() as copy):
+                pass
+            case _:
+                raise WeightsError(f"has a value of type {type(value).__name__}, expected arrays and containers.")
+        copies[id(value)] = copy, value
+    copy, _ = copies[id(value)]
+    if copy is None:
+        raise WeightsError("has a container that contains itself.")
     return copy
