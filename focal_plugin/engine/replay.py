@@ -18,7 +18,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from ..config import ConfigError
-from ..config.load import build_model, load_config
+from ..config.load import load_config
 from ..files.safe_load import WeightsError
 from .batch_file import load_batch
 from .divergence import find_cause, find_cause_in_gradients

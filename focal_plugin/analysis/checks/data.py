@@ -167,8 +167,8 @@ def check_coverage(case: Case) -> Iterator[Finding]:
     if low.sum() > _MANY_LOW_QUALITY * total:
         yield Finding(
             WARNING,
-            f"{percent(low.sum(), total)} of the boxes ({_half_below(case, low)}) get an anchor only by the low-quality "
-            f"rule, as no anchor overlaps them enough. {change}",
+            f"{percent(low.sum(), total)} of the boxes ({_half_below(case, low)}) get an anchor only by the "
+            f"low-quality rule, as no anchor overlaps them enough. {change}",
         )
     elif not without.any():
         shares = coverage.positives.astype(bool).mean(axis=0)
