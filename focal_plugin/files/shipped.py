@@ -14,4 +14,4 @@ def shipped(name: str) -> Path:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         return path
-    return CONFIGS.joinpath(*path.parts[path.parts[:1] == ("configs",) :])
+    return CONFIGS / (path.relative_to("configs") if path.is_relative_to("configs") else path)
