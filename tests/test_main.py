@@ -1,6 +1,7 @@
 """The front door: every command by name, its modules imported when it is called, its help under its own name."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_a_command_has_its_own_help(capsys, name):
         front.main([name, "--help"], "focal")
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: focal {name} ")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["analysis", "ablation", "deploy.predict", "deploy.export", "deploy.convert", "data.quickstart", "engine.replay"],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_each_module_is_still_a_program(capsys, monkeypatch, module):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"focal_plugin.{module}", run_name="__main__")
+    assert not end.value.code
+    page = capsys.readouterr().out
+    named = module not in ("data.quickstart", "engine.replay")  # which are called by argparse after their file
+    assert page.startswith(f"usage: python -m focal_plugin.{module} " if named else f"usage: {module} ")
 
 
 def test_a_command_takes_its_words_and_gives_its_exit_code(monkeypatch):

@@ -9,6 +9,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_resnet_backbone
 from torch import Tensor
 
+from ...files.safe_yaml import parse_yaml
+from ...files.shipped import CONFIGS
 from .files import Converted, ConvertError, check_complete, find_weights, merge, read_content
 from .names import CLASSIFIER, COUNTERS, rename, resnet_rules
 
@@ -27,22 +29,8 @@ _DEPTHS = {
     ((3, 8, 36, 3), True): 152,
 }
 
-# As Base-FocalRetinaNet.yaml, which is where the shipped configs are, and they are no part of the package.
-BASE: dict[str, Any] = {
-    "MODEL": {
-        "META_ARCHITECTURE": "FocalRetinaNet",
-        "BACKBONE": {"NAME": "build_focal_resnet_fpn_backbone"},
-        "RESNETS": {"OUT_FEATURES": ["res3", "res4", "res5"]},
-        "FPN": {"IN_FEATURES": ["res3", "res4", "res5"]},
-        "ANCHOR_GENERATOR": {
-            "SIZES": [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)],
-        },
-        "RETINANET": {"IOU_THRESHOLDS": [0.4, 0.5], "IOU_LABELS": [0, -1, 1], "SMOOTH_L1_LOSS_BETA": 0.0},
-    },
-    "DATASETS": {"TRAIN": ["coco_2017_train"], "TEST": ["coco_2017_val"]},
-    "SOLVER": {"IMS_PER_BATCH": 16, "BASE_LR": 0.01, "STEPS": [60000, 80000], "MAX_ITER": 90000},
-    "INPUT": {"MIN_SIZE_TRAIN": [640, 672, 704, 736, 768, 800]},
-}
+_BASE = CONFIGS / "Base-FocalRetinaNet.yaml"
+BASE: dict[str, Any] = parse_yaml(_BASE.read_bytes(), str(_BASE))
 
 
 def convert_resnet(path: str) -> Converted:
