@@ -16,7 +16,10 @@ COMMANDS = {
     "eval": ("train:eval_main", "evaluate a trained model"),
     "predict": ("deploy.predict:main", "detect objects in images, videos and the pictures of a camera"),
     "export": ("deploy.export:main", "write a trained model as one file that runs without this package"),
-    "convert": ("deploy.convert.__main__:main", "read weights of torchvision, MMDetection, Detectron or timm"),
+    "convert": (
+        "deploy.convert.__main__:main",
+        "make a checkpoint of weights of torchvision, MMDetection, Detectron or timm",
+    ),
     "analysis": ("analysis.__main__:main", "look at anchors, the first loss, the loss's distribution, and speed"),
     "ablation": ("ablation.__main__:main", "train the rows of a table with several seeds and report them"),
     "replay": ("engine.replay:main", "compute the batch again at which a training diverged"),

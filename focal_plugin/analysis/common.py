@@ -24,7 +24,10 @@ class UserError(ValueError):
 def add_flags(parser: argparse.ArgumentParser, *, config_required: bool = True, writes: bool = True) -> None:
     """The flags that every analysis has; ``--output`` if it ``writes``."""
     parser.add_argument(
-        "--config-file", metavar="FILE", required=config_required, help="a file, or a name of Detectron2's model zoo"
+        "--config-file",
+        metavar="FILE",
+        required=config_required,
+        help="YAML: a file, or the name of a shipped config or of one of Detectron2's model zoo",
     )
     if writes:
         parser.add_argument("--output", metavar="DIR", help="where to write; OUTPUT_DIR/analysis if not given")

@@ -40,9 +40,10 @@ def find_config(name: str) -> str:
             return str(path)
     names = [str(file.relative_to(folder)) for folder in (CONFIGS, _ZOO) for file in sorted(folder.rglob("*.*"))]
     near = get_close_matches(name.removeprefix("configs/"), names)
+    hint = f" Near it: {', '.join(near)}." if near else ""
     raise FileNotFoundError(
         f"--config-file {name}: there is no such file in {os.getcwd()}, and no such config in {CONFIGS} or in "
-        f"Detectron2's model zoo." + (f" Near it: {', '.join(near)}." if near else "")
+        f"Detectron2's model zoo.{hint}"
     )
 
 

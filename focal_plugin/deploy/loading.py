@@ -23,7 +23,7 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
     """A config that is not frozen: a copy of a ``CfgNode``, or what ``load_config`` makes of a file.
 
     Args:
-        config: a config; the path of a YAML file, or a name of Detectron2's model zoo.
+        config: a config, or a YAML file by its path or a name that ``find_config`` finds.
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:

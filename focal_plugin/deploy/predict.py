@@ -50,7 +50,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--config-file",
         required=True,
         metavar="FILE",
-        help="YAML: a file, or a name of the shipped configs or the zoo",
+        help="YAML: a file, or the name of a shipped config or of one of Detectron2's model zoo",
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")

@@ -35,7 +35,7 @@ class Predictor:
     in a file what it finds there: ``INPUT.{FORMAT, MIN_SIZE_TEST, MAX_SIZE_TEST}``.
 
     Args:
-        config: a config, the path of a YAML file, or a name of Detectron2's model zoo.
+        config: a config, or a YAML file by its path or a name that ``find_config`` finds.
         weights: of the model; empty, those of ``MODEL.WEIGHTS``.
         opts: ``KEY VALUE`` pairs that change the config.
         score_thresh: detections with a lower score are left out; None, those that the config leaves out
