@@ -14,7 +14,7 @@ As Detectron2's tools/train_net.py and lazyconfig_train_net.py, for YAML and .py
 import os
 import sys
 
-from focal_plugin import train
+from focal_plugin.commands import train
 from focal_plugin.engine import Trainer
 
 

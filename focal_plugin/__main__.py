@@ -11,9 +11,9 @@ from .files.shipped import CONFIGS
 # By name: the function to call with the other words and the program's name, and what it does.
 COMMANDS = {
     "quickstart": ("data.quickstart:main", "write a small data set to try things on: trees seen from the air"),
-    "doctor": ("train:doctor_main", "check config, data and weights before training"),
-    "train": ("train:main", "train a model and evaluate it"),
-    "eval": ("train:eval_main", "evaluate a trained model"),
+    "doctor": ("commands.train:doctor_main", "check config, data and weights before training"),
+    "train": ("commands.train:main", "train a model and evaluate it"),
+    "eval": ("commands.train:eval_main", "evaluate a trained model"),
     "predict": ("deploy.predict:main", "detect objects in images, videos and the pictures of a camera"),
     "export": ("deploy.export:main", "write a trained model as one file that runs without this package"),
     "convert": (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from focal_plugin import __main__ as front
-from focal_plugin import train
+from focal_plugin.commands import train
 from focal_plugin.engine import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -9,11 +9,11 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from focal_plugin import add_focal_config
+from focal_plugin.commands.train import evaluate
 from focal_plugin.config.load import load_config
 from focal_plugin.deploy import fast_dtype, optimize_for_inference
 from focal_plugin.engine import Trainer
 from focal_plugin.layers.frozen_norm import FrozenNormConv2d
-from focal_plugin.train import evaluate
 
 DENSE = ("FocalRetinaNet", "RetinaNet")
 

@@ -10,10 +10,10 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from .analysis.__main__ import main as analyse
-from .config.load import find_config, load_config
-from .deploy import evaluate_with_tta, model_for_inference
-from .engine import AtomicCheckpointer, Trainer, launch, lazy, settled_seed, start_run
+from ..analysis.__main__ import main as analyse
+from ..config.load import find_config, load_config
+from ..deploy import evaluate_with_tta, model_for_inference
+from ..engine import AtomicCheckpointer, Trainer, launch, lazy, settled_seed, start_run
 
 _TRAIN = """Examples:
 

@@ -1,0 +1,1 @@
+"""Commands that put several rooms together: train, eval and doctor. The others are in their rooms."""
