@@ -1,12 +1,13 @@
-"""Runs a table of configs and reports it.
+"""Run a table of configs and report it.
 
     python -m focal_plugin.ablation configs/paper/table1b --data bccd --seeds 3 [--jobs 2] [KEY VALUE ...]
 
-Each row is run with each seed as `python -m focal_plugin train --config-file ... --resume` in a folder of its own. The
-same command again goes on with what is unfinished and runs nothing twice.
+Each row is run with each seed in its own folder, by `python -m focal_plugin train --config-file ... --resume`. The
+same command again resumes unfinished runs and repeats no finished one.
 """
 
 import argparse
+import contextlib
 import fcntl
 import io
 import json
@@ -15,15 +16,16 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..config.explain import split_pairs
+from ..files.write import replace_file
 from .job import read_json
 from .launch import LocalLauncher, SlurmLauncher, execute
 from .report import to_markdown, write_report
 from .rows import DATA, find_base, find_tables
-from .runs import Run, count_images, plan, versions
+from .runs import count_images, plan, versions
 from .unread import without_effect
 
 PROG = "python -m focal_plugin.ablation"
@@ -44,30 +46,33 @@ def parse(argv: Sequence[str], prog: str = PROG) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        help=f"{', '.join(DATA)}, or a base config: each row's own keys go onto it. Default: the rows as they are",
+        help=f"base config that each row's own keys are merged into: {', '.join(DATA)}, or a file; "
+        "by default, the rows are run with their own _BASE_",
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each row with SEED 1 to N")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each row with SEED 1 to N (default: 1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: output/ablation/<rows>-<data>")
-    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    parser.add_argument("--jobs", type=int, metavar="N", help="at a time; default: one for each GPU, SLURM: all")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="default: local")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: one for each GPU; with SLURM, all)"
+    )
     parser.add_argument(
         "--slurm",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="partition=..., time=MINUTES, gpus_per_node=..., and the like, of submitit's SlurmExecutor",
+        help="an option of submitit's SlurmExecutor, such as partition=..., time=MINUTES or gpus_per_node=...",
     )
     parser.add_argument(
-        "--train-net", type=Path, metavar="PATH", help="a train_net.py to run; default: python -m focal_plugin train"
+        "--train-net", type=Path, metavar="PATH", help="a train_net.py to run (default: python -m focal_plugin train)"
     )
-    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
+    parser.add_argument("--report-only", action="store_true", help="run nothing and report the runs so far")
     args = parser.parse_intermixed_args(argv)
 
     args.rows, args.opts = split_pairs(args.words)
     if not args.rows:
         parser.error("name the rows: a folder, YAML files, or the beginning of their names")
     if len(args.opts) % 2:
-        parser.error(f"KEY VALUE pairs: {' '.join(args.opts)} is an odd number of words")
+        parser.error(f"expected KEY VALUE pairs, found an odd number of words: {' '.join(args.opts)}")
     if own := sorted({"SEED", "OUTPUT_DIR"} & set(args.opts[::2])):
         parser.error(f"{' and '.join(own)}: each run has its own; see --seeds and --output")
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
@@ -95,76 +100,74 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # the encoding of a terminal may lack Δ
     argv, prog = sys.argv[1:] if argv is None else list(argv), prog or PROG
     args = parse(argv, prog)
-    args.command = f"{prog} {shlex.join(argv)}"
     try:
         tables = find_tables(args.rows)
         base = find_base(args.data) if args.data else None
         runs = plan([row for table in tables for row in table.rows], base, args.opts, args.seeds, args.output)
-        launcher = None if args.report_only else make_launcher(args, len(runs))
+        runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
         if args.train_net and not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
-        images = {} if args.report_only else count_images(runs)
+        if not args.report_only:
+            launcher, images = make_launcher(args, len(runs)), count_images(runs)
         args.output.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
     try:
         if not args.report_only:
-            for own in runs_of.values():
-                for line in without_effect(own):
-                    print(f"Without effect: {line}", file=sys.stderr)
-            if code := run_all(args, runs, launcher, images):
-                return code
+            for line in (line for own in runs_of.values() for line in without_effect(own)):
+                print(f"Without effect: {line}", file=sys.stderr)
+            with sole_runner(args.output):
+                note_start(args.output / "ablation.json", f"{prog} {shlex.join(argv)}", images)
+                execute(runs, launcher, args.train_net, {"versions": versions()})
         statuses = set()
         for table in tables:
             summary = write_report(table, runs_of[table.name], base, args.opts, args.output)
             print(to_markdown(summary))
             print(f"Written: {args.output / table.name}/report.html, .md, .csv, .json and .png")
             statuses |= {run["status"] for row in summary["rows"] for run in row["runs"]}
+    except KeyboardInterrupt:
+        return 130
+    except BlockingIOError:
+        print(f"{args.output}: the same program is already running there.", file=sys.stderr)
+        return 1
     except OSError as error:
-        print(f"{args.output}: {error}. The same command goes on when that is mended.", file=sys.stderr)
+        print(f"{args.output}: {error}. Correct that, and continue with the same command.", file=sys.stderr)
         return 1
     return int(not args.report_only and not statuses <= {"finished", "diverged"})
 
 
-def run_all(args: argparse.Namespace, runs: list[Run], launcher, images: dict[str, int]) -> int:
-    """Run what is left, as the only one in the output folder. 0, or the exit code if the program ends here."""
-    with open(args.output / "runner.lock", "a") as lock:
+@contextlib.contextmanager
+def sole_runner(output: Path) -> Iterator[None]:
+    """Inside, no other such program runs in ``output``, and SIGTERM and SIGINT both raise KeyboardInterrupt.
+
+    Raises:
+        BlockingIOError: another one is running there.
+    """
+    with open(output / "runner.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # SIGINT too: a background job of a shell ignores it, and so would its children.
+        handler, numbers = signal.default_int_handler, (signal.SIGINT, signal.SIGTERM)
+        former = {number: signal.signal(number, handler) for number in numbers}
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{args.output}: the same program is at work here already.", file=sys.stderr)
-            return 1
-        # Both end it in the same way. Set here also for its children: a shell's background jobs ignore SIGINT.
-        ends = (signal.SIGINT, signal.SIGTERM)
-        former = [signal.signal(number, signal.default_int_handler) for number in ends]
-        try:
-            note_start(args.output / "ablation.json", args.command, images)
-            execute(runs, launcher, args.train_net, {"versions": versions()})
-        except KeyboardInterrupt:
-            return 130
+            yield
         finally:
-            for number, handler in zip(ends, former):
+            for number, handler in former.items():
                 signal.signal(number, handler)
-    return 0
 
 
 def note_start(path: Path, command: str, images: dict[str, int]) -> None:
     """Add this start of the program to the notes of the output folder."""
-    starts = read_json(path, {}).get("starts", [])
-    new = path.with_suffix(".new")
-    new.write_text(
-        json.dumps({"images": images, "starts": [*starts, {"time": time.time(), "command": command}]}, indent=2)
-    )
-    new.replace(path)
+    starts = [*read_json(path, {}).get("starts", []), {"time": time.time(), "command": command}]
+    notes = json.dumps({"images": images, "starts": starts}, indent=2)
+    replace_file(str(path), lambda file: file.write(notes.encode()))
 
 
 def make_launcher(args: argparse.Namespace, num_runs: int) -> LocalLauncher | SlurmLauncher:
-    """The launcher of the command line, for at most ``num_runs`` jobs.
+    """Return the launcher of the command line, for at most ``num_runs`` jobs.
 
     Raises:
-        ValueError: SLURM is not there, or its options are not as they should be.
+        ValueError: SLURM is not installed, or an option of it is wrong.
     """
     if args.launcher == "local":
         return LocalLauncher(args.jobs and min(args.jobs, num_runs))

@@ -1,8 +1,9 @@
-"""The report's pictures: results with their spread over the seeds, and curves of training."""
+"""Figures of the report: results with their spread over the seeds, and training curves."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -25,10 +26,8 @@ _LIGHT = {"axes.prop_cycle": cycler(color=_COLORS), "axes.edgecolor": "#444444"}
 
 
 def save_picture(path: Path, summary: dict, runs: Sequence[Run]) -> None:
-    """Results and losses side by side, as a PNG."""
-    with matplotlib.rc_context(_LIGHT):
-        figure = Figure(figsize=(12, _height(summary)), layout="constrained")
-        FigureCanvasAgg(figure)
+    """Draw results and losses side by side to a PNG."""
+    with _figure(_LIGHT, 12, summary) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
         draw_results(left, summary)
         draw_curves(right.subplots(), summary, runs, "total_loss")
@@ -36,32 +35,32 @@ def save_picture(path: Path, summary: dict, runs: Sequence[Run]) -> None:
 
 
 def themed_svgs(summary: dict, runs: Sequence[Run]) -> list[dict[str, str]]:
-    """The figures of the page: each with a ``title`` and data URIs of an SVG for ``light`` and for ``dark``."""
+    """Return the figures of the page, each with a ``title`` and data URIs of an SVG for ``light`` and for ``dark``."""
     figures = [("Results", lambda figure: draw_results(figure, summary))]
-    for series, title in (("total_loss", "Training loss"), ("bbox/AP", "AP on the test set along the way")):
+    for series, title in (("total_loss", "Training loss"), ("bbox/AP", "AP on the test set during training")):
         if any(len(run.series().get(series, ([],))[0]) > 1 for run in runs):
             figures.append((title, lambda figure, s=series: draw_curves(figure.subplots(), summary, runs, s)))
-    pages = []
-    for title, draw in figures:
-        page = {"title": title}
+    pages = [{"title": title} for title, _ in figures]
+    for page, (_, draw) in zip(pages, figures):
         for theme, style in (("light", _LIGHT), ("dark", _DARK)):
-            with matplotlib.rc_context({**style, "svg.hashsalt": "focal_plugin"}):
-                figure = Figure(figsize=(6.2, _height(summary)), layout="constrained")
-                FigureCanvasAgg(figure)
+            with _figure(style, 6.2, summary) as figure:
                 draw(figure)
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+                figure.savefig(buffer := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
             page[theme] = _data_uri("image/svg+xml", buffer.getvalue())
-        pages.append(page)
     return pages
 
 
-def _height(summary: dict) -> float:
-    return max(3.0, 0.36 * len(summary["rows"]) + 1.2)  # inches
+@contextmanager
+def _figure(style: dict, width: float, summary: dict) -> Iterator[Figure]:
+    """A figure of ``width`` inches, as high as the rows need; inside, the style is that of the theme."""
+    with matplotlib.rc_context({**style, "svg.hashsalt": "focal_plugin"}):
+        figure = Figure(figsize=(width, max(3.0, 0.36 * len(summary["rows"]) + 1.2)), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
 
 
 def draw_results(figure: Figure, summary: dict) -> None:
-    """The AP of each row: ours with its standard deviation and every seed's, and the paper's on an axis of its own."""
+    """Draw the AP of each row: ours of each seed, with mean ± standard deviation, and the paper's on its own axis."""
     rows = summary["rows"]
     has_paper = any(row["paper"] or row["paper_diverged"] for row in rows)
     panels = figure.subplots(1, 2 if has_paper else 1, sharey=True, squeeze=False)[0]
@@ -73,11 +72,11 @@ def draw_results(figure: Figure, summary: dict) -> None:
             spread = row["std"].get("AP")
             panels[0].errorbar(row["mean"]["AP"], y, xerr=spread, fmt="o", color=color, capsize=4, markersize=6)
         else:
-            _say(panels[0], y, row["remark"])
+            _write(panels[0], y, row["remark"])
         if has_paper and "AP" in row["paper"]:
             panels[1].plot(row["paper"]["AP"], y, "D", color=color, markersize=6)
         elif has_paper and row["paper_diverged"]:
-            _say(panels[1], y, "diverged")
+            _write(panels[1], y, "diverged")
     panels[0].set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
     several = any(row["std"] for row in rows)
     panels[0].set(title="Ours", xlabel="AP (%), mean ± std over seeds" if several else "AP (%)")
@@ -90,13 +89,13 @@ def draw_results(figure: Figure, summary: dict) -> None:
 
 
 def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> None:
-    """A series of metrics.json, a line for each run, a colour for each row."""
+    """Draw a series of metrics.json, with a line for each run and a colour for each row."""
     for index, row in enumerate(summary["rows"]):
         label = row["label"]
         for run in runs:
             if run.row.name == row["row"] and series in (found := run.series()):
                 axes.plot(*found[series], color=_color(index), linewidth=1.2, alpha=0.8, label=label)
-                label = None  # once
+                label = None  # once in the legend
     is_loss = series == "total_loss"
     axes.set(title="Training loss, all seeds" if is_loss else "AP on the test set (%), all seeds", xlabel="step")
     if is_loss and axes.lines:
@@ -111,7 +110,7 @@ def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> 
 
 
 def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
-    """The ``detections.png`` of each row's first run that has a whole one, as a small JPEG in a data URI."""
+    """Return each row's first ``detections.png`` that can be read, as a small JPEG in a data URI."""
     pictures: dict[str, dict] = {}
     for run in runs:
         path = run.folder / "detections.png"
@@ -119,7 +118,7 @@ def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
             try:
                 with Image.open(path) as image:
                     small = image.convert("RGB")
-            except (OSError, SyntaxError):  # what Pillow says of half a file, as a killed run leaves it
+            except (OSError, SyntaxError):  # Pillow's for an incomplete file, which a killed run leaves
                 continue
             small.thumbnail((width, 10 * width))
             buffer = io.BytesIO()
@@ -130,11 +129,11 @@ def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
 
 
 def _color(index: int) -> str:
-    return f"C{index % 10}"  # of the theme
+    return f"C{index % 10}"  # the theme's
 
 
-def _say(axes: Axes, y: int, text: str) -> None:
-    """Text in the place of a point, where there is no scale to put one on."""
+def _write(axes: Axes, y: int, text: str) -> None:
+    """Write a text in place of a point that has no value."""
     axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8, style="italic")
 
 

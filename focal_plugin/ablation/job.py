@@ -1,7 +1,7 @@
-"""What a job does: train one run in its folder, alone there, and note how it went.
+"""A job: train one run in its folder, as the only one there, and note how it ended.
 
-This module travels to the job as it is and is not imported there, so that a job starts without importing PyTorch: it
-needs the standard library and submitit alone.
+This module is pickled by value, so that a job starts without importing this package and PyTorch. It may import the
+standard library and submitit only.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ DIVERGED = "diverged.json"  # the training's record of a divergence
 
 
 class TrainJob(Checkpointable):
-    """Runs ``command`` once for a folder. A job that SLURM ends for its time is queued again, and goes on.
+    """Runs ``command`` for a folder. A job that SLURM stops at its time limit is queued again, and resumes.
 
-    The process of ``command`` holds a lock in the folder as long as it lives, whatever becomes of those that started
-    it; while it is held, and after the run has ended well or diverged, another job there does nothing. To end it, send
-    SIGTERM to that process, whose number is in the folder: the signals of a terminal do not reach it.
+    The process of ``command`` holds a lock in the folder while it lives, whatever becomes of its parents. Another job
+    does nothing while the lock is held, and after the run has diverged or ended without an error. To stop the run, send
+    SIGTERM to that process, whose number is in the folder: signals of a terminal do not reach it.
 
     Args:
-        folder: of the run.
-        command: what to run, as a list of words.
-        cwd: where to run it.
-        env: variables of the environment to set.
-        facts: what to note of the attempt besides its host, processor, times and exit code.
+        folder: the folder of the run.
+        command: the command, as a list of words.
+        cwd: the folder to run it in.
+        env: environment variables to set.
+        facts: what to add to the notes, besides the host, processor, times and exit code.
     """
 
     def __init__(self, folder: str, command: list[str], cwd: str, env: dict[str, str], facts: dict):
@@ -67,7 +67,7 @@ class TrainJob(Checkpointable):
             try:
                 (folder / PID).write_text(str(self.process.pid))
                 code = self.process.wait()
-            except BaseException:  # this process is told to end
+            except BaseException:  # this process was told to end
                 self.stop()
                 raise
             (folder / PID).unlink()
@@ -75,40 +75,37 @@ class TrainJob(Checkpointable):
         return f"exit code {code}"
 
     def stop(self) -> None:
-        """Let the process save and end, and wait for it."""
+        """Let the process save and stop, and wait for it."""
         if self.process is not None:
             self.process.terminate()
-            # Not its wait(), which may be what a signal has interrupted, and holds a lock.
+            # Not process.wait(): a signal may have interrupted a call of it, which holds a lock.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit calls when the job's time is nearly over: save, and be queued again."""
+        """Save, stop, and queue the job again: submitit calls this shortly before SLURM's time limit."""
         self.stop()
         return DelayedSubmission(TrainJob(self.folder, self.command, self.cwd, self.env, self.facts))
 
 
 def machine() -> dict:
-    """The host, its processor, how many of its cores this process may use, and its GPUs."""
+    """Return the host, its processor, the number of cores that this process may use, and the GPUs."""
     processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        processor = names[0] if names else processor
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    gpus: list[str] = []
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        processor = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    query, gpus = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        gpus = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split("\n")
-    cores = len(os.sched_getaffinity(0))
+        gpus = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
     return {
         "host": socket.gethostname(),
         "processor": processor,
-        "cores": cores,
-        "gpus": [gpu.strip() for gpu in gpus if gpu.strip()],
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [gpu.strip() for gpu in gpus.splitlines() if gpu.strip()],
     }
 
 
 def read_json(path: Path, otherwise):
-    """What a file holds; ``otherwise`` if it is not there, not yet in full, or cut off, as a power cut leaves it."""
+    """Return the content of a file; ``otherwise`` if there is no file, or only the beginning of one."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -118,4 +115,4 @@ def read_json(path: Path, otherwise):
 def _write(path: Path, attempts: list[dict]) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(attempts, indent=2))
-    new.replace(path)  # never half a file
+    new.replace(path)  # at once, never a part of the file

@@ -1,4 +1,4 @@
-"""Running what is left of a table: jobs through submitit, on this machine or on SLURM, and one bar over all of them."""
+"""Run what is left of a table: jobs through submitit, on this machine or on SLURM, with one progress bar."""
 
 import contextlib
 import os
@@ -17,19 +17,19 @@ from . import job as job_module
 from .job import LOG, PID, TrainJob
 from .runs import Outcome, Run
 
-cloudpickle.register_pickle_by_value(job_module)  # so that a job does not import this package, and PyTorch with it
+cloudpickle.register_pickle_by_value(job_module)  # so that a job imports neither this package nor PyTorch
 
-JOBS = "submitit"  # the folder of a run's jobs, with what they said before training
+JOBS = "submitit"  # the folder of a run's jobs, with their output before training
 POLL_SECONDS = 1.0
-_ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")  # of SLURM's states
-_A_YEAR = 60 * 24 * 365  # in minutes
+_ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")  # states of SLURM's jobs
+_A_YEAR = 60 * 24 * 365  # minutes
 
 
 class LocalLauncher:
-    """Jobs on this machine, which share its cores and its GPUs.
+    """Jobs on this machine, which share its cores and GPUs.
 
     Args:
-        num_jobs: how many run at a time; None, one for each GPU, or one.
+        num_jobs: the number of jobs at a time; None for one for each GPU, or one without a GPU.
     """
 
     def __init__(self, num_jobs: int | None = None):
@@ -39,7 +39,7 @@ class LocalLauncher:
         self.num_jobs = num_jobs or max(1, len(self.gpus))
 
     def environment(self, slot: int) -> dict[str, str]:
-        """The threads and the GPU of the job in a slot, 0 to num_jobs − 1. OMP_NUM_THREADS of the user's is left."""
+        """Return the threads, unless the user has set them, and the GPU of the job in a slot, 0 to num_jobs − 1."""
         cores = len(os.sched_getaffinity(0))
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.num_jobs))}
         if self.gpus:
@@ -50,7 +50,7 @@ class LocalLauncher:
         """Start a job."""
         executor = submitit.LocalExecutor(folder=folder / JOBS)
         executor.update_parameters(timeout_min=_A_YEAR)
-        # Ctrl+C in a terminal reaches all processes there, and is for this one alone: see interrupt.
+        # Ctrl+C in a terminal reaches all processes there. The jobs ignore it, and `interrupt` stops them.
         former = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return executor.submit(train)
@@ -58,25 +58,25 @@ class LocalLauncher:
             signal.signal(signal.SIGINT, former)
 
     def interrupt(self, jobs: Mapping[Run, submitit.Job | None], say: Callable[[str], None]) -> None:
-        """Let all running jobs save and end, and wait for them."""
-        say(f"Interrupted: {len(jobs)} running jobs save and stop. Ctrl+C again does not wait for them.")
-        told = set()
+        """Let all running jobs save and stop, and wait for them."""
+        say(f"Interrupted: {len(jobs)} running jobs save and stop. Press Ctrl+C again to leave without waiting.")
+        signalled = set()
         while left := [run for run, job in jobs.items() if not has_ended(run, job)]:
             for run in left:
-                if run not in told and (pid := run.pid()):
+                if run not in signalled and (pid := run.pid()):
                     with contextlib.suppress(ProcessLookupError):  # it has just ended
                         os.kill(pid, signal.SIGTERM)
-                    told.add(run)
+                    signalled.add(run)
             time.sleep(0.1)
-        say("They have stopped. The same command goes on from their last checkpoints.")
+        say("All jobs have stopped. The same command resumes them from their last checkpoints.")
 
 
 class SlurmLauncher:
-    """Jobs on a SLURM cluster, submitted from here.
+    """Jobs on a SLURM cluster, submitted from this machine.
 
     Args:
-        num_jobs: how many are submitted at a time; None, all.
-        options: of submitit's ``SlurmExecutor``, which are sbatch's: partition, time in minutes, gpus_per_node, ...
+        num_jobs: the number of jobs in the queue at a time; None for all.
+        options: options of submitit's ``SlurmExecutor``, which are sbatch's: partition, time in minutes, ...
 
     Raises:
         ValueError: there is no SLURM here, an option is unknown, or time is missing.
@@ -86,18 +86,18 @@ class SlurmLauncher:
         self.num_jobs = num_jobs or sys.maxsize
         self.options = {"job_name": "ablation", **(options or {})}
         if "time" not in self.options:
-            raise ValueError("--launcher slurm: say how long a run may take, in minutes: --slurm time=240.")
+            raise ValueError("--launcher slurm: give the longest time of a run in minutes, such as --slurm time=240.")
         try:
             self._executor(Path())
         except RuntimeError as error:
             raise ValueError(f"--launcher slurm: {error}") from error
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Nothing: SLURM says what a job may use."""
+        """Return {}, since SLURM sets what a job may use."""
         return {}
 
     def submit(self, folder: Path, train: TrainJob) -> submitit.Job:
-        """Submit a job, and note its number in the folder; or find the one again that an earlier start submitted."""
+        """Submit a job and note its number in the folder, or return the job of an earlier start that still runs."""
         note = folder / "slurm_job"
         if note.exists():
             earlier = submitit.SlurmJob(folder / JOBS, note.read_text())
@@ -113,7 +113,7 @@ class SlurmLauncher:
         return executor
 
     def interrupt(self, jobs: Mapping[Run, submitit.Job | None], say: Callable[[str], None]) -> None:
-        """Let the jobs go on, and say so."""
+        """Leave the jobs in the queue, and say so."""
         numbers = " ".join(job.job_id for job in jobs.values() if job is not None)
         say(
             f"Interrupted: {len(jobs)} jobs stay in SLURM's queue. The same command waits for them again, and "
@@ -122,56 +122,47 @@ class SlurmLauncher:
 
 
 class Progress:
-    """One bar over all steps of all runs that are still to do, with the time left."""
+    """A progress bar over all steps of ``runs``, with the time left."""
 
     def __init__(self, runs: Sequence[Run]):
-        self.steps = {run: run.outcome().step for run in runs}
-        self.left = {run: run.num_steps for run in runs}
+        self.steps = {run: (run.outcome().step, run.num_steps) for run in runs}  # done, in all
+        done, total = map(sum, zip(*self.steps.values()))
         quiet = not sys.stderr.isatty()
-        # The mean speed: jobs write every 20 steps, so that the momentary one jumps.
         self.bar = tqdm(
-            total=sum(self.left.values()),
-            initial=sum(self.steps.values()),
+            total=total,
+            initial=done,
             unit="step",
-            smoothing=0,
+            smoothing=0,  # the mean speed, since jobs write their progress every 20 steps only
             mininterval=60 if quiet else 0.5,
             dynamic_ncols=not quiet,
             file=sys.stderr,
         )
 
     def update(self, run: Run, outcome: Outcome, ended: bool = False) -> None:
-        """Take the steps a run has done; with ``ended``, it does no more of them."""
-        if ended:
-            self.left[run] = outcome.step
-        self.steps[run] = outcome.step
-        self.bar.total = sum(self.left.values())
-        self.bar.update(sum(self.steps.values()) - self.bar.n)
+        """Show the steps that a run has done; a run that has ``ended`` does no more."""
+        self.steps[run] = outcome.step, outcome.step if ended else run.num_steps
+        done, self.bar.total = map(sum, zip(*self.steps.values()))
+        self.bar.update(done - self.bar.n)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Write a line above the bar."""
         self.bar.write(text, file=sys.stderr)
 
 
-def train_command(run: Run, train_net: Path | None) -> list[str]:
-    """Return what runs a run: ``python -m focal_plugin train``, or another ``train_net``, on the run's config."""
-    program = [str(train_net)] if train_net else ["-m", "focal_plugin", "train"]
-    return [sys.executable, *program, "--config-file", str(run.config_file), "--resume"]
-
-
 def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) -> None:
-    """Run what is not over, at most ``launcher.num_jobs`` at a time, and wait for all of it.
+    """Run what is left, at most ``launcher.num_jobs`` at a time, and wait for it.
 
-    A run that fails, or diverges, does not keep the others from running. One that another start of this program has
-    left running is waited for, not started again.
+    A run that fails or diverges does not stop the others. A run that an earlier start of this program has left running
+    is waited for, not started again.
 
     Args:
-        runs: in the order to run them.
+        runs: the runs, in the order to start them.
         launcher: a ``LocalLauncher`` or a ``SlurmLauncher``.
         train_net: the path of a train_net.py; None for `python -m focal_plugin train`.
-        facts: what the jobs note of themselves.
+        facts: what the jobs add to their notes.
 
     Raises:
-        KeyboardInterrupt: after having said what becomes of the jobs.
+        KeyboardInterrupt: the program was interrupted; a message has said what becomes of the jobs.
     """
     for run in runs:
         run.prepare()
@@ -179,34 +170,30 @@ def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) 
     if not waiting:
         return
     progress = Progress(waiting)
-    # Those that an earlier start has left running come first, without a job of ours.
     slots: dict[Run, int] = {}
-    jobs: dict[Run, submitit.Job | None] = {}
+    jobs: dict[Run, submitit.Job | None] = {}  # None: started by an earlier program
 
     def start(run: Run, own: bool) -> None:
+        waiting.remove(run)
         slots[run] = min(set(range(len(slots) + 1)) - set(slots.values()))
-        train = TrainJob(
-            str(run.folder.resolve()),
-            train_command(run, train_net),
-            os.getcwd(),
-            launcher.environment(slots[run]),
-            facts,
-        )
+        jobs[run] = None
         if own:
             (run.folder / PID).unlink(missing_ok=True)  # of a process that was killed
-        jobs[run] = launcher.submit(run.folder, train) if own else None
-        waiting.remove(run)
+            program = [str(train_net)] if train_net else ["-m", "focal_plugin", "train"]
+            command = [sys.executable, *program, "--config-file", str(run.config_file), "--resume"]
+            environment = launcher.environment(slots[run])
+            train = TrainJob(str(run.folder.resolve()), command, os.getcwd(), environment, facts)
+            jobs[run] = launcher.submit(run.folder, train)
 
     try:
         for run in [run for run in waiting if run.is_running()]:
-            progress.say(f"{run.name} is running already: waiting for it.")
+            progress.say(f"{run.name} is already running: waiting for it.")
             start(run, own=False)
         while waiting or jobs:
             for run in list(jobs):
-                outcome = run.outcome()
                 ended = has_ended(run, jobs[run])
+                outcome = run.outcome()  # read after that, so that it has what the job wrote at its end
                 if ended:
-                    outcome = run.outcome()  # what it wrote at its end
                     del jobs[run], slots[run]
                     progress.say(f"{run.name}: {describe(run, outcome)}")
                 progress.update(run, outcome, ended)
@@ -223,18 +210,19 @@ def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) 
 
 
 def has_ended(run: Run, job: submitit.Job | None) -> bool:
-    """Whether a job is over, and nothing that it, or an earlier start of this program, has started trains any more."""
+    """Return whether a job is over and no process of this or an earlier program trains the run."""
     return (job is None or job.done()) and not run.is_running()
 
 
 def describe(run: Run, outcome: Outcome) -> str:
-    """The outcome of a job that has ended, in a line, or in some more if it failed."""
-    if outcome.status == "finished":
-        return f"AP {outcome.results['AP']:.1f}"
-    if outcome.status == "diverged":
-        return f"diverged at step {outcome.step}. {outcome.reason}"
-    if outcome.status == "no AP":
-        return f"no AP. {outcome.reason}"
-    if outcome.status == "failed":
-        return f"failed after {outcome.step} steps, {outcome.reason}"
+    """Return the outcome of a job that has ended, in a line, or in several if it failed."""
+    match outcome.status:
+        case "finished":
+            return f"AP {outcome.results['AP']:.1f}"
+        case "diverged":
+            return f"diverged at step {outcome.step}. {outcome.reason}"
+        case "no AP":
+            return f"no AP. {outcome.reason}"
+        case "failed":
+            return f"failed after {outcome.step} steps, {outcome.reason}"
     return f"{outcome.status}, {outcome.step} steps done; see {run.folder / LOG} and {run.folder / JOBS}"

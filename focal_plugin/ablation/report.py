@@ -2,17 +2,16 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+from tabulate import tabulate
 
 from .figures import detections, save_picture, themed_svgs
 from .rows import METRICS, Table
-from .runs import Run
+from .runs import STATUSES, Run
 from .summary import summarize
-
-_TEMPLATES = Path(__file__).parent
 
 
 def write_report(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequence[str], output: Path) -> dict:
@@ -20,14 +19,14 @@ def write_report(table: Table, runs: Sequence[Run], base: Path | None, opts: Seq
 
     Args:
         table: the rows.
-        runs: all of the table, whether they have been run or not.
-        base: what the rows' own keys went onto, if anything.
+        runs: all runs of the table, also those that were not run.
+        base: the base config of the rows, if there is one.
         opts: the KEY VALUE pairs that changed all configs.
-        output: where the notes of the runner are. The report goes there; that of one of several tables into a folder
-            there of the table's name.
+        output: the folder with the notes of the program. The report is written there; if there are several tables, to a
+            folder of the table's name in it.
 
     Returns:
-        What report.json has: see ``summarize``.
+        The content of report.json: see ``summarize``.
     """
     summary = summarize(table, runs, base, opts, output)
     folder = output / table.name
@@ -42,10 +41,7 @@ def write_report(table: Table, runs: Sequence[Run], base: Path | None, opts: Seq
 
 
 def columns(summary: dict) -> dict[str, list[str]]:
-    """The table as texts by their headings; what the paper and the runs have no number for is left out.
-
-    A ± is the standard deviation over the seeds.
-    """
+    """Return the table as texts by heading, without columns for which neither the paper nor the runs have numbers."""
     rows = summary["rows"]
     table = {"row": [f"{row['label']}{' (baseline)' * row['is_baseline']}" for row in rows]}
     if any(row["paper"] or row["paper_diverged"] for row in rows):
@@ -53,10 +49,8 @@ def columns(summary: dict) -> dict[str, list[str]]:
         table["paper Δ"] = [_signed(row["paper_difference"], row["is_baseline"]) for row in rows]
     for metric in METRICS:
         if metric == "AP" or any(metric in row["mean"] for row in rows):
-            table[metric] = [_spread(row["mean"].get(metric), row["std"].get(metric)) for row in rows]
+            table[metric] = [_spread(row, metric) for row in rows]
         if metric == "AP":
-            diverged = ["diverged" if not row["mean"] and "diverged" in row["remark"] else "" for row in rows]
-            table["AP"] = [cell or instead for cell, instead in zip(table["AP"], diverged)]
             table["Δ"] = [_signed(row["difference"], row["is_baseline"]) for row in rows]
     table["seeds"] = [f"{row['num_finished']} of {row['num_seeds']}" for row in rows]
     table["min a run"] = [_number(row["minutes"]) for row in rows]
@@ -66,58 +60,57 @@ def columns(summary: dict) -> dict[str, list[str]]:
 
 
 def to_markdown(summary: dict) -> str:
-    """The whole report as a text."""
-    table = columns(summary)
-    lines = [f"# {summary['title']}", "", _markdown_row(table), _markdown_row(["---"] * len(table))]
-    lines += [_markdown_row(cells) for cells in zip(*table.values())]
-    lines += ["", f"AP in percent, mean ± standard deviation over seeds; Δ: to {summary['baseline']}.", ""]
-    if summary["without_effect"]:
-        lines += ["Without effect:", "", *(f"- {line}" for line in summary["without_effect"]), ""]
-    lines += ["![AP of each row, and training losses](report.png)", "", "## What was run", ""]
-    lines += [f"- {name}: {text}" for name, text in summary["run"]["facts"].items()]
-    commands = summary["run"]["commands"]
-    lines += ["", *(["```", *commands, "```", ""] if commands else [])]
-    lines += [_markdown_row(["row", "its own keys"]), _markdown_row(["---"] * 2)]
-    for row in summary["rows"]:
-        lines.append(_markdown_row([row["row"], ", ".join(f"`{key}` {value}" for key, value in row["keys"].items())]))
-    failures = [(row["row"], run) for row in summary["rows"] for run in row["runs"] if run["reason"]]
-    if failures:
-        lines += ["", "## Runs without a result", ""]
-        lines += [f"- {name} seed {run['seed']} {run['status']}: {_indented(run['reason'])}" for name, run in failures]
-    if summary["not_run"]:
-        lines += ["", "## What was not run", "", *(f"- {line}" for line in summary["not_run"])]
-    return "\n".join(lines) + "\n"
+    """Return the whole report as a text."""
+    rows, facts, commands = summary["rows"], summary["run"]["facts"], summary["run"]["commands"]
+    keys = [", ".join(f"`{key}` {value}" for key, value in row["keys"].items()) for row in rows]
+    failures = [
+        f"{row['row']} seed {run['seed']} {run['status']}: {_indented(run['reason'])}"
+        for row in rows
+        for run in row["runs"]
+        if run["reason"]
+    ]
+    parts = [
+        f"# {summary['title']}",
+        _table(columns(summary)),
+        summary["legend"],
+        _list("Without effect:", summary["without_effect"]),
+        "![AP of each row, and training losses](report.png)",
+        _list("## What was run", [f"{name}: {text}" for name, text in facts.items()]),
+        "\n".join(["```", *commands, "```"]) if commands else "",
+        _table({"row": [row["row"] for row in rows], "its own keys": keys}),
+        _list("## Runs without a result", failures),
+        _list("## What was not run", summary["not_run"]),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def write_csv(path: Path, summary: dict) -> None:
-    """A line a row, numbers in full precision, empty where there is none."""
+    """Write a line for each row, with numbers in full precision, and empty where there is none."""
     numbers = [name for metric in METRICS for name in (metric, f"{metric}_std")]
-    counts = ("finished", "diverged", "no AP", "failed", "unfinished", "not started")
-    header = ["row", "baseline", "paper_AP", "paper_difference", *numbers, "difference", "seeds", *counts, "minutes"]
+    counts = {status: status.replace(" ", "_") for status in STATUSES}
+    header = ["row", "baseline", "paper_AP", "paper_difference", *numbers, "difference", "seeds", *counts.values()]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [name.replace(" ", "_") for name in header])
+        writer = csv.DictWriter(file, [*header, "minutes"])
         writer.writeheader()
         for row in summary["rows"]:
-            line = {
-                "row": row["row"],
-                "baseline": "x" if row["is_baseline"] else "",
-                "paper_AP": "diverged" if row["paper_diverged"] else row["paper"].get("AP"),
-                "paper_difference": row["paper_difference"],
-                **row["mean"],
-                **{f"{metric}_std": value for metric, value in row["std"].items()},
-                "difference": row["difference"],
-                "seeds": row["num_seeds"],
-                "minutes": row["minutes"],
-            }
-            for status in counts:
-                line[status.replace(" ", "_")] = sum(run["status"] == status for run in row["runs"])
-            writer.writerow(line)
+            statuses = [run["status"] for run in row["runs"]]
+            writer.writerow(
+                {key: row[key] for key in ("row", "paper_difference", "difference", "minutes")}
+                | {"baseline": "x" if row["is_baseline"] else "", "seeds": row["num_seeds"]}
+                | {"paper_AP": "diverged" if row["paper_diverged"] else row["paper"].get("AP")}
+                | row["mean"]
+                | {f"{metric}_std": value for metric, value in row["std"].items()}
+                | {name: statuses.count(status) for status, name in counts.items()}
+            )
 
 
 def to_html(summary: dict, figures: Sequence[dict], pictures: Sequence[dict]) -> str:
-    """One page that needs nothing else."""
+    """Return a page that needs no other file."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
     table = columns(summary)
     return environment.get_template("template.html").render(
@@ -125,12 +118,17 @@ def to_html(summary: dict, figures: Sequence[dict], pictures: Sequence[dict]) ->
     )
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+def _table(table: Mapping[str, Sequence[str]]) -> str:
+    cells = {heading: [cell.replace("|", "/") for cell in column] for heading, column in table.items()}
+    return tabulate(cells, headers="keys", tablefmt="pipe", disable_numparse=True)
+
+
+def _list(heading: str, lines: Sequence[str]) -> str:
+    return "\n".join([heading, "", *(f"- {line}" for line in lines)]) if lines else ""
 
 
 def _indented(text: str) -> str:
-    """A text of several lines as part of a list: the first line, and the rest as code."""
+    """Return a text of several lines for a list: the first line as it is, and the others as code."""
     first, *rest = text.splitlines()
     return "\n".join([first, "", "  ```", *(f"  {line}" for line in rest), "  ```"]) if rest else first
 
@@ -143,5 +141,8 @@ def _signed(value: float | None, is_baseline: bool) -> str:
     return "" if value is None or is_baseline else f"{value:+.1f}".replace("-", "−")
 
 
-def _spread(mean: float | None, std: float | None) -> str:
-    return _number(mean) if std is None else f"{mean:.1f} ± {std:.1f}"
+def _spread(row: dict, metric: str) -> str:
+    if metric == "AP" and not row["mean"] and "diverged" in row["remark"]:
+        return "diverged"
+    std = f" ± {row['std'][metric]:.1f}" if metric in row["std"] else ""
+    return _number(row["mean"].get(metric)) + std

@@ -1,5 +1,6 @@
-"""The rows of a table: small YAML files, what the paper measured for them, and their configs on a data set."""
+"""The rows of a table: small YAML files, the paper's results for them, and their configs on a data set."""
 
+import contextlib
 import csv
 import glob
 import math
@@ -11,19 +12,19 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import add_focal_config
+from ..config import ConfigError, add_focal_config
 from ..config.explain import explained_keys, merge_from_list
 from ..config.load import find_config
 from ..files.safe_yaml import merge_from_file, parse_yaml
 from ..files.shipped import CONFIGS, shipped
 
-# What --data knows by name; anything else is the name of a base config.
+# The base configs that --data knows by name.
 DATA = {
     "quickstart": CONFIGS / "quickstart/trees.yaml",
     "bccd": CONFIGS / "bccd/focal_retinanet_R_18_FPN_scratch.yaml",
 }
 
-_BASE = re.compile("Base([-_].*)?")  # names of files that are no rows
+_BASE = re.compile("Base([-_].*)?")  # the names of files that are not rows
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -33,9 +34,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        file: its YAML file; the row is called as the file is.
-        own_keys: what the file says itself, without its ``_BASE_``.
-        paper: what the paper measured, {metric: percent}; empty if it did not.
+        file: its YAML file.
+        own_keys: the keys in the file itself, without its ``_BASE_``.
+        paper: the paper's results, {metric: percent}; empty if it has none.
         diverged: whether the row diverged in the paper.
     """
 
@@ -46,7 +47,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The name of the file without its suffix."""
         return self.file.stem
 
 
@@ -55,10 +56,10 @@ class Table:
     """Rows to compare.
 
     Attributes:
-        name: what tells it from the other tables of a call; empty if it is the only one.
-        rows: in the order of the report.
-        baseline: the name of the row that differences are taken to.
-        missing: rows of the paper's table that are not among ``rows``.
+        name: the name of the table among several; "" if it is the only one.
+        rows: the rows, in the order of the report.
+        baseline: the name of the row that the others are compared with.
+        missing: the names of rows of the paper's table that are not among ``rows``.
     """
 
     name: str
@@ -68,25 +69,26 @@ class Table:
 
 
 def find_tables(words: Sequence[str]) -> list[Table]:
-    """The tables of the rows that ``words`` name: folders, YAML files, or beginnings of file names
+    """Return the tables of the rows that ``words`` name: folders, YAML files, or beginnings of file names
     (``paper/table1b`` is ``paper/table1b_*.yaml``), in the current folder or else among the shipped configs.
 
-    A folder's ``Base.yaml``, ``Base-*`` and ``Base_*`` are no rows. A ``results.csv`` beside the files has the paper's
-    results, its order and its baseline; without one the order is that of the names, and the first row is the baseline.
+    ``Base.yaml``, ``Base-*`` and ``Base_*`` in a folder are not rows. A ``results.csv`` beside the files has the
+    paper's results, order and baseline; without one, the rows are in the order of their names and the first is the
+    baseline.
 
-    All rows are one table, unless they have baselines of several of the paper's tables, whose rows begin with the same
-    word (``table1b_``): then each is a table by itself.
+    All rows form one table, unless their baselines belong to several of the paper's tables, whose rows begin with the
+    same word (``table1b_``): then each of these is a table.
 
     Raises:
-        FileNotFoundError: there is no row of that name.
-        ValueError: two rows have the same name; a row's file or a ``results.csv`` is not as it should be.
+        FileNotFoundError: there is no such row.
+        ValueError: two rows have the same name; a row's file or a ``results.csv`` is wrong.
     """
     files = [file for word in words for file in _find_files(word)]
     names = [file.stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         found = ", ".join(str(file) for file in files if file.stem in twice)
-        raise ValueError(f"{found}: rows are called as their files are, and no two may be called the same.")
-    paper: dict[Path, dict] = {}  # by the row's file, without its ending
+        raise ConfigError(f"{found}: rows have the names of their files, and no two rows may have the same.")
+    paper: dict[Path, dict] = {}  # by the row's file, without its suffix
     for folder in dict.fromkeys(file.parent for file in files):
         paper |= {folder / name: record for name, record in read_results(folder / "results.csv").items()}
     order = {path: i for i, path in enumerate(paper)}
@@ -113,33 +115,32 @@ def _read_row(file: Path, record: dict) -> Row:
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """The lines of a ``results.csv`` by their column ``row``; none if there is no such file.
+    """Return the lines of a ``results.csv`` by their column ``row``; {} if there is no such file.
 
     Raises:
-        ValueError: it is no text in UTF-8, has no column ``row``, or what is to be a number is none.
+        ValueError: the file is not UTF-8, has no column ``row``, or has an entry that should be a number and is not.
     """
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
         reader = csv.DictReader(file)
         try:
             lines, headings = list(reader), reader.fieldnames or []
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: {error}; save it as UTF-8.") from error
+            raise ConfigError(f"{path}: {error}; save it as UTF-8.") from error
     if "row" not in headings:
-        raise ValueError(f"{path}: expected a column 'row', with the name of a file; found {', '.join(headings)}.")
+        raise ConfigError(f"{path}: expected a column 'row' of file names; found the columns {', '.join(headings)}.")
     for line in lines:
         for metric in METRICS:
             if line.get(metric) and not _is_number(line[metric]):
-                raise ValueError(f"{path}: {metric} of {line['row']} is {line[metric]}; expected a number or nothing.")
+                raise ConfigError(f"{path}: {metric} of {line['row']} is {line[metric]}; expected a number or nothing.")
     return {line["row"]: line for line in lines if line["row"]}
 
 
 def _is_number(text: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return math.isfinite(float(text))
-    except ValueError:
-        return False
+    return False
 
 
 def _table_of(name: str) -> str:
@@ -155,9 +156,9 @@ def _find_files(word: str) -> list[Path]:
         if files := [file for file in found if not _BASE.fullmatch(file.stem)]:
             return files
         if path.is_dir():
-            raise FileNotFoundError(f"{path}: no row in this folder ({ending[1:]}, without Base.yaml, Base-*, Base_*).")
+            raise FileNotFoundError(f"{path}: no row in this folder (expected {ending[1:]}, not Base.yaml, Base-*).")
     raise FileNotFoundError(
-        f"{word}: neither a folder, nor a file, nor the beginning of rows ({word}_*.yaml), in {os.getcwd()} or in "
+        f"{word}: not a folder, a file, or the beginning of names of rows ({word}_*.yaml), in {os.getcwd()} or in "
         f"{CONFIGS}."
     )
 
@@ -176,11 +177,15 @@ def find_base(data: str) -> Path:
 
 
 def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
-    """The config of a row: ``base`` and the row's own keys on it, or without ``base`` the row with its parents; then
-    ``opts``, as KEY VALUE pairs.
+    """Return the config of a row: its own keys on ``base``, or the row with its ``_BASE_``; then ``opts`` on that.
+
+    Args:
+        row: the row.
+        base: a config file, or None.
+        opts: KEY VALUE pairs.
 
     Raises:
-        ConfigError: a key is not known, or a value has another type; names the row's file, or the command line.
+        ConfigError: a key is unknown, or a value has another type; the message names the file or the command line.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
@@ -192,20 +197,20 @@ def compose(row: Row, base: Path | None, opts: Sequence[str]) -> CfgNode:
     return cfg
 
 
-def difference(cfg: CfgNode, other: CfgNode) -> dict:
-    """What ``cfg`` says otherwise than ``other``, as nested dicts of its values."""
+def as_yaml(cfg: CfgNode) -> str:
+    """Return the YAML of the values of a config that are not the defaults: reading it gives the same config."""
+    defaults = get_cfg()
+    add_focal_config(defaults)
+    return CfgNode({"VERSION": cfg.VERSION, **_difference(cfg, defaults)}).dump()
+
+
+def _difference(cfg: CfgNode, other: CfgNode) -> dict:
+    """Return the values of ``cfg`` that differ from those of ``other``, as nested dicts."""
     found = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            if inside := difference(value, other.get(key, CfgNode())):
+            if inside := _difference(value, other.get(key, CfgNode())):
                 found[key] = inside
         elif key not in other or value != other[key]:
             found[key] = value
     return found
-
-
-def as_yaml(cfg: CfgNode) -> str:
-    """A config as the YAML of what it says otherwise than the defaults, which gives the same config again."""
-    defaults = get_cfg()
-    add_focal_config(defaults)
-    return CfgNode({"VERSION": cfg.VERSION, **difference(cfg, defaults)}).dump()

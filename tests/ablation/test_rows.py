@@ -28,9 +28,9 @@ def test_a_folder_a_file_and_the_beginning_of_names(rows):
     two = [str(rows.folder / "other.yaml"), str(rows.folder / "gamma_1.yaml")]
     assert [row.name for row in find_table(two).rows] == ["other", "gamma_1"]
     assert find_table(two).baseline == "other"
-    with pytest.raises(FileNotFoundError, match=r"delta: neither a folder, nor a file, nor the beginning of rows"):
+    with pytest.raises(FileNotFoundError, match=r"delta: not a folder, a file, or the beginning of names of rows"):
         find_table([str(rows.folder / "delta")])
-    with pytest.raises(ValueError, match=f"{two[0]}, {two[0]}: rows are called as their files are"):
+    with pytest.raises(ValueError, match=f"{two[0]}, {two[0]}: rows have the names of their files"):
         find_table([two[0], str(rows.folder)])
 
 
@@ -49,7 +49,7 @@ def test_shipped_rows_are_found_from_anywhere(word, tmp_path, monkeypatch):
     table = find_table([word])
     assert [row.name for row in table.rows][:2] == ["table1b_gamma_0", "table1b_gamma_0.1"]
     assert (table.baseline, table.missing) == ("table1b_gamma_0", [])
-    with pytest.raises(FileNotFoundError, match=rf"paper/table9: neither .* in {tmp_path} or in {CONFIGS}"):
+    with pytest.raises(FileNotFoundError, match=rf"paper/table9: not a folder, .* in {tmp_path} or in {CONFIGS}"):
         find_table(["paper/table9"])
 
     (tmp_path / word).parent.mkdir(parents=True)
@@ -149,8 +149,8 @@ def test_the_tables_of_the_paper():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("name,AP\ngamma_2,34.0\n", "expected a column 'row'.*found name, AP"),
-        ("row;AP\ngamma_2;34,0\n", "expected a column 'row'.*found row;AP"),
+        ("name,AP\ngamma_2,34.0\n", "expected a column 'row'.*found the columns name, AP"),
+        ("row;AP\ngamma_2;34,0\n", "expected a column 'row'.*found the columns row;AP"),
         ("", "expected a column 'row'"),
         ("row,AP50\ngamma_2,n/a\n", "AP50 of gamma_2 is n/a; expected a number"),
         ("row,AP\ngamma_2,nan\n", "AP of gamma_2 is nan; expected a number"),

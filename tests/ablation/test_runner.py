@@ -220,7 +220,7 @@ def test_interrupted_it_lets_its_jobs_save_and_says_so(start_ablation, ablation,
     how(runner)
     screen, _ = runner.communicate(timeout=30)
     assert runner.returncode == 130
-    assert "2 running jobs save and stop" in screen and "goes on from their last checkpoints" in screen
+    assert "2 running jobs save and stop" in screen and "resumes them from their last checkpoints" in screen
     assert "Traceback" not in screen
     assert [path.read_text() for path in table.rglob("saved")] == [f"[{int(signal.SIGTERM)}]"] * 2  # told once
     for path in table.rglob("starts"):
@@ -243,7 +243,7 @@ def test_a_job_that_ends_while_it_is_told_to(runs):
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
         LocalLauncher(1).interrupt({run: None}, said.append)
-    assert "They have stopped" in said[-1]
+    assert "All jobs have stopped" in said[-1]
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [("2", "6"), ("3", "4"), ("8", "4")])
@@ -261,7 +261,7 @@ def test_two_runners_at_a_time(start_ablation, ablation, table, monkeypatch, cap
     runner = start_ablation("SOLVER.MAX_ITER", 1000)
     wait_for(lambda: starts(table))
     assert ablation("SOLVER.MAX_ITER", 1000) == 1
-    assert "at work here already" in capfd.readouterr().err
+    assert "already running there" in capfd.readouterr().err
     assert ablation("--report-only", "SOLVER.MAX_ITER", 1000) == 0  # reading is no harm
     assert "unfinished" in capfd.readouterr().out
     runner.send_signal(signal.SIGINT)
@@ -422,8 +422,8 @@ def test_a_terminal_without_all_letters(start_ablation, table, monkeypatch):
         monkeypatch.setenv(name, value)
     runner = start_ablation("--report-only")
     screen, _ = runner.communicate(timeout=120)
-    assert runner.returncode == 0 and "?: to gamma_0." in screen
-    assert "Δ: to gamma_0." in (table / "report.md").read_text(encoding="utf-8")
+    assert runner.returncode == 0 and "?: difference from gamma_0." in screen
+    assert "Δ: difference from gamma_0." in (table / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_was_moved(ablation, table, tmp_path):
@@ -433,13 +433,13 @@ def test_a_folder_that_was_moved(ablation, table, tmp_path):
     assert set(starts(tmp_path / "elsewhere").values()) == {1}
 
 
-@pytest.mark.parametrize("name", ["gamma_1/seed1/config-ablation.new", "report.json"])
+@pytest.mark.parametrize("name", ["gamma_1/seed1/config-ablation.yaml.part", "report.json"])
 def test_what_cannot_be_written_is_told(ablation, table, name, capfd):
     """As on a full disk."""
     (table / name).mkdir(parents=True)
     assert ablation() == 1
     error = capfd.readouterr().err
-    assert f"{table}: [Errno 21]" in error and "The same command goes on" in error
+    assert f"{table}: [Errno 21]" in error and "continue with the same command" in error
     (table / name).rmdir()
     assert ablation() == 0
     assert set(starts(table).values()) == {1}
