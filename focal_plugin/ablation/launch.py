@@ -149,6 +149,12 @@ class Progress:
         self.bar.write(text, file=sys.stderr)
 
 
+def train_command(run: Run, train_net: Path | None) -> list[str]:
+    """Return the command of a run: ``python -m focal_plugin train``, or another ``train_net``, on the run's config."""
+    program = [str(train_net)] if train_net else ["-m", "focal_plugin", "train"]
+    return [sys.executable, *program, "--config-file", str(run.config_file), "--resume"]
+
+
 def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) -> None:
     """Run what is left, at most ``launcher.num_jobs`` at a time, and wait for it.
 
@@ -179,9 +185,7 @@ def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) 
         jobs[run] = None
         if own:
             (run.folder / PID).unlink(missing_ok=True)  # of a process that was killed
-            program = [str(train_net)] if train_net else ["-m", "focal_plugin", "train"]
-            command = [sys.executable, *program, "--config-file", str(run.config_file), "--resume"]
-            environment = launcher.environment(slots[run])
+            command, environment = train_command(run, train_net), launcher.environment(slots[run])
             train = TrainJob(str(run.folder.resolve()), command, os.getcwd(), environment, facts)
             jobs[run] = launcher.submit(run.folder, train)
 

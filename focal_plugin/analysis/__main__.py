@@ -1,14 +1,12 @@
-"""Commands that look at a config, its data and its checkpoints. ``<what> --help`` says more of each."""
+"""Analyses of a config, its data and its checkpoints. ``<what> --help`` explains each."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from ..config import ConfigError
 from ..config.explain import split_pairs
-from ..data import DataError
 from . import anchors, doctor, init, loss_cdf, speed
-from .common import UserError
+from .common import MISTAKES
 
 _WHAT = {"doctor": doctor, "loss-cdf": loss_cdf, "init": init, "anchors": anchors, "speed": speed}
 
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args.opts += pairs
     try:
         return _WHAT[args.what].main(args)
-    except (UserError, ConfigError, DataError, FileNotFoundError, ImportError) as error:
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -23,8 +23,9 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_a
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..config import ConfigError
 from ..evaluation import style
-from .common import UserError, add_flags, output_stem, read_config, read_records, spread, written
+from .common import add_flags, output_paths, print_written, read_config, read_records, spread
 from .coverage import Coverage, FeatureGrid, Image, measure, ratios_of, read_images
 
 SIZE_BANDS = [("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, np.inf)]  # area in pixels, COCO's
@@ -37,15 +38,11 @@ SHAPE_BANDS = [  # height ÷ width
 ]
 _FIRST_OCTAVES = (2.0, 2.0**1.5, 4.0, 2.0**2.5)  # smallest size of a level ÷ its stride; 4 in the paper
 _SEARCH_IMAGES = 300
-_SUFFIXES = (".png", ".json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this analysis."""
-    parser.add_argument(
-        "--num-images", type=int, default=2000, help="images, spread evenly over the set; 0: all (default: 2000)"
-    )
-    add_flags(parser)
+    add_flags(parser, num_images=2000)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     images = read_images(cfg, spread(records, args.num_images))
     boxes = torch.cat([image.boxes for image in images]).numpy()
     if not len(boxes):
-        raise UserError(f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}, which has no box.")
+        raise ConfigError(f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}, which has no box.")
     areas = np.concatenate([image.areas for image in images])
     levels = list(cfg.MODEL.RETINANET.IN_FEATURES)
     grid = FeatureGrid(cfg)
@@ -68,11 +65,11 @@ def main(args: argparse.Namespace) -> int:
     better = suggest(cfg, grid, images, now)
     print("\n" + (better["text"] if better else "No sizes and ratios taken from the boxes reach more of them."))
 
-    stem = output_stem(args, cfg, "anchors", _SUFFIXES)
+    picture, numbers = paths = output_paths(args, cfg, "anchors.png", "anchors.json")
     content = {"images": len(images), "tables": tables, "suggestion": better}
-    Path(f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
-    draw(Path(f"{stem}.png"), tables)
-    print(written(stem, _SUFFIXES))
+    numbers.write_text(json.dumps(content, indent=2) + "\n")
+    draw(picture, tables)
+    print_written(paths)
     return 0
 
 

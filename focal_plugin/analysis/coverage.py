@@ -14,11 +14,11 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
 from tqdm import tqdm
 
+from ..config import ConfigError
 from ..data.records import check_image
 from ..engine.rng import seeded
 from ..registry import build_matcher
 from ..structures import POSITIVE, Anchors
-from .common import UserError
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FeatureGrid:
         shapes: a ``ShapeSpec`` for each level of ``MODEL.RETINANET.IN_FEATURES``.
 
     Raises:
-        UserError: the backbone lacks one of these levels.
+        ConfigError: the backbone lacks one of these levels.
     """
 
     def __init__(self, cfg: CfgNode, backbone: Backbone | None = None):
@@ -122,7 +122,7 @@ class FeatureGrid:
             backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         if missing := [name for name in cfg.MODEL.RETINANET.IN_FEATURES if name not in shapes]:
-            raise UserError(
+            raise ConfigError(
                 f"MODEL.RETINANET.IN_FEATURES names {', '.join(missing)}; the backbone has {', '.join(shapes)}. "
                 "Give the config of a RetinaNet."
             )

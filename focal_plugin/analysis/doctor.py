@@ -11,10 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from ..config import ConfigError
 from ..engine.console import off_screen
 from .checks import data, model, settings
 from .checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check, Finding
-from .common import UserError, add_flags
+from .common import MISTAKES, add_flags
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +42,16 @@ CHECKS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this analysis."""
     parser.add_argument("--weights", metavar="FILE", default="", help="weights to start from (default: MODEL.WEIGHTS)")
-    parser.add_argument(
-        "--num-images", type=int, default=1000, help="images to match anchors on; 0: all (default: 1000)"
-    )
     parser.add_argument("--resume", action="store_true", help="check a run that resumes the one in its OUTPUT_DIR")
-    add_flags(parser, writes=False)
+    add_flags(parser, num_images=1000, writes=False)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the checks and print their findings. Returns 1 if there is an error."""
     if args.config_file.endswith(".py"):
-        raise UserError(f"--config-file {args.config_file}: a LazyConfig; the checks expect a YAML config.")
+        raise ConfigError(f"--config-file {args.config_file}: a LazyConfig; the checks expect a YAML config.")
     if args.num_images < 0:
-        raise UserError(f"--num-images is {args.num_images}; expected a number ≥ 0, where 0 stands for all.")
+        raise ConfigError(f"--num-images is {args.num_images}; expected a number ≥ 0, where 0 stands for all.")
     case = Case(args.config_file, args.opts, weights=args.weights, resume=args.resume, num_images=args.num_images)
     start, counts = time.perf_counter(), Counter()
     with off_screen("detectron2"), off_screen("focal_plugin"):
@@ -87,7 +85,7 @@ def _findings(check: Check, case: Case) -> Iterator[Finding]:
         yield from check.function(case)
     except Exception as error:  # it would stop the training, but not the other checks
         logger.debug("The check %r failed.", check.name, exc_info=True)
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, MISTAKES) else f"{type(error).__name__}: "
         yield Finding(ERROR, f"{kind}{error}")
 
 

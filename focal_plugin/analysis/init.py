@@ -1,17 +1,16 @@
-"""The loss of the first step: what the bias and the targets make it, beside what the new model has.
+"""The loss of the first step: expected from the bias and the targets, and observed with the new model.
 
-At the start all logits are to be about the classifier's bias (section 3.3), so the loss of a batch follows from the
-bias and the targets alone: the configured loss on constant logits. Beside it stands the loss that the model of the
-config, with its backbone's weights and a new head, has on the same batch of the training set; and for the focal loss
-and the cross entropies the formula. The exit code is 1 if they differ, if one is not finite, or if background dominates
-the loss, as it does at a prior of .5.
+At the start all logits should be near the classifier's bias (section 3.3), so the bias and the targets alone determine
+the loss of a batch: it is the configured loss on constant logits. This is compared with the loss of the config's model,
+with its backbone's weights and a new head, on the same batch of the training set; and for the focal loss and the cross
+entropies with the formula. The exit code is 1 if they differ, if one is not finite, or if background dominates the
+loss, as it does at a prior of .5.
 """
 
 import argparse
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -21,44 +20,39 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..class_loss import loss_of_positives, with_quality
+from ..config import ConfigError
 from ..data import check_num_classes
 from ..engine import Trainer
 from ..losses import AlphaBalancedBCELoss, BCELoss, ElementwiseLoss, SigmoidFocalLoss
 from ..registry import build_bias_init
 from ..retinanet import FocalRetinaNet
 from ..structures import IGNORED, DenseTargets
-from .common import (
-    UserError,
-    add_flags,
-    build_focal_model,
-    load_weights,
-    output_stem,
-    read_config,
-    read_records,
-    written,
-)
+from .common import add_flags, build_focal_model, load_weights, output_paths, print_written, read_config, read_records
 
 _PAPERS_PRIOR = 0.01
-_MOST_SHARE, _MOST_RATIO = 0.9, 10.0  # of background, and of the loss at the paper's prior: above both it dominates
+# Background dominates above both: its share of the loss, and the loss ÷ that at the paper's prior.
+_MOST_SHARE, _MOST_RATIO = 0.9, 10.0
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """Losses of one batch at the first step, each the sum over the batch divided by its positives, at least 1.
+    """Losses of one batch at the first step, each the sum over the batch divided by its positives (at least 1).
 
     Attributes:
-        loss: the class loss, in words. bias_init: the name of the bias init.
-        prior: the mean over anchors and classes of the probability that the bias gives.
-        num_images, num_anchors, num_positives, num_ignored: of the batch. num_classes: K.
-        expected: of the configured loss, all logits at the configured bias.
-        observed: of the new model.
-        textbook: the formula of the focal loss or cross entropy; None for others.
-        background_share: the background anchors' part of ``expected``; None for a loss that is no sum over all anchors.
-        at_papers_prior: as ``expected``, with a prior of .01.
-        logit_mean, logit_std: of the new model's logits minus their bias.
+        loss: the class loss, in words.
+        bias_init: the name of the bias init.
+        prior: the mean over anchors and classes of the probability σ(bias).
+        num_images, num_anchors, num_positives, num_ignored: numbers of the batch.
+        num_classes: K.
+        expected: the configured loss with all logits at the configured bias.
+        observed: the loss of the new model.
+        textbook: the formula of the focal loss or cross entropy; None for other losses.
+        background_share: the background anchors' share of ``expected``; None for a loss that is not a sum over anchors.
+        at_papers_prior: ``expected`` at a prior of .01.
+        logit_mean, logit_std: mean and standard deviation of the new model's logits minus their bias.
         bias_off: the largest difference between the head's bias and the configured one; None for a head whose
             classifier is not called ``cls_score``.
-        loss_cls, loss_box_reg: as the model gives them, and a training's log shows them.
+        loss_cls, loss_box_reg: the losses as the model returns them and the training log shows them.
     """
 
     loss: str
@@ -82,16 +76,18 @@ class FirstStep:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
-    parser.add_argument("--weights", metavar="FILE", help="what training starts from; MODEL.WEIGHTS if not given")
-    parser.add_argument("--tolerance", type=float, default=0.25, help="of observed ÷ expected − 1 (default: .25)")
+    """Add the flags of this analysis."""
+    parser.add_argument("--weights", metavar="FILE", help="weights to start from (default: MODEL.WEIGHTS)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.25, help="largest |observed ÷ expected − 1| (default: .25)"
+    )
     add_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compare and report. 1 if something is wrong."""
+    """Compare the losses and report them. Returns 1 if there is a problem."""
     if not args.tolerance > 0:
-        raise UserError(f"--tolerance is {args.tolerance}; expected a number above 0.")
+        raise ConfigError(f"--tolerance is {args.tolerance}; expected a number above 0.")
     cfg = read_config(args)
     step = first_step(cfg)
     problems = find_problems(step, args.tolerance)
@@ -99,31 +95,29 @@ def main(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"WRONG: {problem}")
     if not problems:
-        print("The first step is as it should be.")
-    stem = output_stem(args, cfg, "init", (".json",))
-    Path(f"{stem}.json").write_text(json.dumps({**asdict(step), "problems": problems}, indent=2) + "\n")
-    print(written(stem, (".json",)))
+        print("The first step is as expected.")
+    (path,) = output_paths(args, cfg, "init.json")
+    path.write_text(json.dumps({**asdict(step), "problems": problems}, indent=2) + "\n")
+    print_written([path])
     return 1 if problems else 0
 
 
 def first_step(cfg: CfgNode) -> FirstStep:
-    """The losses of a batch of the training set at the first step of ``cfg``.
+    """Return the losses of a batch of the training set at the first step of ``cfg``.
 
     Raises:
-        UserError: the training set or the weights cannot be read, or the set has other classes than the config; the
-            model is no FocalRetinaNet.
+        ConfigError: the training set cannot be read or has other classes than the config, or the model is not a
+            FocalRetinaNet.
+        FileNotFoundError, WeightsError: files of the training set or the weights are missing, or hold something else.
     """
     read_records(cfg, "TRAIN", filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    try:
-        check_num_classes(cfg)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_num_classes(cfg)
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     model = build_focal_model(cfg, "init")
     if cfg.MODEL.WEIGHTS:
         load_weights(model, cfg.MODEL.WEIGHTS)
     loader_cfg = cfg.clone()
-    loader_cfg.DATALOADER.NUM_WORKERS = 0  # one batch is not worth a process
+    loader_cfg.DATALOADER.NUM_WORKERS = 0  # a process takes longer to start than one batch to load
     batch = next(iter(Trainer.build_train_loader(loader_cfg)))
     with torch.no_grad(), EventStorage():
         logits, deltas, targets = model.train().predict(batch)
@@ -169,25 +163,25 @@ def first_step(cfg: CfgNode) -> FirstStep:
 
 
 def _configured_bias(cfg: CfgNode, num_anchors: int, num_classes: int) -> Tensor:
-    """The (A, K) bias that ``MODEL.FOCAL.BIAS_INIT`` gives a classifier."""
+    """Return the (A, K) bias of a classifier after ``MODEL.FOCAL.BIAS_INIT``."""
     conv = nn.Conv2d(1, num_anchors * num_classes, 1)
     build_bias_init(cfg)(conv, num_anchors, num_classes)
     return conv.bias.detach().view(num_anchors, num_classes)
 
 
 def _spread_bias(bias: Tensor, level: Tensor) -> Tensor:
-    """The (A, K) ``bias`` in the shape of (N, A, K, H, W) logits."""
+    """Expand the (A, K) ``bias`` to the shape of (N, A, K, H, W) logits."""
     return bias[:, :, None, None].to(level.dtype).expand_as(level)
 
 
 def _constant(bias: Tensor, logits: list[Tensor]) -> list[Tensor]:
-    """Logits of the same shapes that are all at the ``bias``."""
+    """Return logits of the same shapes that all equal the ``bias``."""
     return [_spread_bias(bias, level).contiguous() for level in logits]
 
 
 @torch.no_grad()
 def _at_bias(loss: nn.Module, bias: Tensor, logits: list[Tensor], targets: DenseTargets) -> float:
-    """The loss with all logits at ``bias``."""
+    """Return the loss with all logits at ``bias``."""
     return loss(_constant(bias, logits), targets).item()
 
 
@@ -199,7 +193,7 @@ def _bias_off(model: FocalRetinaNet, bias: Tensor) -> float | None:
 
 
 def _textbook(loss: nn.Module, bias: Tensor, targets: DenseTargets) -> float | None:
-    """Equation 5 for probabilities σ(bias), by counting: how many positives and negatives each (a, k) has."""
+    """Return equation 5 for probabilities σ(bias), from the numbers of positives and negatives of each (a, k)."""
     if not isinstance(loss, (SigmoidFocalLoss, AlphaBalancedBCELoss, BCELoss)):
         return None
     p = bias.double().sigmoid().cpu()  # (A, K)
@@ -218,7 +212,7 @@ def _textbook(loss: nn.Module, bias: Tensor, targets: DenseTargets) -> float | N
 
 
 def describe(step: FirstStep) -> str:
-    """The comparison, for a human."""
+    """Return the comparison as a text."""
     rows = [
         ["expected: the loss on logits equal to the bias", step.expected],
         ["  by the formula", "-" if step.textbook is None else step.textbook],
@@ -239,7 +233,7 @@ def describe(step: FirstStep) -> str:
 
 
 def find_problems(step: FirstStep, tolerance: float) -> list[str]:
-    """What is wrong with a first step, each in a sentence that says what to look at; [] if nothing is."""
+    """Return a sentence for each problem of a first step, with what to look at."""
     problems = []
     where = f"MODEL.FOCAL.BIAS_INIT.NAME {step.bias_init}"
     ratio = step.expected / step.at_papers_prior if step.at_papers_prior else math.inf
@@ -247,21 +241,21 @@ def find_problems(step: FirstStep, tolerance: float) -> list[str]:
     if not math.isfinite(step.expected):
         problems.append(f"The expected loss is {step.expected}: the loss is not finite at the bias of {where}.")
     elif share > _MOST_SHARE and ratio > _MOST_RATIO:
-        of_it = "" if step.background_share is None else f" Background anchors hold {share:.1%} of it."
+        of_it = "" if step.background_share is None else f" {share:.1%} of it is from background anchors."
         problems.append(
             f"At the prior of {step.prior:.3g} ({where}) the loss starts at {ratio:.3g} times that at a prior of "
-            f"{_PAPERS_PRIOR:g}.{of_it} Training is likely to diverge or to forget the objects: use PriorBiasInit with "
+            f"{_PAPERS_PRIOR:g}.{of_it} Training is likely to diverge or to find no objects: use PriorBiasInit with "
             f"MODEL.RETINANET.PRIOR_PROB {_PAPERS_PRIOR:g} (section 3.3)."
         )
     if not math.isfinite(step.observed):
         problems.append(
             f"The observed loss is {step.observed}: look at MODEL.WEIGHTS, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, and "
-            "at norms missing from a backbone with random weights."
+            "for norms that a backbone with random weights lacks."
         )
     elif math.isfinite(step.expected) and abs(step.observed - step.expected) > tolerance * abs(step.expected):
         problems.append(
-            f"The observed loss is {_times(step.observed, step.expected)} the expected one, more than the tolerance of "
-            f"{tolerance:g} allows. {_why_different(step)}"
+            f"The observed loss is {_times(step.observed, step.expected)} the expected one, beyond the tolerance of "
+            f"{tolerance:g}. {_why_different(step)}"
         )
     if not math.isfinite(step.loss_box_reg):
         problems.append(f"loss_box_reg is {step.loss_box_reg}: look at MODEL.FOCAL.BOX_LOSS, and at the boxes.")
@@ -273,14 +267,14 @@ def _times(value: float, reference: float) -> str:
 
 
 def _why_different(step: FirstStep) -> str:
-    """The reason why the model's logits are not at the bias."""
+    """Return why the logits of the model are not at the bias."""
     if step.bias_off is not None and step.bias_off > 1e-3:
         return (
-            f"The classifier's bias is off the configured one by up to {step.bias_off:.3g}: MODEL.WEIGHTS holds a "
-            "trained classifier, or the head does not start it by MODEL.FOCAL.BIAS_INIT."
+            f"The classifier's bias differs from the configured one by up to {step.bias_off:.3g}: MODEL.WEIGHTS holds "
+            "a trained classifier, or the head does not apply MODEL.FOCAL.BIAS_INIT."
         )
     return (
-        f"The logits are off the bias by {step.logit_mean:+.3g} on average and spread by {step.logit_std:.3g}: the "
-        "head adds that to its bias. Its convs should start from N(0, .01²), and its features be of size 1 or so: look "
-        "at MODEL.RETINANET.NORM, at the norms of the backbone (FPN.NORM, RESNETS.NORM) and at MODEL.PIXEL_STD."
+        f"The logits differ from the bias by {step.logit_mean:+.3g} ± {step.logit_std:.3g}. The head's convs should "
+        "start from N(0, .01²), and its features should be about 1 in size: look at MODEL.RETINANET.NORM, at the "
+        "norms of the backbone (FPN.NORM, RESNETS.NORM) and at MODEL.PIXEL_STD."
     )

@@ -15,7 +15,6 @@ and NMS, without reading and resizing. KEY VALUE pairs at the end change every c
 
 import argparse
 import contextlib
-import csv
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -32,15 +31,15 @@ from torch import nn
 from torch.utils.benchmark.utils.timer import timer
 from tqdm import tqdm
 
+from ..config import ConfigError
 from ..config.load import load_config
 from ..deploy import optimize_for_inference
 from ..engine import Trainer
 from ..evaluation import style
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
-from .common import UserError, add_flags, load_weights, output_stem, read_records, spread, written
+from .common import add_flags, load_weights, output_paths, print_written, read_records, spread, write_csv
 
-_SUFFIXES = (".png", ".csv", ".md")
 _OPTIMIZED = ", optimised"
 _PAPER = {  # table 1e: test-dev AP and ms on an M40 GPU at 400, 500, 600, 700 and 800 pixels
     "RetinaNet-50, paper": ([64, 72, 98, 121, 153], [30.5, 32.5, 34.3, 35.1, 35.7]),
@@ -74,22 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", nargs="+", required=True, metavar="[NAME=]RUN", help="folders of runs, and configs")
     parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=AP", help="AP in percent of what has none")
     parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE", help="weights of what has none")
-    parser.add_argument(
-        "--num-images", type=int, default=20, help="images, spread evenly over the set; 0: all (default: 20)"
-    )
     parser.add_argument("--warmup", type=int, default=2, help="images before the timing starts (default: 2)")
     parser.add_argument(
         "--optimize", action="store_true", help="time each model also after deploy.optimize_for_inference"
     )
     parser.add_argument("--join", nargs="+", default=[], metavar="NAME,NAME", help="models to draw a line through")
     parser.add_argument("--paper", action="store_true", help="draw the paper's table 1e as series of their own")
-    add_flags(parser, config_required=False)
+    add_flags(parser, num_images=20, config_required=False)
 
 
 def main(args: argparse.Namespace) -> int:
     """Build and time the models, and print, draw and write the result."""
     if args.warmup < 0:
-        raise UserError(f"--warmup is {args.warmup}; expected a number ≥ 0.")
+        raise ConfigError(f"--warmup is {args.warmup}; expected a number ≥ 0.")
     aps, weights = parse_pairs(args.ap, "--ap"), parse_pairs(args.weights, "--weights")
     entries = [build_entry(run, args.opts, aps, weights) for run in args.runs]
     lines = [names.split(",") for names in args.join]
@@ -104,11 +100,11 @@ def main(args: argparse.Namespace) -> int:
     print(f"{len(records)} images of DATASETS.TEST, one at a time, on {where(entries)}:")
     text = tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f", missingval="-")
     print(text)
-    stem = output_stem(args, data_cfg, "speed", _SUFFIXES)
-    Path(f"{stem}.md").write_text(f"{len(records)} images, one at a time, on {where(entries)}.\n\n{text}\n")
-    write_csv(Path(f"{stem}.csv"), rows)
-    draw(Path(f"{stem}.png"), rows, lines, paper=args.paper, title=f"On {where(entries)}")
-    print(written(stem, _SUFFIXES))
+    picture, numbers, markdown = paths = output_paths(args, data_cfg, "speed.png", "speed.csv", "speed.md")
+    markdown.write_text(f"{len(records)} images, one at a time, on {where(entries)}.\n\n{text}\n")
+    write_csv(numbers, rows)
+    draw(picture, rows, lines, paper=args.paper, title=f"On {where(entries)}")
+    print_written(paths)
     return 0
 
 
@@ -121,7 +117,7 @@ def parse_pairs(words: Sequence[str], flag: str) -> dict[str, str]:
     for word in words:
         name, _, value = word.partition("=")
         if not (name and value):
-            raise UserError(f"{flag} {word}: expected NAME=VALUE.")
+            raise ConfigError(f"{flag} {word}: expected NAME=VALUE.")
         pairs[name] = value
     return pairs
 
@@ -130,7 +126,7 @@ def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dic
     """Return the model of a run's folder or of a config, ``RUN`` or ``NAME=RUN``.
 
     Raises:
-        UserError: there is no such folder or config, the folder lacks a file, or the AP is not a number.
+        ConfigError: there is no such folder or config, the folder lacks a file, or the AP is not a number.
     """
     name, equals, path = run.partition("=")
     if not equals or os.path.exists(run):
@@ -138,11 +134,11 @@ def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dic
     folder = Path(path) if os.path.isdir(path) else None
     name = name or (folder.resolve().name if folder else Path(path).stem)
     if folder and not (folder / "config.yaml").is_file():
-        raise UserError(f"--runs {path}: there is no config.yaml in that folder.")
+        raise ConfigError(f"--runs {path}: there is no config.yaml in that folder.")
     try:
         cfg = load_config(str(folder / "config.yaml") if folder else path, opts)
     except FileNotFoundError as error:
-        raise UserError(f"--runs {path}: no folder, config file or name of the model zoo ({error}).") from error
+        raise ConfigError(f"--runs {path}: no folder, config file or name of the model zoo ({error}).") from error
     ap, ap_source = last_ap(folder) if folder else None, "metrics.json"
     if name in aps:
         ap, ap_source = parse_ap(name, aps[name]), "--ap"
@@ -160,7 +156,7 @@ def parse_ap(name: str, text: str) -> float:
     with contextlib.suppress(ValueError):
         if math.isfinite(ap := float(text)):
             return ap
-    raise UserError(f"--ap {name}={text}: expected a number, the AP in percent.")
+    raise ConfigError(f"--ap {name}={text}: expected a number, the AP in percent.")
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -190,11 +186,11 @@ def check_names(entries: Sequence[Entry], *given: Collection[str]) -> None:
     """Check that the names of the models differ, and that each of the ``given`` ones is the name of a model."""
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
+        raise ConfigError(
             f"--runs: several are called {', '.join(twice)}; give them names of their own: --runs NAME={twice[0]} ..."
         )
     if unknown := sorted({name for some in given for name in some} - set(names)):
-        raise UserError(f"--ap, --weights or --join: {', '.join(unknown)} is none of the models {', '.join(names)}.")
+        raise ConfigError(f"--ap, --weights or --join: {', '.join(unknown)} is none of the models {', '.join(names)}.")
 
 
 def optimized(entry: Entry) -> Entry:
@@ -244,14 +240,6 @@ def table(entries: Sequence[Entry], times: np.ndarray) -> list[dict]:
         origin = {"AP from": entry.ap_source, "weights": entry.weights}
         rows.append({"model": entry.name, "AP": entry.ap, **quartiles, **origin})
     return rows
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write the rows of ``table`` to a CSV file."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(path: Path, rows: Sequence[dict], lines: Sequence[Sequence[str]], *, paper: bool, title: str) -> None:

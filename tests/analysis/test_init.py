@@ -98,7 +98,7 @@ def run(tiny_config, *words):
 def test_the_papers_prior_passes(tiny_config, tmp_path, capsys):
     assert run(tiny_config) == 0
     out = capsys.readouterr().out
-    assert "as it should be" in out and "prior 0.01" in out
+    assert "as expected" in out and "prior 0.01" in out
     content = json.loads((tmp_path / "output" / "analysis" / "init.json").read_text())
     assert content["problems"] == [] and content["expected"] > 0
 
@@ -132,7 +132,7 @@ def test_logits_that_leave_the_bias(tiny_config, tmp_path, capsys):
     torch.nn.init.normal_(model.head.cls_score.weight, std=20.0)
     DetectionCheckpointer(model, str(tmp_path)).save("wild")
     assert run(tiny_config, "--weights", str(tmp_path / "wild.pth")) == 1
-    assert "spread by" in capsys.readouterr().out
+    assert "The logits differ from the bias by" in capsys.readouterr().out
 
 
 def test_not_finite(tiny_config, capsys):

@@ -10,8 +10,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from focal_plugin.analysis.__main__ import main
-from focal_plugin.analysis.common import UserError
 from focal_plugin.analysis.loss_cdf import WrongnessHistogram, add_image
+from focal_plugin.config import ConfigError
 from focal_plugin.config.load import load_config
 from focal_plugin.losses.functional import sigmoid_focal_loss
 from focal_plugin.structures import DenseTargets
@@ -63,7 +63,7 @@ def test_extremes():
         shares = counted.cumulative_loss(gamma, [0, 0.5, 1])
         assert np.isfinite(shares).all() and shares[0] == 0 and shares[-1] == pytest.approx(1)
     assert np.isnan(WrongnessHistogram().cumulative_loss(2, [0.5])).all()
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(ConfigError, match="NaN"):
         counted.add(torch.tensor([float("nan")]))
 
 

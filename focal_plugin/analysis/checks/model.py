@@ -1,4 +1,4 @@
-"""Checks of what the config builds: the components, the weights they start from, the first loss."""
+"""Checks of what the config builds: the components, the weights to start from, the first loss."""
 
 import math
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from ..init import find_problems, first_step
 from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, percent
 from .settings import has_encoder_weights
 
-_FIRST_BATCH = 2  # images: enough for the loss of the first step, and few enough for a CPU
-_TOLERANCE = 0.25  # of the first loss, as of the analysis `init`
+_FIRST_BATCH = 2  # images: enough for a loss, and few enough for a CPU
+_TOLERANCE = 0.25  # of the first loss, as in the analysis `init`
 
 
 def check_components(case: Case) -> Iterator[Finding]:
-    """Whether the model, the mapper, the optimiser and its schedule can be built."""
+    """Check that the model, the mapper, the optimiser and its schedule can be built."""
     model, cfg = case.model, case.cfg
     FocalDatasetMapper(cfg, is_train=True)
     build_lr_scheduler(cfg, build_optimizer(cfg, model))
@@ -29,18 +29,19 @@ def check_components(case: Case) -> Iterator[Finding]:
 
 
 class _QuietCheckpointer(AtomicCheckpointer):
-    """Loads weights as training does, and leaves it to the checks to say what does not fit."""
+    """Loads weights as training does, without logging what does not fit, which the checks report."""
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         pass
 
 
 def check_weights(case: Case) -> Iterator[Finding]:
-    """Whether ``MODEL.WEIGHTS`` loads, for as many classes, and whether something random is frozen."""
+    """Check that ``MODEL.WEIGHTS`` loads, for the same classes, and that no random parameter is frozen."""
     model, path = case.model, case.cfg.MODEL.WEIGHTS
     if not path:
-        where = "the encoder's alone (MODEL.FOCAL.TIMM.WEIGHTS)" if has_encoder_weights(case.cfg) else "none: random"
-        yield from _frozen(case, [name for name, _ in model.named_parameters()]) or [Finding(OK, where)]
+        encoder = "those of the encoder only (MODEL.FOCAL.TIMM.WEIGHTS)"
+        text = encoder if has_encoder_weights(case.cfg) else "none: all are random"
+        yield from _frozen(case, [name for name, _ in model.named_parameters()]) or [Finding(OK, text)]
         return
     if problem := missing_file("MODEL.WEIGHTS", path, "a path, a URL, or nothing for random weights"):
         yield Finding(ERROR, problem)
@@ -53,19 +54,19 @@ def check_weights(case: Case) -> Iterator[Finding]:
     if len(starts_anew) == total:
         yield Finding(
             ERROR,
-            f"None of the model's {total} tensors has its name in {path}: nothing is loaded. Give weights of this "
-            "architecture, or set MODEL.WEIGHTS to nothing.",
+            f"{path} has none of the model's {total} tensors: nothing is loaded. Give weights of this architecture, or "
+            "set MODEL.WEIGHTS to nothing.",
         )
         return
     findings = [_other_shapes(case, fit)] if fit.other_shapes else []
     findings += _frozen(case, starts_anew)
     loaded = total - len(starts_anew)
-    rest = "" if loaded == total else f"; the rest, such as {few(starts_anew, most=2)}, starts anew"
+    rest = "" if loaded == total else f"; the rest, such as {few(starts_anew, most=2)}, is initialised"
     yield from findings or [Finding(OK, f"{percent(loaded, total)} of the model's tensors are in {path}{rest}")]
 
 
 def _other_shapes(case: Case, fit: Fit) -> Finding:
-    """Of another number of classes, most often."""
+    """Return the finding on tensors of other shapes, whose cause is most often another number of classes."""
     shapes = {name: (theirs, ours) for name, theirs, ours in fit.other_shapes}
     others = f"{len(shapes)} tensors of MODEL.WEIGHTS have other shapes than the model's"
     bias = shapes.get("head.cls_score.bias")
@@ -77,16 +78,16 @@ def _other_shapes(case: Case, fit: Fit) -> Finding:
             return Finding(
                 WARNING,
                 f"MODEL.WEIGHTS has a classifier for {int(classes)} classes, and MODEL.RETINANET.NUM_CLASSES is "
-                f"{num_classes}: head.cls_score starts anew, all else is loaded. Right for new classes; to keep those "
-                "of the same names, `python -m focal_plugin.deploy.convert classes`; to go on with the old ones, set "
-                f"NUM_CLASSES {int(classes)}.",
+                f"{num_classes}: head.cls_score is initialised, all else is loaded. That is right for new classes. To "
+                "keep classes of the same names, use `python -m focal_plugin.deploy.convert classes`; for the old "
+                f"classes, set NUM_CLASSES {int(classes)}.",
             )
     listed = few((f"{name} {theirs} for {ours}" for name, (theirs, ours) in shapes.items()), most=2)
-    return Finding(WARNING, f"{others}, and start anew: {listed}. Give weights of this architecture.")
+    return Finding(WARNING, f"{others}, and are not loaded: {listed}. Give weights of this architecture.")
 
 
 def _frozen(case: Case, random: list[str]) -> list[Finding]:
-    """A finding if some of the ``random`` parameters are not trained."""
+    """Return a finding if some of the ``random`` parameters are not trained."""
     random = set(random)
     if has_encoder_weights(case.cfg):
         random = {name for name in random if not name.startswith("backbone.bottom_up.")}
@@ -98,13 +99,13 @@ def _frozen(case: Case, random: list[str]) -> list[Finding]:
         Finding(
             WARNING,
             f"{len(frozen)} parameters are random and never trained, such as {frozen[0]}. Give MODEL.WEIGHTS that have "
-            f"them; or, from random weights, set {keys}.",
+            f"them, or to train from random weights set {keys}.",
         )
     ]
 
 
 def check_first_loss(case: Case) -> Iterator[Finding]:
-    """The class loss of the first step against its closed form."""
+    """Check the class loss of the first step against its closed form."""
     if FocalRetinaNet.__name__ != case.cfg.MODEL.META_ARCHITECTURE:
         yield Finding(SKIPPED, f"{case.cfg.MODEL.META_ARCHITECTURE} is no FocalRetinaNet")
         return
@@ -121,7 +122,7 @@ def check_first_loss(case: Case) -> Iterator[Finding]:
 
 
 def _small(cfg: CfgNode) -> CfgNode:
-    """The config for one small batch, always the same."""
+    """Return the config for one small batch, with a fixed seed."""
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH = min(_FIRST_BATCH, cfg.SOLVER.IMS_PER_BATCH)
     cfg.DATALOADER.NUM_WORKERS = 0

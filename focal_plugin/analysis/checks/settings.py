@@ -1,4 +1,4 @@
-"""Checks of the config alone, and of the folder that the run writes to."""
+"""Checks of the config, and of the folder that the run writes to."""
 
 import os
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from ...config.explain import flatten
 from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
 from .case import ERROR, OK, WARNING, Case, Finding, few
 
-_NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may be others when a run goes on
+_NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may differ in a resumed run
 
 
 def check_config(case: Case) -> Iterator[Finding]:
-    """Whether the config can be read, its modules imported and its data sets registered."""
+    """Check that the config can be read, its modules imported and its data sets registered."""
     imports = case.cfg.MODEL.FOCAL.IMPORTS
     yield Finding(OK, f"{case.config_file or 'defaults'}{f', with {few(imports)} imported' if imports else ''}")
 
 
 def check_learning_rate(case: Case) -> Iterator[Finding]:
-    """``BASE_LR`` against ``IMS_PER_BATCH``, and a warm-up."""
+    """Check ``BASE_LR`` against ``IMS_PER_BATCH``, and the warm-up."""
     solver = case.cfg.SOLVER
     fine = (
         f"SOLVER.BASE_LR {solver.BASE_LR:g} with {solver.IMS_PER_BATCH} images a step (linear scaling: "
@@ -31,7 +31,7 @@ def check_learning_rate(case: Case) -> Iterator[Finding]:
 
 
 def check_clipping(case: Case) -> Iterator[Finding]:
-    """Whether gradients are clipped where that is needed."""
+    """Check that gradients are clipped if training starts from random weights."""
     solver = case.cfg.SOLVER
     if solver.CLIP_GRADIENTS.ENABLED:
         clip = solver.CLIP_GRADIENTS
@@ -47,42 +47,42 @@ def check_clipping(case: Case) -> Iterator[Finding]:
 
 
 def check_unread_keys(case: Case) -> Iterator[Finding]:
-    """Keys that are set, and that this model or backbone does not read."""
-    yield from _warnings([message for _, message in unread_keys(case.cfg)], "of heads and backbone, none set in vain")
+    """Check that the model and the backbone read the keys that are set."""
+    yield from _warnings([message for _, message in unread_keys(case.cfg)], "none among those of heads and backbone")
 
 
 def check_output_dir(case: Case) -> Iterator[Finding]:
-    """Whether another run's checkpoints are where this one will write."""
+    """Check that the run will not overwrite the checkpoints of another one."""
     folder = case.cfg.OUTPUT_DIR
     checkpointer = DetectionCheckpointer(None, folder)
     if not checkpointer.has_checkpoint():
-        problem = "there is no run to --resume: it starts anew" if case.resume else ""
+        problem = "there is no run to --resume: training starts from the beginning" if case.resume else ""
         yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no checkpoints yet'}")
         return
     last = os.path.basename(checkpointer.get_checkpoint_file())
     different = _differences(case.cfg, os.path.join(folder, "config.yaml"))
     if case.resume and not different:
-        yield Finding(OK, f"OUTPUT_DIR {folder}: goes on from {last}")
+        yield Finding(OK, f"OUTPUT_DIR {folder}: resumes from {last}")
     elif case.resume:
         yield Finding(
-            WARNING, f"OUTPUT_DIR {folder}: goes on from {last}, of a run with other values of {few(different)}."
+            WARNING, f"OUTPUT_DIR {folder}: resumes from {last}, of a run with other values of {few(different)}."
         )
     elif different:
         yield Finding(
             ERROR,
             f"OUTPUT_DIR {folder} holds another run ({last}), with other values of {few(different)}: its checkpoints "
-            "would be replaced. Set another OUTPUT_DIR.",
+            "would be overwritten. Set another OUTPUT_DIR.",
         )
     else:
         yield Finding(
             WARNING,
-            f"OUTPUT_DIR {folder} holds a run of this config ({last}), whose checkpoints would be replaced. Use "
-            "--resume to go on with it, or set another OUTPUT_DIR.",
+            f"OUTPUT_DIR {folder} holds a run of this config ({last}), whose checkpoints would be overwritten. "
+            "Resume it with --resume, or set another OUTPUT_DIR.",
         )
 
 
 def has_encoder_weights(cfg: CfgNode) -> bool:
-    """Whether the backbone brings weights of its own."""
+    """Return whether the backbone loads weights of its own."""
     return cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and bool(cfg.MODEL.FOCAL.TIMM.WEIGHTS)
 
 
@@ -91,7 +91,7 @@ def _warnings(messages: list[str], fine: str) -> Iterator[Finding]:
 
 
 def _differences(cfg: CfgNode, path: str) -> list[str]:
-    """The keys whose values in the config file ``path`` are others; ["config.yaml"] if it cannot be read."""
+    """Return the keys whose values differ from those in the config file ``path``, or that it cannot be read."""
     try:
         with open(path) as file:
             theirs = yaml.safe_load(file)
