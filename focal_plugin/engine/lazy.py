@@ -129,6 +129,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     save = CheckpointHook(
         checkpointer, **cfg.train.checkpointer, model=model, loader=loader, metrics=metrics, tail=tail
     )
+    trainer.signals = save.signals
     schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
     trainer.register_hooks([*balance, hooks.IterationTimer(), schedule, save, *tail])
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
-from torch import distributed
+from torch import Tensor, distributed
 from torch.multiprocessing import ProcessExitedException
 
 from .signals import EXIT_CODES, SIGNALS
@@ -40,6 +40,23 @@ def launch(main: Callable, num_gpus: int, *, num_machines: int = 1, args: tuple 
         detectron2_launch(main, num_gpus, args=args, **kwargs)
     else:
         _start(main, num_gpus, num_machines=num_machines, args=args, **kwargs)
+
+
+def gather_numbers(values: Tensor, *numbers: float) -> list[list[float]]:
+    """Return the ``values`` and ``numbers`` of every process, a row each by rank, in all processes.
+
+    One transfer from the GPU and, with more processes than one, one collective call.
+
+    Args:
+        values: (V,) float32 on the device of the process group; as many in each process.
+        numbers: more of them, which are known on the CPU.
+    """
+    if comm.get_world_size() == 1:
+        return [[*values.tolist(), *numbers]]
+    mine = torch.cat([values, values.new_tensor(numbers)])
+    rows = [torch.empty_like(mine) for _ in range(comm.get_world_size())]
+    distributed.all_gather(rows, mine)
+    return torch.stack(rows).tolist()
 
 
 def _join_torchrun(main: Callable, args: tuple, num_gpus: int, num_machines: int) -> None:

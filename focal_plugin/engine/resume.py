@@ -83,9 +83,9 @@ class CheckpointHook(HookBase):
         Raises:
             SystemExit: 143 or 130, after SIGTERM or SIGINT.
         """
-        received = self.signals.agreed()
         step = self.trainer.iter
         is_due = (step + 1) % self.periodic.period == 0 or step >= self.trainer.max_iter - 1
+        received = self.signals.agreed(at_once=is_due)
         if is_due or received:
             self._processes = comm.all_gather(self._process_state())
             if comm.is_main_process():

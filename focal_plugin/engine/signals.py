@@ -21,10 +21,12 @@ class StopSignals:
 
     Attributes:
         received: the number of the signal, 0 for none.
+        shared: the largest ``received`` of all processes when a ``StepTrainer`` last gathered it; None before.
     """
 
     def __init__(self):
         self.received = 0
+        self.shared: int | None = None
         self._since = 0.0
         self._before: dict = {}
 
@@ -39,9 +41,18 @@ class StopSignals:
             signal.signal(number, handler)
         self._before = {}
 
-    def agreed(self) -> int:
-        """The signal that any of the processes has got, in all of them; 0 for none. Waits for the other processes."""
-        return max(comm.all_gather(self.received))
+    def agreed(self, at_once: bool = True) -> int:
+        """Return the signal that any of the processes has received, the same in all of them; 0 for none.
+
+        Args:
+            at_once: wait for the other processes. If not, a signal that came to another process since the numbers of
+                the step were gathered is known one step later, where a ``StepTrainer`` gathers it.
+        """
+        if comm.get_world_size() == 1:
+            return self.received
+        if at_once or self.shared is None:
+            return max(comm.all_gather(self.received))
+        return self.shared
 
     def _note(self, number: int, frame: object) -> None:
         if not self.received:

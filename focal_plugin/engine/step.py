@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.fast_dtype import fast_dtype
 from .divergence import Divergence, explain
+from .processes import gather_numbers
+from .signals import StopSignals
 from .window import counted_together, divide_gradients, split
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,10 @@ class StepTrainer(SimpleTrainer):
             batch, exactly (but for padding and batch norm, which see a part); another one the mean over its images.
         max_skips: how many steps of a run may be skipped, before one that is not finite stops it.
         output_dir: where to leave the batch of a step that is not finite, for ``engine.replay``; empty for nowhere.
+        gather_metric_period: every how many steps the losses are written, as in Detectron2. (They are checked in all.)
+
+    Attributes:
+        signals: with these, each step also tells the other processes what signal this one has received.
     """
 
     def __init__(
@@ -92,14 +98,16 @@ class StepTrainer(SimpleTrainer):
         accumulate: int = 1,
         max_skips: int = 0,
         output_dir: str = "",
+        gather_metric_period: int = 1,
     ):
-        super().__init__(model, data_loader, optimizer)
+        super().__init__(model, data_loader, optimizer, gather_metric_period)
         self.device_type = next(model.parameters()).device.type
         self.precision = precision
         self.accumulate = accumulate
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
         self.max_skips, self.skips = max_skips, 0
         self.output_dir = output_dir
+        self.signals: StopSignals | None = None
 
     def run_step(self) -> None:
         """Take a batch, compute its gradients, write its metrics, update the weights."""
@@ -170,22 +178,25 @@ class StepTrainer(SimpleTrainer):
         Raises:
             Divergence: they are not, and no more steps may be skipped.
         """
-        # The one place where a step waits for the GPU: all losses and the gradients' size in one transfer.
-        values = [loss.detach().float() for loss in losses.values()]
-        *values, gradient = torch.stack([*values, largest_gradient(self.model)]).tolist()
-        mine = dict(zip(losses, values))
+        # The one place where a step waits, for the GPU and for the other processes: a few numbers, in one transfer.
+        values = [*(loss.detach().float() for loss in losses.values()), largest_gradient(self.model)]
+        received = 0 if self.signals is None else self.signals.received
+        *columns, gradients, data_times, signals = zip(*gather_numbers(torch.stack(values), data_time, received))
+        if self.signals is not None:
+            self.signals.shared = int(max(signals))
+        is_due = (self.iter + 1) % self.gather_metric_period == 0
         storage = get_event_storage()
-        storage.put_scalar("rank_data_time", data_time)
-        all_losses, gradients, data_times = zip(*comm.all_gather((mine, gradient, data_time)))
-        if comm.is_main_process():
+        if is_due:
+            storage.put_scalar("rank_data_time", data_time)
+        if is_due and comm.is_main_process():
             storage.put_scalar("data_time", max(data_times))
-        if not all(math.isfinite(loss) for each in all_losses for loss in each.values()) or (
-            not all(map(math.isfinite, gradients)) and not self._scale_may_fall()
-        ):
-            self._skip_or_stop(mine, gradient, batch)
+        finite = all(math.isfinite(loss) for column in columns for loss in column)
+        if not finite or (not all(map(math.isfinite, gradients)) and not self._scale_may_fall()):
+            rank = comm.get_rank()
+            self._skip_or_stop({name: column[rank] for name, column in zip(losses, columns)}, gradients[rank], batch)
             return False
-        if comm.is_main_process():
-            mean = {name: sum(each[name] for each in all_losses) / len(all_losses) for name in mine}
+        if is_due and comm.is_main_process():
+            mean = {name: sum(column) / len(column) for name, column in zip(losses, columns)}
             storage.put_scalar("total_loss", sum(mean.values()))
             if len(mean) > 1:
                 storage.put_scalars(**mean)

@@ -134,6 +134,7 @@ class Trainer(DefaultTrainer):
             metrics=next((writer for writer in self.writers if isinstance(writer, MetricsWriter)), None),
             tail=hooks[place:],
         )
+        self._trainer.signals = self.checkpoint_hook.signals
         return [*hooks[:place], self.checkpoint_hook, *hooks[place:]]
 
     def _evaluate(self) -> dict:

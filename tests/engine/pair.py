@@ -1,13 +1,16 @@
 """What the two processes of tests/engine/test_processes.py do, and one process for comparison."""
 
 import os
+import signal
 
 import torch
+from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from torch import distributed, nn
 
 from focal_plugin.config.load import load_config
-from focal_plugin.engine import StepTrainer, Trainer, launch
+from focal_plugin.engine import AtomicCheckpointer, CheckpointHook, StepTrainer, Trainer, launch
 from focal_plugin.engine.step import data_parallel
 
 
@@ -61,3 +64,46 @@ def evaluate(config, output):
     os.makedirs(cfg.OUTPUT_DIR)
     torch.manual_seed(0)
     return Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+class Square(nn.Module):
+    """A loss of its one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        return {"loss": (self.weight * batch[0]["image"]).square().sum()}
+
+
+def stop(output):
+    """How many collective calls each step makes until a signal of the second process ends both, and when that is."""
+    calls, steps = [0], []
+    for name in ("all_gather", "all_gather_object", "gather_object", "all_reduce", "broadcast", "barrier"):
+        wrapped = getattr(distributed, name)
+
+        def counted(*args, wrapped=wrapped, **kwargs):
+            calls[-1] += 1
+            return wrapped(*args, **kwargs)
+
+        setattr(distributed, name, counted)
+    model = data_parallel(Square())
+    loader = [[{"image": torch.ones(1)}]] * 9
+    trainer = StepTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpointer = AtomicCheckpointer(model, output, save_to_disk=False, trainer=trainer)
+    hook = CheckpointHook(checkpointer, 100, model=model, loader=loader)
+    trainer.signals = hook.signals
+
+    class Signalled(HookBase):
+        def before_step(self):
+            calls.append(0)
+            steps.append(self.trainer.iter)
+            if self.trainer.iter == 3 and comm.get_rank() == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    trainer.register_hooks([hook, Signalled()])
+    try:
+        trainer.train(0, 9)
+    except SystemExit as exit:
+        return {"code": exit.code, "steps": steps, "calls": calls[1:4]}

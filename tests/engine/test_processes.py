@@ -57,6 +57,12 @@ def test_losses_and_gradients_are_those_of_the_joint_batch(tiny_config, tmp_path
                 torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * scale, msg=f"{case}: {parameter}")
 
 
+def test_a_step_makes_one_collective_call_which_carries_the_signals(tmp_path):
+    """DistributedDataParallel's own calls, which it makes from C++, are not counted."""
+    for result in run_pair(tmp_path / "pair", pair.stop, str(tmp_path)):
+        assert result == {"code": 143, "steps": [0, 1, 2, 3], "calls": [1, 1, 1]}
+
+
 def leave_one_out(path):
     """Three images for two processes."""
     content = json.loads(path.read_text())

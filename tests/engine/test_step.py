@@ -63,6 +63,17 @@ def test_the_steps_of_detectron2(model, batches, accumulate):
     assert ours.histories().keys() == theirs.histories().keys()
 
 
+def test_losses_are_written_every_so_many_steps_and_checked_in_all(model, batches):
+    ours = run(make(model, batches, gather_metric_period=2))
+    theirs = run(make(copy.deepcopy(model), batches, SimpleTrainer, gather_metric_period=2))
+    assert ours.histories().keys() == theirs.histories().keys()
+    for name, history in theirs.histories().items():
+        assert [step for _, step in ours.history(name).values()] == [step for _, step in history.values()] == [1, 3]
+    batches[2][0]["image"][0] = math.nan
+    with pytest.raises(FloatingPointError, match="at iteration 2"):
+        run(make(model, batches, gather_metric_period=2))
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_mixed_precision_on_a_cpu(model, batches, precision, accumulate):
