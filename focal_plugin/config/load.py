@@ -1,4 +1,4 @@
-"""A config from a file and a command line."""
+"""Make a config from a file and a command line, and the model of a config."""
 
 import os
 import re
@@ -48,15 +48,17 @@ def find_config(name: str) -> str:
 
 
 def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -> CfgNode:
-    """Detectron2's defaults and the plugin's, then the file, then ``KEY VALUE`` pairs. The config is not frozen.
+    """Return a config, not frozen and ready to run: the defaults, then the file, then ``KEY VALUE`` pairs.
 
-    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered; an empty
-    ``MODEL.FOCAL.CLASS_FREQUENCIES`` is counted if a component needs it. Without a GPU, ``MODEL.DEVICE`` becomes
-    ``cpu``.
+    Args:
+        config_file: a YAML file, as ``find_config`` finds it; empty for the defaults of Detectron2 and the plugin.
+        opts: keys and values in turn.
 
     Raises:
         ConfigError: the file, or one that it is based on, is no YAML mapping or asks for code to be run; it is a
-            ``.py``; or it or ``opts`` has a key that there is not, or a value of another type.
+            ``.py``; it or ``opts`` has an unknown key or a value of another type; or as ``prepare``.
+        FileNotFoundError: there is no such file.
+        ImportError: as ``prepare``.
     """
     if config_file.endswith(".py"):
         raise ConfigError(f"{config_file} is a LazyConfig; expected a YAML config, such as a run's config.yaml.")
@@ -66,11 +68,26 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
         with explained_keys(cfg, config_file):
             merge_from_file(cfg, find_config(config_file))
     merge_from_list(cfg, opts)
-    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    prepare(cfg)
+    return cfg
+
+
+def prepare(cfg: CfgNode) -> None:
+    """Make ``cfg`` ready to run, in place; a second call changes nothing.
+
+    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered; an empty
+    ``MODEL.FOCAL.CLASS_FREQUENCIES`` is counted if a component needs it; and a GPU in ``MODEL.DEVICE`` becomes ``cpu``
+    where there is none.
+
+    Raises:
+        ConfigError: ``cfg`` does not have the plugin's keys, or ``MODEL.DEVICE`` is no device.
+        ImportError: a module is not found.
+        ValueError: an entry of ``DATASETS.LOCAL`` has a missing, unknown or malformed key.
+    """
     import_user_modules(cfg)
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     register_local_datasets(cfg)
     fill_class_frequencies(cfg)
-    return cfg
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -96,13 +113,17 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 
 def usable_device(device: str, key: str = "MODEL.DEVICE") -> str:
-    """``device``, or ``cpu`` where it is a GPU and there is none; ``key`` is where it is from.
+    """Return ``device``, or "cpu" where it is a GPU and there is none.
+
+    Args:
+        device: such as "cpu", "cuda" or "cuda:1".
+        key: the config key that it is from, for the message.
 
     Raises:
-        ValueError: PyTorch knows no such device.
+        ConfigError: PyTorch knows no such device.
     """
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise ValueError(f"{key} is {device!r}; expected cpu, cuda, or cuda:N for the GPU N.") from None
+        raise ConfigError(f"{key} is {device!r}; expected cpu, cuda, or cuda:N for the GPU N.") from None
     return "cpu" if kind == "cuda" and not torch.cuda.is_available() else device

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import add_focal_config
 from ..config.explain import merge_from_list
-from ..config.load import build_model, load_config, usable_device
+from ..config.load import build_model, load_config, prepare
 from ..data import DataError
 from ..engine import AtomicCheckpointer
 from ..files.safe_load import WeightsError
@@ -39,7 +39,7 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
     cfg.defrost()
     add_focal_config(cfg)
     merge_from_list(cfg, opts)
-    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    prepare(cfg)
     return cfg
 
 
