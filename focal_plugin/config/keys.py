@@ -47,21 +47,22 @@ def _defaults() -> CN:
     # The classification loss: a name in `CLS_LOSS_REGISTRY`. Its α and γ are `MODEL.RETINANET.FOCAL_LOSS_ALPHA` and
     # `FOCAL_LOSS_GAMMA`. (QualityFocalLoss: this γ is its β. VarifocalLoss: the α of its negatives is 1 − this α.)
     cfg.MODEL.FOCAL.CLS_LOSS.NAME = "SigmoidFocalLoss"
-    # The weight of the classification loss.
+    # The factor of the classification loss in the total loss.
     cfg.MODEL.FOCAL.CLS_LOSS.WEIGHT = 1.0
-    # One α for each class, in place of `FOCAL_LOSS_ALPHA`, for the losses that have one: SigmoidFocalLoss,
-    # AlphaBalancedBCELoss and FocalLossStar.
+    # One α for each class, for the losses that have an α: SigmoidFocalLoss, AlphaBalancedBCELoss and FocalLossStar.
+    # Empty: `MODEL.RETINANET.FOCAL_LOSS_ALPHA` for all classes.
     cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA = []
-    # Derive the α of each class from `CLASS_FREQUENCIES`: α_k / (1 − α_k) is that of `FOCAL_LOSS_ALPHA`, times
-    # (mean frequency / frequency of class k) to this power. 0: the same for all classes; 1: inverse frequency.
+    # Derive the α of each class from `MODEL.FOCAL.CLASS_FREQUENCIES`: α_k / (1 − α_k) is that of `FOCAL_LOSS_ALPHA`,
+    # times (geometric mean of the frequencies / frequency of class k) to this power. 0: the same α for all classes;
+    # 1: inverse frequency.
     cfg.MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER = 0.0
-    # β of FocalLossStar, −log σ(γ x_t + β) / γ.
+    # β of FocalLossStar, −log σ(γ x_t + β) / γ; its γ is `MODEL.RETINANET.FOCAL_LOSS_GAMMA`.
     cfg.MODEL.FOCAL.CLS_LOSS.BETA = 0.0
     # The margin m of HingeLoss, max(0, m − p_t): the loss is 0 where p_t ≥ m.
     cfg.MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN = 0.9
     cfg.MODEL.FOCAL.CLS_LOSS.OHEM = CN()
-    # OHEMLoss: how many of an image's hardest anchors it keeps, after NMS by their loss. (SampledBCELoss reads
-    # `MODEL.RPN.BATCH_SIZE_PER_IMAGE` and `POSITIVE_FRACTION`.)
+    # OHEMLoss: the number of anchors of an image in the mini-batch, the hardest ones after NMS by their loss.
+    # (SampledBCELoss reads `MODEL.RPN.BATCH_SIZE_PER_IMAGE` and `MODEL.RPN.POSITIVE_FRACTION`.)
     cfg.MODEL.FOCAL.CLS_LOSS.OHEM.BATCH_SIZE_PER_IMAGE = 512
     # OHEMLoss: an anchor that overlaps a harder one by more than this IoU is dropped.
     cfg.MODEL.FOCAL.CLS_LOSS.OHEM.NMS_THRESH = 0.7
@@ -75,7 +76,7 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.BOX_LOSS = CN()
     # The box loss: a name in `BOX_LOSS_REGISTRY`. Empty: the one that `MODEL.RETINANET.BBOX_REG_LOSS_TYPE` names.
     cfg.MODEL.FOCAL.BOX_LOSS.NAME = ""
-    # The weight of the box loss.
+    # The factor of the box loss in the total loss.
     cfg.MODEL.FOCAL.BOX_LOSS.WEIGHT = 1.0
 
     cfg.MODEL.FOCAL.MATCHER = CN()
@@ -85,10 +86,10 @@ def _defaults() -> CN:
     # What a box gets that no anchor overlaps enough: `none`, as in the paper (nothing); `detectron1` (its best anchors,
     # if their IoU reaches the lowest threshold); `detectron2` (its best anchors at any IoU above 0).
     cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "detectron2"
-    # ATSSMatcher: how many locations of each level, those nearest to a box's centre, are its candidates.
+    # ATSSMatcher: the number of locations of each level, those nearest to a box's centre, that are its candidates.
     cfg.MODEL.FOCAL.MATCHER.TOPK = 9
-    # A background anchor is ignored if at least this share of its area lies in one crowd, or in another region that the
-    # data mark to be ignored. 0: never, as in Detectron2, where such regions are background.
+    # A background anchor is ignored if at least this share of its area, in (0, 1], lies in one crowd or in another
+    # region that the data mark to be ignored. 0: never, as in Detectron2, where such regions are background.
     cfg.MODEL.FOCAL.MATCHER.IGNORE_IOA = 0.5
 
     cfg.MODEL.FOCAL.BIAS_INIT = CN()
@@ -106,7 +107,8 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.TOP_BLOCK = "c5"
 
     cfg.MODEL.FOCAL.ANCHORS = CN()
-    # OctaveAnchorGenerator: how many scales an octave, from the first of each level's `MODEL.ANCHOR_GENERATOR.SIZES`.
+    # OctaveAnchorGenerator: the number of anchor sizes per octave. Each level has this many, beginning with the first
+    # of its `MODEL.ANCHOR_GENERATOR.SIZES` (in pixels).
     cfg.MODEL.FOCAL.ANCHORS.SCALES_PER_OCTAVE = 3
 
     cfg.MODEL.FOCAL.TIMM = CN()
@@ -114,23 +116,27 @@ def _defaults() -> CN:
     # tag of its weights, such as `convnext_tiny.fb_in22k`. `MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE}`
     # shape the pyramid on it; IN_FEATURES names its features by level, such as `[c3, c4, c5]` for strides 8, 16, 32.
     cfg.MODEL.FOCAL.TIMM.NAME = "resnet18"
-    # Its weights. `timm`: timm's own, downloaded. Empty: random ones. Else a file with the weights of a classifier of
-    # this architecture: a path, a URL, or `package://<package>/<path in it>` for a file of an installed Python package.
+    # The weights that the timm encoder starts from. `timm`: timm's own, downloaded. Empty: random ones. Else a file
+    # with the weights of a classifier of this architecture: a path, a URL, or `package://<package>/<path in it>` for a
+    # file of an installed Python package.
     cfg.MODEL.FOCAL.TIMM.WEIGHTS = "timm"
-    # Its batch norm: `FrozenBN` keeps the statistics and scales that come with the weights; `BN` and `SyncBN` train it.
+    # Batch norm in the timm encoder: `FrozenBN` keeps the statistics and scales that come with the weights; `BN` and
+    # `SyncBN` train it, `SyncBN` with the statistics of all GPUs.
     cfg.MODEL.FOCAL.TIMM.NORM = "FrozenBN"
-    # What is not trained, besides the first `MODEL.BACKBONE.FREEZE_AT` stages (2: everything up to stride 4): patterns
-    # of parameter names, such as `["*.conv_dw.weight"]`.
+    # Parameters of the timm encoder that are not trained, as patterns of names such as `["*.conv_dw.weight"]`. They
+    # come on top of the first `MODEL.BACKBONE.FREEZE_AT` stages (2: everything up to stride 4).
     cfg.MODEL.FOCAL.TIMM.FREEZE = []
 
-    # Keep images and features in memory as (N, H, W, C), the order in which most processors convolve fastest.
+    # Keep images, features and weights in memory as (N, H, W, C), in which most processors convolve faster. False:
+    # (N, C, H, W), PyTorch's usual order. The results are the same to rounding.
     cfg.MODEL.FOCAL.CHANNELS_LAST = False
 
     cfg.MODEL.FOCAL.INFERENCE = CN()
     # In evaluation (`--eval-only`), use `deploy.optimize_for_inference` of the model: norms folded into convolutions,
     # channels last, and bfloat16 where it is fast.
     cfg.MODEL.FOCAL.INFERENCE.OPTIMIZE = False
-    # The same, and compiled: faster still where images have one size or few, after some seconds for each size.
+    # As `MODEL.FOCAL.INFERENCE.OPTIMIZE`, and compile the model too: faster still where images have one size or few,
+    # after some seconds for each size.
     cfg.MODEL.FOCAL.INFERENCE.COMPILE = False
     # Clip boxes to the image before NMS, as torchvision, MMDetection and Detectron do, instead of after it.
     cfg.MODEL.FOCAL.INFERENCE.CLIP_BEFORE_NMS = False
@@ -147,7 +153,7 @@ def _defaults() -> CN:
 
     cfg.SOLVER = CN()
     # Compute the images of a step in this many micro-batches, one after another: the same step in less memory. A step
-    # still has `SOLVER.IMS_PER_BATCH` images in all, and its losses are normalized as those of one batch.
+    # still has `SOLVER.IMS_PER_BATCH` images in all, and its losses are normalised as those of one batch.
     cfg.SOLVER.ACCUMULATE = 1
     # How many steps of a run may be skipped because a loss or a gradient is infinite or NaN, in any process; the next
     # one stops the run. (Gradients that overflow in float16 do not count: they lower the loss scale.)
@@ -158,10 +164,11 @@ def _defaults() -> CN:
     cfg.SOLVER.AMP.DTYPE = ""
 
     cfg.VIS = CN()
-    # Draw `curves.png` and `detections.png` in `OUTPUT_DIR` when a run ends.
+    # Draw pictures of a run in `OUTPUT_DIR` when it ends: `curves.png` (losses, learning rate and AP over the steps)
+    # and `detections.png`.
     cfg.VIS.ENABLED = False
     # How many images of the first test set `detections.png` shows, each beside its ground truth. 0: no such picture.
     cfg.VIS.NUM_IMAGES = 8
-    # The least score of a detection that is drawn.
+    # `detections.png` shows the detections with at least this score, in [0, 1].
     cfg.VIS.SCORE_THRESH = 0.5
     return cfg
