@@ -75,7 +75,7 @@ _CONFIG_KEYS = {
 
 
 def _get(registry: Registry, name: str) -> Callable[..., Any]:
-    """Like ``registry.get``, with an error that says which names there are and how to add one."""
+    """Return ``registry.get(name)``, or raise a ConfigError that lists the names and says how to add one."""
     if name in registry:
         return registry.get(name)
     key = _CONFIG_KEYS[registry._name]
@@ -87,12 +87,7 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
 
 
 def _build(registry: Registry, name: str, cfg, *more: Any) -> Any:
-    """The component of that name, built with ``(cfg, *more)``.
-
-    Raises:
-        ConfigError: it is not registered.
-        TypeError: its constructor does not take these.
-    """
+    """Return the component of that name, built with ``(cfg, *more)``."""
     component = _get(registry, name)
     try:
         return component(cfg, *more)
@@ -118,12 +113,12 @@ def _chosen_names(cfg) -> dict[Registry, str]:
 
 
 def chosen_components(cfg) -> list[Callable[..., Any]]:
-    """The registered components that ``cfg`` names, without those that are empty or not known."""
+    """Return the registered components that ``cfg`` names, without those that are empty or not known."""
     return [registry.get(name) for registry, name in _chosen_names(cfg).items() if name in registry]
 
 
 def check_names(cfg) -> None:
-    """Whether the components that ``cfg`` names are there, before anything is built.
+    """Check that the components that ``cfg`` names are registered, before anything is built.
 
     Raises:
         ConfigError: one is not registered.

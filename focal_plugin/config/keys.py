@@ -120,15 +120,13 @@ def _defaults() -> CN:
     # with the weights of a classifier of this architecture: a path, a URL, or `package://<package>/<path in it>` for a
     # file of an installed Python package.
     cfg.MODEL.FOCAL.TIMM.WEIGHTS = "timm"
-    # Batch norm in the timm encoder: `FrozenBN` keeps the statistics and scales that come with the weights; `BN` and
-    # `SyncBN` train it, `SyncBN` with the statistics of all GPUs.
+    # Batch norm of the timm encoder: `FrozenBN` keeps its statistics and scales; `BN` and `SyncBN` train them.
     cfg.MODEL.FOCAL.TIMM.NORM = "FrozenBN"
     # Parameters of the timm encoder that are not trained, as patterns of names such as `["*.conv_dw.weight"]`. They
     # come on top of the first `MODEL.BACKBONE.FREEZE_AT` stages (2: everything up to stride 4).
     cfg.MODEL.FOCAL.TIMM.FREEZE = []
 
-    # Keep images, features and weights in memory as (N, H, W, C), in which most processors convolve faster. False:
-    # (N, C, H, W), PyTorch's usual order. The results are the same to rounding.
+    # Keep images, features and weights in memory as (N, H, W, C), in which most processors convolve faster.
     cfg.MODEL.FOCAL.CHANNELS_LAST = False
 
     cfg.MODEL.FOCAL.INFERENCE = CN()
@@ -164,8 +162,7 @@ def _defaults() -> CN:
     cfg.SOLVER.AMP.DTYPE = ""
 
     cfg.VIS = CN()
-    # Draw pictures of a run in `OUTPUT_DIR` when it ends: `curves.png` (losses, learning rate and AP over the steps)
-    # and `detections.png`.
+    # Draw `curves.png` and `detections.png` in `OUTPUT_DIR` when a run ends.
     cfg.VIS.ENABLED = False
     # How many images of the first test set `detections.png` shows, each beside its ground truth. 0: no such picture.
     cfg.VIS.NUM_IMAGES = 8
