@@ -95,7 +95,7 @@ BASE = {"config.keys", "registry", "structures", "layers"}
 TOOLS = {
     "files": {"config.keys"},
     "data": {"config.keys", "structures"},
-    "backbones": {"files", "registry"},
+    "backbones": {"config.keys", "files", "registry"},
     "pipelines": {"class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},
     "evaluation": set(),

@@ -1,4 +1,4 @@
-"""Detectron2's feature pyramid with P6 and P7 made from what a key names (section 4: from C5)."""
+"""Detectron2's feature pyramid, with P6 and P7 computed from the feature that a key names (section 4: from C5)."""
 
 import math
 
@@ -8,30 +8,32 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbo
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from torch import Tensor
 
+from ..config import ConfigError
+
 
 @BACKBONE_REGISTRY.register()
 def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A ResNet of ``MODEL.RESNETS`` under a feature pyramid, and the levels above it of ``MODEL.FOCAL.TOP_BLOCK``.
+    """Build the ResNet of ``MODEL.RESNETS`` under a feature pyramid with the levels of ``MODEL.FOCAL.TOP_BLOCK``.
 
-    By default it is Detectron2's ``build_retinanet_resnet_fpn_backbone``: the same parameters by the same names and,
-    from one seed, of the same initial values.
+    By default this is Detectron2's ``build_retinanet_resnet_fpn_backbone``: the same parameters, with the same names
+    and, from the same seed, the same initial values.
 
     Raises:
-        ValueError: as ``build_pyramid``.
+        ConfigError: as ``build_pyramid``.
     """
     return build_pyramid(cfg, build_resnet_backbone(cfg, input_shape))
 
 
 def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """The pyramid of ``MODEL.FPN`` on the features ``MODEL.FPN.IN_FEATURES`` of ``bottom_up``, and two levels above it.
+    """Build the pyramid of ``MODEL.FPN`` on features of ``bottom_up``, with the levels of ``MODEL.FOCAL.TOP_BLOCK``.
 
     Raises:
-        ValueError: ``bottom_up`` has no such feature, or ``MODEL.FOCAL.TOP_BLOCK`` names none to start from.
+        ConfigError: ``bottom_up`` has no such feature, or ``MODEL.FOCAL.TOP_BLOCK`` names none to start from.
     """
     shapes = bottom_up.output_shape()
     missing = [feature for feature in cfg.MODEL.FPN.IN_FEATURES if feature not in shapes]
     if missing or not cfg.MODEL.FPN.IN_FEATURES:
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.FPN.IN_FEATURES is {list(cfg.MODEL.FPN.IN_FEATURES)}; expected some of {', '.join(shapes)}, the "
             "features of the encoder (of a ResNet, MODEL.RESNETS.OUT_FEATURES names them)."
         )
@@ -46,16 +48,16 @@ def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
 
 
 class LinearP6P7(LastLevelP6P7):
-    """Detectron2's two levels above the pyramid without the ReLU between them: MMDetection's."""
+    """Detectron2's two levels above the pyramid without the ReLU between them, as MMDetection has them."""
 
     def forward(self, feature: Tensor) -> list[Tensor]:
-        """P6 and P7, (N, C, H/2, W/2) and (N, C, H/4, W/4), from (N, C', H, W)."""
+        """Return P6 and P7, (N, C, H/2, W/2) and (N, C, H/4, W/4), from (N, C', H, W)."""
         p6 = self.p6(feature)
         return [p6, self.p7(p6)]
 
 
 def _top_block(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> LastLevelP6P7 | None:
-    """The two levels above the pyramid, made from the last feature of the encoder or of the pyramid."""
+    """Build the two levels above the pyramid, from the last feature of the encoder or of the pyramid."""
     source, out_channels = cfg.MODEL.FOCAL.TOP_BLOCK, cfg.MODEL.FPN.OUT_CHANNELS
     if not source:
         return None
@@ -64,9 +66,9 @@ def _top_block(cfg: CfgNode, shapes: dict[str, ShapeSpec]) -> LastLevelP6P7 | No
     level = int(math.log2(shapes[last].stride))
     sources = {f"c{level}": (shapes[last].channels, last), f"p{level}": (out_channels, f"p{level}")}
     if name not in sources:
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.FOCAL.TOP_BLOCK is {source!r}; expected {' or '.join(sources)}, the last feature of the encoder or "
-            "of the pyramid, with -linear behind it for no ReLU between P6 and P7, or '' for no levels above."
+            "of the pyramid, with -linear appended for no ReLU between P6 and P7, or '' for no levels above."
         )
     in_channels, in_feature = sources[name]
     return (LinearP6P7 if linear else LastLevelP6P7)(in_channels, out_channels, in_feature)

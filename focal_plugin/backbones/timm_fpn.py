@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.fpn import FPN
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..config import ConfigError
 from .pyramid import build_pyramid
 from .timm_weights import check_name, create_encoder, import_timm
 
@@ -24,22 +25,22 @@ NORMS = ("FrozenBN", "BN", "SyncBN")
 class TimmEncoder(Backbone):
     """An encoder of timm as a Detectron2 ``Backbone``: images (N, C, H, W) → {"c3": (N, C3, H/8, W/8), ...}.
 
-    The feature ``c<k>`` is the encoder's last one of stride 2^k. Layers behind the last feature asked for are left out.
+    The feature ``c<k>`` is the encoder's last one of stride 2^k. Layers behind the last feature are dropped.
 
     Args:
         name: a name of ``timm.list_models()``; a tag chooses among timm's weights, as in "resnet18.a1_in1k".
         out_features: the features to return, from fine to coarse.
         weights: "" for random ones, "timm" for timm's own, or a file: see ``create_encoder``.
         in_channels: channels of the images.
-        norm: what batch norm layers do. "FrozenBN": they keep the statistics and scales they come with, whatever is
-            trained around them, as small batches need; "BN" or "SyncBN": they are trained as usual.
-        freeze_at: the layers that features of a stride up to 2^freeze_at are computed with are not trained, their batch
-            norm neither. 0: all are.
-        freeze: patterns, as of file names, of more parameters not to train, such as "*.conv_dw.weight".
+        norm: "FrozenBN": batch norm keeps its statistics and scales, which small batches need; "BN" or "SyncBN": it is
+            trained as usual.
+        freeze_at: layers up to the feature of stride 2^freeze_at are not trained, nor is their batch norm. 0: all are.
+        freeze: further parameters not to train, as patterns like those of file names, such as "*.conv_dw.weight".
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: an argument names nothing that is there, or the weights are not this encoder's.
+        ConfigError: an argument names something that does not exist.
+        ValueError: the weights are not this encoder's.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class TimmEncoder(Backbone):
         timm = import_timm()
         check_name(name)
         if norm not in NORMS:
-            raise ValueError(f"MODEL.FOCAL.TIMM.NORM (norm) is {norm!r}; expected one of {', '.join(NORMS)}.")
-        with torch.device("meta"):  # only to read what it has
+            raise ConfigError(f"MODEL.FOCAL.TIMM.NORM (norm) is {norm!r}; expected one of {', '.join(NORMS)}.")
+        with torch.device("meta"):  # without memory, only to read its features
             features = _features_by_level(timm.create_model(name, features_only=True).feature_info.info)
         unknown = [feature for feature in out_features if feature not in features]
         if unknown or not out_features:
             has = ", ".join(f"{feature} (stride {info['reduction']})" for feature, info in features.items())
-            raise ValueError(
+            raise ConfigError(
                 f"The timm encoder {name!r} has no feature {', '.join(unknown) or '(none was named)'}; "
                 f"it has {has or 'none whose stride is a power of two'}. MODEL.FPN.IN_FEATURES names those to use."
             )
@@ -81,10 +82,10 @@ class TimmEncoder(Backbone):
         self._freeze(_layers_up_to(self.net, frozen[-1]) if frozen else [], freeze, all_norms=norm == "FrozenBN")
 
     def _freeze(self, layers: list[nn.Module], patterns: Sequence[str], all_norms: bool) -> None:
-        """Mark what is not trained: these layers, the parameters of these names, and batch norm there or everywhere."""
+        """Freeze these layers, the parameters that match the patterns, and batch norm there or everywhere."""
         norms = self.net.modules() if all_norms else layers
-        # In many encoders one layer is batch norm and the activation behind it, which Detectron2's FrozenBatchNorm2d
-        # would drop; so the layer stays, and `train` keeps it in evaluation mode.
+        # In many encoders batch norm and the activation behind it are one layer. Detectron2's FrozenBatchNorm2d would
+        # drop the activation, so the layer stays, and `train` keeps it in eval mode.
         self._frozen_norms = [module for module in norms if isinstance(module, _BatchNorm)]
         for module in [*layers, *self._frozen_norms]:
             for parameter in module.parameters(recurse=False):
@@ -93,7 +94,7 @@ class TimmEncoder(Backbone):
         for pattern in patterns:
             names = fnmatch.filter(parameters, pattern)
             if not names:
-                raise ValueError(
+                raise ConfigError(
                     f"MODEL.FOCAL.TIMM.FREEZE: the encoder has no parameter like {pattern!r}; "
                     f"it has {', '.join(list(parameters)[:4])}, ..."
                 )
@@ -101,14 +102,14 @@ class TimmEncoder(Backbone):
                 parameters[name].requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TimmEncoder":
-        """As any module's, but for batch norm that is frozen."""
+        """Set the mode as any module does, except that frozen batch norm stays in eval mode."""
         super().train(mode)
         for norm in self._frozen_norms:
             norm.eval()
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Features by name, from fine to coarse, (N, C, H/stride, W/stride) each."""
+        """Return the features by name, from fine to coarse, (N, C, H/stride, W/stride) each."""
         features = self.net(images)
         if getattr(self.net, "output_fmt", "NCHW") == "NHWC":
             features = [feature.permute(0, 3, 1, 2) for feature in features]  # (N, H, W, C) → (N, C, H, W)
@@ -117,14 +118,14 @@ class TimmEncoder(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The encoder of ``MODEL.FOCAL.TIMM`` under a feature pyramid, with the levels above it of ``TOP_BLOCK``.
+    """Build the encoder of ``MODEL.FOCAL.TIMM`` under a feature pyramid with the levels of ``MODEL.FOCAL.TOP_BLOCK``.
 
-    As Detectron2's ``build_retinanet_resnet_fpn_backbone``; ``MODEL.FPN.IN_FEATURES`` names the encoder's features by
-    their level, e.g. ``[c3, c4, c5]``, and ``MODEL.BACKBONE.FREEZE_AT`` counts stages by level too.
+    ``MODEL.FPN.IN_FEATURES`` names the encoder's features by their level, e.g. ``[c3, c4, c5]``;
+    ``MODEL.BACKBONE.FREEZE_AT`` counts stages by level too.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: a key names nothing that is there; see ``TimmEncoder`` and ``build_pyramid``.
+        ConfigError, ValueError: as ``TimmEncoder`` and ``build_pyramid``.
     """
     options = cfg.MODEL.FOCAL.TIMM
     encoder = TimmEncoder(
@@ -141,7 +142,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _warn_of_mismatch(cfg: CfgNode, encoder: TimmEncoder) -> None:
-    """Say so where images come otherwise than the weights expect, or where random layers would never be trained."""
+    """Warn of images in another format than the weights expect, and of random layers that would never be trained."""
     options = cfg.MODEL.FOCAL.TIMM
     if not options.WEIGHTS and not cfg.MODEL.WEIGHTS and (cfg.MODEL.BACKBONE.FREEZE_AT or options.NORM == "FrozenBN"):
         logger.warning(
@@ -166,12 +167,12 @@ def _level(info: dict) -> float:
 
 
 def _features_by_level(infos: list[dict]) -> dict[str, dict]:
-    """timm's descriptions of features by name, from fine to coarse; the last of each stride that is a power of two."""
+    """Map c3, c4, ... to timm's description of the last feature of that stride; only strides that are powers of 2."""
     return {f"c{int(_level(info))}": info for info in infos if _level(info).is_integer()}
 
 
 def _cut_behind(net: nn.Module, module: str) -> None:
-    """Drop the blocks behind ``module``, e.g. "blocks.4": some of timm's encoders keep and compute them all."""
+    """Drop the blocks behind ``module``, e.g. "blocks.4": some of timm's encoders compute them for nothing."""
     parent, _, index = module.rpartition(".")
     blocks = getattr(net, parent, None) if parent else None
     if isinstance(blocks, nn.Sequential) and index.isdigit():
@@ -179,13 +180,13 @@ def _cut_behind(net: nn.Module, module: str) -> None:
 
 
 def _layers_up_to(net: nn.Module, module: str) -> list[nn.Module]:
-    """The modules up to the end of ``module``, e.g. "stages.1"; timm registers them in the order of their use."""
+    """List the modules up to the end of ``module``, e.g. "stages.1"; timm registers them in the order of their use."""
     names = [name.replace(".", "_") for name, _ in net.named_modules()]  # timm renames stages.1 to stages_1
     end = module.replace(".", "_")
     inside = [index for index, name in enumerate(names) if f"{name}_".startswith(f"{end}_")]
     if not inside:
-        raise ValueError(
-            f"MODEL.BACKBONE.FREEZE_AT: this timm encoder does not tell where its {module!r} ends. Set it to 0, and "
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT: the end of {module!r} cannot be found in this timm encoder. Set it to 0, and "
             "name what not to train in MODEL.FOCAL.TIMM.FREEZE."
         )
     return list(net.modules())[: inside[-1] + 1]

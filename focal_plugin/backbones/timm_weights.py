@@ -1,4 +1,4 @@
-"""Where the weights of a timm encoder come from."""
+"""Load the weights of a timm encoder: timm's own, or those in a file."""
 
 import difflib
 import importlib
@@ -12,18 +12,19 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..files.weights import missing_file
 
 logger = logging.getLogger(__name__)
 
-# timm warns that a classifier's weights find no place in an encoder, which has none.
+# timm warns that the weights of the classifier are unexpected; an encoder has no classifier.
 logging.getLogger("timm.models._builder").addFilter(
     lambda record: not record.getMessage().startswith("Unexpected keys")
 )
 
 
 def import_timm() -> ModuleType:
-    """timm, imported where it is needed, since nothing else here needs it.
+    """Import timm, which only these encoders need.
 
     Raises:
         ImportError: it is not installed.
@@ -35,38 +36,39 @@ def import_timm() -> ModuleType:
 
 
 def check_name(name: str) -> None:
-    """Raise a ``ValueError`` with the names nearest to ``name`` if timm has no such encoder."""
+    """Raise a ``ConfigError`` with the names nearest to ``name`` if timm has no such encoder."""
     timm = import_timm()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.FOCAL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not have. "
             + (f"Near it: {', '.join(near)}." if near else "timm.list_models() lists what it has.")
         )
 
 
 def create_encoder(name: str, weights: str, **arguments) -> nn.Module:
-    """What ``timm.create_model(name, features_only=True, **arguments)`` returns, with these weights.
+    """Return ``timm.create_model(name, features_only=True, **arguments)`` with these weights.
 
     Args:
         name: a name of ``timm.list_models()``.
-        weights: "": none, it stays random. "timm": timm's own for this name, downloaded from their hub. Else a file of
-            tensors by name, as of a classifier of this architecture: a path, a URL, or
-            "package://<package>/<path in it>" for a file of an installed Python package. Where its names are not
-            timm's, its tensors must have the shapes of timm's, in timm's order. Only tensors are unpickled.
+        weights: "": random ones. "timm": timm's own for this name, downloaded. Else a file of tensors by name, of a
+            classifier of this architecture: a path, a URL, or "package://<package>/<path in it>" for a file of an
+            installed Python package. If its names are not timm's, its tensors must have timm's shapes in timm's order.
+            Only tensors are unpickled.
 
     Raises:
         FileNotFoundError: there is no such file or package.
         OSError: timm's weights could not be downloaded.
-        ValueError: timm has no weights of its own for this name, or the file's are not of this architecture.
+        ConfigError: timm has no weights of its own for this name.
+        ValueError: the file's weights are not of this architecture.
     """
     timm = import_timm()
     if weights == "timm" and not timm.is_model_pretrained(name):
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.FOCAL.TIMM.WEIGHTS is 'timm', but timm has no weights for {name!r}. Expected a file, or '' to "
             "start from random ones."
         )
-    if weights not in ("", "timm"):  # timm, too, takes tensors by its names from here, and adapts them
+    if weights not in ("", "timm"):  # timm loads the tensors from here, and adapts them
         arguments["pretrained_cfg_overlay"] = {"state_dict": _read_weights(name, weights)}
     try:
         return timm.create_model(name, features_only=True, pretrained=bool(weights), **arguments)
@@ -78,7 +80,7 @@ def create_encoder(name: str, weights: str, **arguments) -> nn.Module:
 
 
 def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """The tensors of a file, by timm's names."""
+    """Read the tensors of a file, by timm's names."""
     timm = import_timm()
     path = _local_file(weights)
     try:
@@ -94,7 +96,7 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
     if not absent:
         return tensors
     if list(wanted.values()) == list(found.values()):
-        logger.info(f"{weights}: its names are not timm's, the order and shapes are; matched by these.")
+        logger.info(f"{weights}: its names are not timm's, but its order and shapes are; matched by these.")
         return {key: tensors[found_key] for key, found_key in zip(wanted, found)}
     raise ValueError(
         f"{weights} does not hold the weights of timm's {name}. Of its {len(wanted)} tensors, {len(absent)} are not "
@@ -104,12 +106,12 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes of all tensors but batch norm's counters, which old files lack and frozen layers do not use."""
+    """Return the shapes of all tensors but batch norm's counters, which old files lack and frozen layers do not use."""
     return {key: tensor.shape for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
 
 
 def _local_file(weights: str) -> str:
-    """The path of a file on this machine: looked up in a package, downloaded from a URL, or as it is."""
+    """Return the path of a file on this machine: found in a package, downloaded from a URL, or ``weights`` itself."""
     if not weights.startswith("package://"):
         expected = "timm, a path, a URL, package://..., or nothing for random weights"
         if problem := missing_file("MODEL.FOCAL.TIMM.WEIGHTS", weights, expected):

@@ -1,4 +1,4 @@
-"""The keys of a command line, and what is wrong with a key of a config, said so that it can be put right."""
+"""Read the keys of a command line, and explain what is wrong with a key of a config."""
 
 import os
 import re
@@ -56,10 +56,10 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def split_pairs(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line before its ``KEY VALUE`` pairs, and the pairs, from the first that is like a key on.
+    """Split a command line into its words and its ``KEY VALUE`` pairs, which begin with the first word like a key.
 
-    Such a word is in upper case, with a section of the config before its first dot (whether there is such a key is for
-    the config to say) or, without a dot, a key itself, such as SEED; and there is no file of that name.
+    Such a word is in upper case, no file has that name, and it is a key without a dot, such as SEED, or has a section
+    of the config before its first dot. Whether the rest names a key is checked when the pairs are merged.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
@@ -74,22 +74,22 @@ def _is_like_key(cfg: CfgNode, word: str) -> bool:
 
 
 def merge_from_list(cfg: CfgNode, opts: Sequence[str]) -> None:
-    """``cfg.merge_from_list`` of the ``KEY VALUE`` pairs of a command line.
+    """Merge the ``KEY VALUE`` pairs of a command line into ``cfg``, in place.
 
     Raises:
-        ConfigError: a key has no value; and as ``explained_keys``.
+        ConfigError: a key has no value; or as ``explained_keys``.
     """
     if len(opts) % 2:
         raise ConfigError(
-            f"{' '.join(map(str, opts))}: expected pairs of a key and its value, as in SOLVER.BASE_LR 0.01, without = "
-            "between them."
+            f"{' '.join(map(str, opts))}: expected pairs of a key and its value, as in SOLVER.BASE_LR 0.01, with a "
+            "space and no = between them."
         )
     with explained_keys(cfg, "The command line"):
         cfg.merge_from_list(list(opts))
 
 
 def near_keys(key: str, keys: Sequence[str], most: int = 4) -> list[str]:
-    """Those of ``keys`` that ``key`` may mean: those that end like it, or else are spelt like it, the nearest first."""
+    """Return the ``keys`` that ``key`` may mean: those that end like it, or else are spelt like it, nearest first."""
     key = key.upper()
     last = key.rpartition(".")[2]
     alike = [other for other in keys if last in other.rpartition(".")[2]]

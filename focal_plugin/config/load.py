@@ -80,9 +80,9 @@ def prepare(cfg: CfgNode) -> None:
     where there is none.
 
     Raises:
-        ConfigError: ``cfg`` does not have the plugin's keys, or ``MODEL.DEVICE`` is no device.
+        ConfigError: ``cfg`` does not have the plugin's keys, ``MODEL.DEVICE`` is no device, or an entry of
+            ``DATASETS.LOCAL`` is malformed.
         ImportError: a module is not found.
-        ValueError: an entry of ``DATASETS.LOCAL`` has a missing, unknown or malformed key.
     """
     import_user_modules(cfg)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)

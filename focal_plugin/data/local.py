@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import ConfigError
 from .coco import CocoSet
 from .records import Checker, DataError
 from .voc import VocSet
@@ -59,7 +60,7 @@ def register_local_datasets(cfg: CfgNode) -> None:
     Registering the same entry again changes nothing.
 
     Raises:
-        ValueError: an entry has a missing, unknown or malformed key, or a name that another data set has.
+        ConfigError: an entry has a missing, unknown or malformed key, or a name that another data set has.
     """
     for index, entry in enumerate(cfg.DATASETS.LOCAL):
         register_local_dataset(entry, f"DATASETS.LOCAL[{index}]")
@@ -77,15 +78,17 @@ def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
         return
     taken = DatasetCatalog[parsed.name]
     if not isinstance(taken, LocalDataset):
-        raise ValueError(f"{where}: the name {parsed.name!r} is taken by a data set that is not local; choose another.")
+        raise ConfigError(
+            f"{where}: the name {parsed.name!r} is taken by a data set that is not local; choose another."
+        )
     if taken.entry != parsed:
-        raise ValueError(f"{where}: {parsed.name!r} is registered already as {taken.entry}; choose another name.")
+        raise ConfigError(f"{where}: {parsed.name!r} is registered already as {taken.entry}; choose another name.")
 
 
 def _parse(entry: Mapping, where: str) -> VocSet | CocoSet:
     if not isinstance(entry, Mapping) or entry.get("format") not in FORMATS:
         found = f"format {entry.get('format')!r}" if isinstance(entry, Mapping) else repr(entry)
-        raise ValueError(f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}.")
+        raise ConfigError(f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}.")
     kind = FORMATS[entry["format"]]
     values = {key: value for key, value in entry.items() if key != "format"}
     known = {field.name: field.default for field in fields(kind)}
@@ -94,15 +97,15 @@ def _parse(entry: Mapping, where: str) -> VocSet | CocoSet:
     for problem, keys in (("unknown", unknown), ("missing", missing)):
         if keys:
             listed = ", ".join(f"{key} (needed)" if known[key] is MISSING else key for key in known)
-            raise ValueError(f"{where}: {problem} key {', '.join(keys)}. Format {entry['format']} takes {listed}.")
+            raise ConfigError(f"{where}: {problem} key {', '.join(keys)}. Format {entry['format']} takes {listed}.")
     choices = {"on_error": ("raise", "skip"), "difficult": ("keep", "ignore")}
     for key, value in values.items():
         if key == "classes":
             values[key] = _check_classes(value, where)
         elif key in choices and value not in choices[key]:
-            raise ValueError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[key])}.")
+            raise ConfigError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[key])}.")
         elif not isinstance(value, str) or not value:
-            raise ValueError(f"{where}: {key} is {value!r}; expected text (in YAML, quote what looks like a number).")
+            raise ConfigError(f"{where}: {key} is {value!r}; expected text (in YAML, quote what looks like a number).")
     return kind(**values)
 
 
@@ -111,7 +114,7 @@ def _check_classes(classes: object, where: str) -> list[str] | None:
         return None
     listed = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else []
     if not listed or not all(isinstance(name, str) and name for name in listed) or len(set(listed)) < len(listed):
-        raise ValueError(
+        raise ConfigError(
             f"{where}: classes is {classes!r}; expected a list of different names (in YAML, quote yes, no and numbers)."
         )
     return listed

@@ -1,4 +1,4 @@
-"""Mistakes in a config that Detectron2 accepts without a word. Each rule looks at a config and changes nothing."""
+"""Find probable mistakes in a config that Detectron2 accepts silently. No rule changes the config."""
 
 from collections.abc import Iterator
 
@@ -6,30 +6,30 @@ from detectron2.config import CfgNode, get_cfg
 
 # The schedule of Detectron2's RetinaNet configs, which the paper's section 4.1 also uses.
 _REFERENCE_BATCH, _REFERENCE_LR, _REFERENCE_WARMUP = 16, 0.01, 1000
-_TOO_HIGH = 2  # times the scaled rate; up to there other schedules than the reference's may be meant
+_TOO_HIGH = 2  # times the scaled rate; below that it may be another schedule than the reference's
 _SHORT_WARMUP = 100
 
 # Keys that two-stage models read under MODEL.ROI_HEADS and RetinaNet under MODEL.RETINANET.
 _TWINS = ("NUM_CLASSES", "SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IOU_THRESHOLDS", "IOU_LABELS")
 
-# Detectron2's, which make P6 and P7 from the encoder's last feature or P6 alone, whatever MODEL.FOCAL.TOP_BLOCK says.
+# Detectron2's builders, which do not read MODEL.FOCAL.TOP_BLOCK.
 _FIXED_TOP_BLOCK = ("build_retinanet_resnet_fpn_backbone", "build_resnet_fpn_backbone")
 
 
 def advise(cfg: CfgNode) -> list[str]:
-    """What is probably not meant in ``cfg``, each a message that names the key and says what to do instead."""
+    """Return a message for each probable mistake in ``cfg``: the key, and what to do instead."""
     return [*learning_rate(cfg), *warmup(cfg), *(message for _, message in unread_keys(cfg))]
 
 
 def scaled_learning_rate(cfg: CfgNode) -> float:
-    """The reference's learning rate for the images that ``cfg`` has in a step, by linear scaling."""
+    """Return the reference's learning rate, linearly scaled to the images per step of ``cfg``."""
     return _REFERENCE_LR * cfg.SOLVER.IMS_PER_BATCH / _REFERENCE_BATCH
 
 
 def learning_rate(cfg: CfgNode) -> Iterator[str]:
-    """A learning rate for larger batches, without clipping: the usual cause of a loss that becomes NaN."""
+    """Find a learning rate for larger batches, without clipping: the usual cause of a loss that becomes NaN."""
     solver, scaled = cfg.SOLVER, scaled_learning_rate(cfg)
-    if scaled <= 0:  # without images there are no steps, as the loader says
+    if scaled <= 0:  # no images a step: the loader raises an error
         return
     if solver.CLIP_GRADIENTS.ENABLED or _TOO_HIGH * scaled * (1 - 1e-6) > solver.BASE_LR:
         return
@@ -45,7 +45,7 @@ def learning_rate(cfg: CfgNode) -> Iterator[str]:
 
 
 def warmup(cfg: CfgNode) -> Iterator[str]:
-    """The whole learning rate within a few steps, without clipping."""
+    """Find a warm-up that reaches the whole learning rate within a few steps, without clipping."""
     solver = cfg.SOLVER
     if solver.CLIP_GRADIENTS.ENABLED or solver.WARMUP_ITERS >= _SHORT_WARMUP:
         return
@@ -58,13 +58,13 @@ def warmup(cfg: CfgNode) -> Iterator[str]:
 
 
 def unread_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """What ``cfg`` sets and its model does not read: the key, or the node with all of its keys, and the message."""
+    """Yield what ``cfg`` sets and its model does not read: the key or section, and the message."""
     yield from _roi_heads_keys(cfg)
     yield from _backbone_keys(cfg)
 
 
 def _roi_heads_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """Values under MODEL.ROI_HEADS, which no RetinaNet reads."""
+    """Find values under MODEL.ROI_HEADS, which no RetinaNet reads."""
     model = cfg.MODEL
     if "RetinaNet" not in model.META_ARCHITECTURE:
         return
@@ -80,7 +80,7 @@ def _roi_heads_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
 
 
 def _backbone_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """Keys of one builder of backbones, set with another."""
+    """Find keys of one backbone builder that are set for another."""
     source, name = cfg.MODEL.FOCAL.TOP_BLOCK, cfg.MODEL.BACKBONE.NAME
     if source != "c5" and name in _FIXED_TOP_BLOCK:
         yield (

@@ -1,4 +1,4 @@
-"""A batch in a file, with the weights it was computed with: tensors and plain containers alone."""
+"""Save a batch with the weights it was computed with, as tensors and plain containers alone."""
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -13,13 +13,13 @@ _PLAIN = (str, int, float, bool, type(None))
 def save_batch(path: str, batch: list[dict], model: nn.Module, **settings) -> None:
     """Write a batch and the weights of ``model`` to ``path``, whole or not at all.
 
-    What of an image is no tensor, ``Boxes``, ``Instances`` or plain value is left out.
+    Fields of an image that are no tensor, ``Boxes``, ``Instances`` or plain value are left out.
 
     Args:
         path: the file.
         batch: images as a Detectron2 model takes them.
-        model: the one that computed it.
-        settings: plain values to keep with it.
+        model: the model that computed it.
+        settings: plain values to save with it.
     """
     images = [
         {key: plain for key, value in image.items() if (plain := _to_plain(value)) is not NotImplemented}
@@ -30,7 +30,7 @@ def save_batch(path: str, batch: list[dict], model: nn.Module, **settings) -> No
 
 
 def load_batch(path: str) -> dict:
-    """What ``save_batch`` wrote: ``batch``, ``model`` (a state dict) and the settings, on the CPU.
+    """Return what ``save_batch`` wrote: ``batch``, ``model`` (a state dict) and the settings, on the CPU.
 
     Raises:
         OSError: the file cannot be opened.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there at all, and resuming from the last one that is whole."""
+"""Write checkpoints whole or not at all, and resume from the last whole one."""
 
 import glob
 import logging
@@ -23,11 +23,11 @@ _EXPECTED = "a path, a URL, a name such as detectron2://ImageNetPretrained/MSRA/
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's ``DetectionCheckpointer``, for machines that fail.
+    """Detectron2's ``DetectionCheckpointer``, for machines that fail and files from strangers.
 
     A checkpoint, and the file ``last_checkpoint`` that names it, is written under another name, synced to the disk and
-    renamed. Before a run resumes from one, all of the file is checked against its checksums; one that is broken is left
-    where it is and said to be, and the one before it is used.
+    renamed. Before a run resumes, the whole file is checked against its checksums; a broken one is reported and left
+    where it is, and the one before it is used. Nothing in a file is executed (``files.safe_load``).
 
     Attributes:
         fit: how the weights that were loaded last fit the model.
@@ -36,14 +36,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
     fit: Fit
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As fvcore's ``Checkpointer.save``.
+        """Save as fvcore's ``Checkpointer.save`` does.
 
         Raises:
-            OSError: it could not be written. Earlier checkpoints are as they were.
+            OSError: the file could not be written. Earlier checkpoints are unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        if "://" in self.save_dir:  # not a file system, so nothing to rename
+        if "://" in self.save_dir:  # not a file system: nothing can be renamed
             super().save(name, **kwargs)
             return
         content = {"model": self.model.state_dict()}
@@ -62,10 +62,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As fvcore's ``Checkpointer.resume_or_load``, from the last checkpoint that is whole.
+        """Resume from the last whole checkpoint, or load ``path``, as fvcore's ``Checkpointer.resume_or_load`` does.
 
-        Warns if it is for a training, which has checkpointables, that is about to replace an earlier run's files; or
-        for an evaluation, which has none, without weights.
+        A training, which has checkpointables, is warned if it will replace an earlier run's files; an evaluation, which
+        has none, if it has no weights.
 
         Raises:
             FileNotFoundError: ``path`` is no file.
@@ -89,26 +89,26 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """As Detectron2's.
+        """Load as Detectron2's checkpointer does.
 
         Raises:
-            WeightsError: it is damaged, asks for more than data, or is a checkpoint of another project's.
+            WeightsError: the file is damaged, asks for more than data, or is another project's checkpoint.
         """
         try:
             return super().load(path, checkpointables)
         except WeightsError:
             raise
-        except ValueError as error:  # fvcore's, which does not name the file
+        except ValueError as error:  # fvcore's message does not name the file
             raise WeightsError(
                 f"{path} is no checkpoint of Detectron2's: {error} Those of torchvision, MMDetection and Detectron are "
                 "converted by `python -m focal_plugin.deploy.convert`."
             ) from error
 
     def last_whole_checkpoint(self) -> str:
-        """The path of the checkpoint to resume from; what is passed over is logged.
+        """Return the path of the checkpoint to resume from, and log which broken ones were passed over.
 
         Raises:
-            OSError: there is none.
+            OSError: there is no whole one.
         """
         if "://" in self.save_dir:
             return self.get_checkpoint_file()
@@ -116,7 +116,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if comm.is_main_process():
             for name in ("*.pth", "last_checkpoint"):
                 for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), name + UNFINISHED)):
-                    os.remove(unfinished)  # of a save that was killed
+                    os.remove(unfinished)  # left by a run that was killed while saving
             for path in self._candidates():
                 problem = what_is_broken(path)
                 if not problem:
@@ -135,18 +135,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return found
 
     def _candidates(self) -> list[str]:
-        """The checkpoint that ``last_checkpoint`` names, then those before it, the latest first."""
+        """List the checkpoint that ``last_checkpoint`` names, then those before it, the latest first."""
         last = self.get_checkpoint_file()
         steps = {}
         for path in glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")):
             if match := re.fullmatch(r"model_(\d+|final)\.pth", os.path.basename(path)):
-                steps[path] = -1 if match[1] == "final" else int(match[1])  # one of a shorter run, if not the last
+                steps[path] = -1 if match[1] == "final" else int(match[1])  # of a shorter run, if not the last
         limit = math.inf if last.endswith("model_final.pth") else steps.get(last, math.inf)
         before = sorted((path for path in steps if path != last and steps[path] < limit), key=steps.get, reverse=True)
         return [last, *before]
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """The content of a checkpoint file, read without executing anything in it (``files.safe_load``)."""
+        """Read a checkpoint file without executing anything in it."""
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -160,7 +160,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
         if any(name == "head.cls_score.weight" for name, _, _ in incompatible.incorrect_shapes):
             logger.warning(
-                "The checkpoint has another number of classes than the model: all of head.cls_score starts anew. "
+                "The checkpoint has another number of classes than the model: head.cls_score keeps its initial values. "
                 "`python -m focal_plugin.deploy.convert classes` makes a checkpoint that keeps classes by their names."
             )
 
@@ -169,7 +169,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def what_is_broken(path: str) -> str:
-    """Why the checkpoint ``path`` is not whole, by the checksums in it; empty if it is."""
+    """Return why the checkpoint ``path`` is not whole, by the checksums in it; "" if it is."""
     if not os.path.isfile(path):
         return "there is no such file"
     try:
@@ -177,4 +177,4 @@ def what_is_broken(path: str) -> str:
             part = archive.testzip()
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"{error} ({os.path.getsize(path)} bytes)"
-    return f"{part} in it is not what was written" if part else ""
+    return f"the checksum of {part} in it is wrong" if part else ""

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: little on the screen, all of it in ``OUTPUT_DIR/log.txt``."""
+"""Keep the screen short while a run goes on; ``OUTPUT_DIR/log.txt`` has everything."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ from .metrics import MetricsWriter
 
 @contextmanager
 def off_screen(name: str) -> Iterator[None]:
-    """Inside, what the logger ``name`` logs below a warning goes to its files and not to the screen."""
+    """Send what the logger ``name`` logs below a warning to its files, and not to the screen."""
     target = logging.getLogger(name)
 
     def to_files(record: logging.LogRecord) -> bool:
@@ -24,7 +24,7 @@ def off_screen(name: str) -> Iterator[None]:
                 handler.handle(record)
         return False
 
-    # A filter of a logger sees only what that very logger is called with, so its children get it too.
+    # A logger's filter sees only the records logged with that very logger, so its children get it too.
     children = [logger for child, logger in logging.root.manager.loggerDict.items() if child.startswith(f"{name}.")]
     loggers = [target, *(child for child in children if isinstance(child, logging.Logger))]
     for logger in loggers:
@@ -37,20 +37,20 @@ def off_screen(name: str) -> Iterator[None]:
 
 
 class EarlyWriter(HookBase):
-    """Writes after the first step of a run, to show that it lives, and after the fifth, when the time left is known.
+    """Write after the first step of a run, to show that it works, and after the fifth, when the time left is known.
 
-    For metrics.json a run that was resumed begins where it first began.
+    In metrics.json the steps are counted from the run's start, and not from where it was resumed.
 
     Args:
-        writers: those that Detectron2's ``PeriodicWriter`` calls from then on.
-        period: of that one, in steps.
+        writers: the writers that Detectron2's ``PeriodicWriter`` calls from then on.
+        period: the period of that hook, in steps.
     """
 
     def __init__(self, writers: list[EventWriter], period: int = 20):
         self.writers, self.period = writers, period
 
     def after_step(self) -> None:
-        """Write, if it is one of the two steps and none that is written anyway."""
+        """Write, if this is one of the two steps and not written anyway."""
         step = self.trainer.iter + 1
         if step < self.trainer.max_iter and step % self.period:
             for writer in self.writers:

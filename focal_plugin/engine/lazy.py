@@ -1,4 +1,7 @@
-"""``.py`` LazyConfigs: what Detectron2's tools/lazyconfig_train_net.py does with them, on any device."""
+"""Train and evaluate ``.py`` LazyConfigs, as Detectron2's tools/lazyconfig_train_net.py does, on any device.
+
+Beyond the tool: resuming exactly, micro-batches, bfloat16, steps that are not finite, checks of files and words.
+"""
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -37,7 +40,7 @@ _DETECTRON2_LOADERS = (
 def main(args) -> dict | None:
     """Train or evaluate the LazyConfig ``args.config_file``, changed by the ``path.key=value`` of ``args.opts``.
 
-    The config's parts are those of Detectron2's: ``model``, ``dataloader.{train, test, evaluator}``, ``optimizer``,
+    The config has Detectron2's sections: ``model``, ``dataloader.{train, test, evaluator}``, ``optimizer``,
     ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate``, ``max_skips`` and
     ``channels_last``.
 
@@ -45,8 +48,8 @@ def main(args) -> dict | None:
         The results of the last evaluation; None on other processes than the main one.
 
     Raises:
-        ConfigError: a word of ``args.opts`` gives no value; or there is no evaluator to evaluate with.
-        FileNotFoundError: the files of a data set are not there. ValueError: ``train.device`` is no device.
+        ConfigError: a word of ``args.opts`` gives no value; there is no evaluator; or ``train.device`` is no device.
+        FileNotFoundError: the files of a data set are not there.
     """
     args.config_file = find_config(args.config_file)
     if words := [str(word) for word in args.opts if "=" not in str(word) and not str(word).startswith("~")]:
@@ -83,7 +86,7 @@ def main(args) -> dict | None:
 
 
 def evaluate(cfg, model: nn.Module) -> dict:
-    """The results of ``model`` on ``dataloader.test``, {} if the config has no ``dataloader.evaluator``."""
+    """Return the results of ``model`` on ``dataloader.test``; {} if the config has no ``dataloader.evaluator``."""
     if not cfg.dataloader.get("evaluator"):
         return {}
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
@@ -93,7 +96,7 @@ def evaluate(cfg, model: nn.Module) -> dict:
 
 
 def train(cfg, model: nn.Module, resume: bool) -> dict:
-    """Train ``model`` as the config says. The results of the last evaluation."""
+    """Train ``model`` as the config says, and return the results of the last evaluation."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
@@ -145,10 +148,10 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
 
 
 def _check_files(cfg, eval_only: bool) -> None:
-    """Check that the files of the data sets that are needed are there, where the config names them as Detectron2's do.
+    """Check that the files of the needed data sets are there, if the config names the sets as Detectron2's do.
 
     Raises:
-        FileNotFoundError: they are not.
+        FileNotFoundError: one is not there.
     """
     needed = ["train"] * (not eval_only) + ["test"] * bool(cfg.dataloader.get("evaluator"))
     for part in needed:
@@ -158,5 +161,5 @@ def _check_files(cfg, eval_only: bool) -> None:
 
 
 def _dataset_names(cfg, part: str) -> list[str]:
-    names = cfg.dataloader.get(part, {}).get("dataset", {}).get("names", [])  # [] of a loader of another make
+    names = cfg.dataloader.get(part, {}).get("dataset", {}).get("names", [])  # []: another kind of loader
     return [names] if isinstance(names, str) else list(names)

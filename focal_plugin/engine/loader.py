@@ -1,4 +1,4 @@
-"""A training loader that can start anywhere, so that a resumed run goes on with the images that come next."""
+"""A training loader that can start at any batch, so that a resumed run continues with the images that come next."""
 
 import itertools
 import logging
@@ -16,6 +16,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from ..config import ConfigError
 from .rng import seeded
 
 logger = logging.getLogger(__name__)
@@ -32,15 +33,16 @@ def build_train_loader(
     collate_fn: Callable | None = None,
     **kwargs,
 ) -> Iterable[list[dict]]:
-    """Detectron2's ``build_detection_train_loader``, as a ``TrainLoader``; its arguments, and any of a DataLoader's.
+    """Build what Detectron2's ``build_detection_train_loader`` does from the same arguments, as a ``TrainLoader``.
 
-    A data set that is not a list of records gets Detectron2's own loader, which starts anew when a run resumes.
+    A data set that is no list of records gets Detectron2's own loader, which begins from the start when a run resumes.
 
     Raises:
-        ValueError: the batch cannot be divided among the processes, or a record has no size to group it by.
+        ConfigError: the batch cannot be divided among the processes.
+        ValueError: a record has no size to group it by.
     """
     if not isinstance(dataset, list):
-        logger.warning(f"The data set is a {type(dataset).__name__}: with --resume its order starts anew.")
+        logger.warning(f"The data set is a {type(dataset).__name__}: with --resume its order begins from the start.")
         return build_detection_train_loader(
             dataset,
             mapper=mapper,
@@ -53,7 +55,7 @@ def build_train_loader(
         )
     processes = comm.get_world_size()
     if total_batch_size < processes or total_batch_size % processes:
-        raise ValueError(
+        raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {total_batch_size}; expected a multiple of {processes}, the number of processes, "
             "and not 0. (In a LazyConfig it is dataloader.train.total_batch_size.)"
         )
@@ -83,14 +85,14 @@ def _is_wide(record: dict) -> bool:
 
 
 _DEAD_WORKER = (
-    "A process that loads images has died: killed, perhaps, for lack of memory. Fewer of them (DATALOADER.NUM_WORKERS) "
-    "need less."
+    "A process that loads images has died; perhaps it was killed for lack of memory. Fewer of them "
+    "(DATALOADER.NUM_WORKERS) need less."
 )
 
 
 @contextmanager
 def explained_dead_worker() -> Iterator[None]:
-    """Inside, it is said what it means that a worker has died: PyTorch raises at once, in the middle of a step even."""
+    """Explain PyTorch's error for a loader process that has died, which is raised even in the middle of a step."""
     try:
         yield
     except RuntimeError as error:
@@ -100,21 +102,21 @@ def explained_dead_worker() -> Iterator[None]:
 
 
 class TrainLoader:
-    """Batches without end, in the order of Detectron2's training loader without workers.
+    """Endless batches, in the order of Detectron2's training loader without workers.
 
-    The sampler alone decides the order. What the mapper draws depends on the seed and on the place of an image in that
-    order. So any number of workers gives the same batches, and the loader can start at any of them.
+    The sampler alone decides the order. The mapper's random numbers depend only on the seed and on an image's position
+    in that order. So any number of workers gives the same batches, and the loader can start at any of them.
 
     Args:
-        dataset: gives the mapped image of an index.
-        sampler: gives the indices for this process, without end, the same ones each time it is iterated.
-        batch_size: images of this process in a batch.
-        seed: of what the mapper draws; the same in all processes.
-        groups: a group for each index: only images of one group come in a batch. None: all are one group.
-        kwargs: of PyTorch's ``DataLoader``.
+        dataset: maps an index to a mapped image.
+        sampler: yields the indices for this process, without end, and the same ones each time it is iterated.
+        batch_size: images per batch in this process.
+        seed: of the mapper's random numbers; the same in all processes.
+        groups: the group of each index; the images of a batch are of one group. None: all are one group.
+        kwargs: further arguments of PyTorch's ``DataLoader``.
 
     Attributes:
-        position: how many batches have been taken.
+        position: the number of batches taken so far.
         failed: whether taking the next one has failed.
     """
 
@@ -137,7 +139,7 @@ class TrainLoader:
         loader = DataLoader(
             _Seeded(self.dataset, self.seed),
             batch_sampler=itertools.islice(self._batches(), self.position, None),
-            generator=torch.Generator(),  # or each start would draw from the generator that the model uses
+            generator=torch.Generator(),  # its own: each start would draw from the generator that the model uses
             worker_init_fn=_outlive_signals,
             **self.kwargs,
         )
@@ -147,13 +149,13 @@ class TrainLoader:
                 yield batch
         except Exception as error:
             self.failed = True
-            # What it was to send may have been cut off before PyTorch sees that it is gone.
+            # What the worker was sending may break off before PyTorch sees that the worker is gone.
             if isinstance(error, ConnectionError | EOFError):
                 raise RuntimeError(_DEAD_WORKER) from error
             raise
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Each batch's images as (place in the order of all processes, index)."""
+        """Yield each batch's images as (position in the order of all processes, index)."""
         rank, processes = comm.get_rank(), comm.get_world_size()
         waiting: dict = {}
         for number, index in enumerate(self.sampler):
@@ -164,31 +166,31 @@ class TrainLoader:
                 batch.clear()
 
     def state_dict(self) -> dict:
-        """The seed, and how many images all processes have taken."""
+        """Return the seed, and how many images all processes have taken."""
         return {"seed": self.seed, "images": self.position * self.batch_size * comm.get_world_size()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on after so many images: exactly so with the same batch size and number of processes."""
+        """Continue after the images of ``state``; exactly so with the same batch size and number of processes."""
         self.seed = state["seed"]
         self.position = state["images"] // (self.batch_size * comm.get_world_size())
 
 
 class _Seeded(Dataset):
-    """Gives the image of an index, with random numbers that depend on the seed and its place alone."""
+    """Images by (position, index), mapped with random numbers that depend only on the seed and the position."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, where: tuple[int, int]) -> dict:
-        place, index = where
-        with seeded(self.seed, place):
+        position, index = where
+        with seeded(self.seed, position):
             return self.dataset[index]
 
 
 def _outlive_signals(worker_id: int) -> None:
-    """In a worker: obey the process that started it alone.
+    """Let a worker react only to SIGTERM from the process that started it.
 
-    What ends a run may reach all its processes, and the step that is to be finished needs data.
+    A signal that ends a run may reach all its processes, and the step that is to be finished needs data.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""``metrics.json``, and the numbers it is written from, as they were at a checkpoint."""
+"""``metrics.json`` and the numbers it is written from, restored as they were at a checkpoint."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import torch
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
 WINDOW = 20  # steps that Detectron2's writers take the median of
-_TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")  # each process has its own
+_TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")  # not restored: they are of one process
 
 
 class MetricsWriter(EventWriter):
-    """Appends to ``metrics.json`` what Detectron2's ``JSONWriter`` does; a resumed run goes on where it was saved.
+    """Append to ``metrics.json`` what Detectron2's ``JSONWriter`` does; a resumed run continues where it was saved.
 
     Args:
         path: the file.
@@ -23,7 +23,7 @@ class MetricsWriter(EventWriter):
         self._last = -1
 
     def write(self) -> None:
-        """Write what is new since the last time, a line for each step in order, and sync it to the disk."""
+        """Write what is new since the last call, a line per step in order, and sync it to the disk."""
         lines: dict[int, dict] = {}
         for name, (value, step) in get_event_storage().latest_with_smoothing_hint(WINDOW).items():
             if step > self._last:
@@ -38,22 +38,26 @@ class MetricsWriter(EventWriter):
         self._file.close()
 
     def clear(self) -> None:
-        """Begin the file anew."""
+        """Empty the file."""
         self.load_state_dict({"bytes": 0, "last": -1})
 
     def state_dict(self) -> dict:
-        """How long the file is, and the last step in it."""
+        """Return the file's length in bytes and the last step in it."""
         return {"bytes": os.path.getsize(self._path), "last": self._last}
 
     def load_state_dict(self, state: dict) -> None:
-        """Cut off what was written since; leave a file that is shorter, which is not the one that was saved."""
+        """Cut off what was written since; a file that is shorter is another one, and is left as it is."""
         if state["bytes"] <= os.path.getsize(self._path):
             self._file.truncate(state["bytes"])
         self._last = state["last"]
 
 
 def storage_state(storage: EventStorage) -> dict:
-    """The last values of each series but times: {name: {"values", "steps", "smoothing"}}, float64 and int64 tensors."""
+    """Return the last values of each series but times.
+
+    Returns:
+        {name: {"values": (n,) float64, "steps": (n,) int64, "smoothing": bool}}, n ≤ ``WINDOW``.
+    """
     state = {}
     for name, history in storage.histories().items():
         if name not in _TIMES:

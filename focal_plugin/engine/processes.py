@@ -1,4 +1,4 @@
-"""How a run comes to have its processes: those that it starts itself, or those that torchrun has started."""
+"""Start the processes of a run, or join those that torchrun has started."""
 
 import multiprocessing
 import os
@@ -19,24 +19,24 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what it 
 
 
 def launch(main: Callable, num_gpus: int, *, num_machines: int = 1, args: tuple = (), **kwargs) -> None:
-    """Do ``main(*args)`` in each process of a run.
+    """Call ``main(*args)`` in each process of a run.
 
-    Under torchrun this process is one of them. Otherwise it is Detectron2's ``launch``, which starts them, passes
-    SIGTERM and SIGINT on to them, and ends with their exit code if they have stopped for these.
+    Under torchrun this process is one of them. Otherwise Detectron2's ``launch`` starts them; SIGTERM and SIGINT are
+    passed on to them, and if they stop for these, this process ends with their exit code.
 
     Args:
-        main: what each process does.
+        main: the function that each process calls.
         num_gpus: processes on this machine.
         num_machines: machines.
         args: the arguments of ``main``.
-        kwargs: more of Detectron2's: ``machine_rank``, ``dist_url``, ``timeout``.
+        kwargs: further arguments of Detectron2's ``launch``: ``machine_rank``, ``dist_url``, ``timeout``.
 
     Raises:
-        ValueError: torchrun has started this process, and it is to start others; or there are too few GPUs.
+        ValueError: torchrun has started this process and the arguments ask for others; or there are too few GPUs.
     """
     if all(name in os.environ for name in _TORCHRUN):
         _join_torchrun(main, args, num_gpus, num_machines)
-    elif num_gpus * num_machines <= 1:  # this one
+    elif num_gpus * num_machines <= 1:  # this process is the only one
         detectron2_launch(main, num_gpus, args=args, **kwargs)
     else:
         _start(main, num_gpus, num_machines=num_machines, args=args, **kwargs)
@@ -64,12 +64,12 @@ def _join_torchrun(main: Callable, args: tuple, num_gpus: int, num_machines: int
     if num_gpus * num_machines != 1:
         raise ValueError(
             f"torchrun has started {world_size} processes, and --num-gpus {num_gpus} and --num-machines {num_machines} "
-            "ask each of them for more. Leave these two out, or start train_net.py without torchrun."
+            "ask each of them to start more. Leave these two out, or start train_net.py without torchrun."
         )
     gpus = torch.cuda.device_count()
     if gpus and local_size > gpus:
         raise ValueError(
-            f"--nproc-per-node is {local_size}, and GPUs on this machine are {gpus}. To use the CPU alone, set "
+            f"--nproc-per-node is {local_size}, and this machine has {gpus} GPUs. To use the CPU alone, set "
             "CUDA_VISIBLE_DEVICES to nothing in the environment."
         )
     if gpus:
@@ -77,10 +77,11 @@ def _join_torchrun(main: Callable, args: tuple, num_gpus: int, num_machines: int
     if world_size == 1:
         main(*args)
         return
-    distributed.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)  # where: by the environment
+    # The address of the first process is in the environment.
+    distributed.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)
     try:
         comm.create_local_process_group(local_size)
-        comm.synchronize()  # or a process that is slow to start may find the others gone
+        comm.synchronize()  # a process that starts late may find the others gone
         main(*args)
     finally:
         distributed.destroy_process_group()

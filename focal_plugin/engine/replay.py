@@ -1,11 +1,11 @@
-"""Computes again the batch of a step whose loss or gradient was not finite, from the file that the run left of it:
+"""Compute the batch of a step again whose loss or gradient was not finite, from the file that the run left:
 
     python -m focal_plugin.engine.replay OUTPUT_DIR/diverged_0001234_process0.pth [KEY VALUE ...]
 
-The model is that of config.yaml beside the file, changed by ``KEY VALUE`` pairs, with the weights of before the step.
-It prints each loss, the largest gradient and where the numbers stop being finite, and exits with 1 if they do.
+The model is that of config.yaml beside the file, changed by ``KEY VALUE`` pairs, with the weights from before the step.
+It prints each loss, the largest gradient and where the numbers stop being finite; the exit code is then 1.
 
-A LazyConfig's run has no such keys: read its file with ``focal_plugin.engine.batch_file.load_batch`` in a program of
+A LazyConfig's run has no such config: read its file with ``focal_plugin.engine.batch_file.load_batch`` in a program of
 your own.
 """
 

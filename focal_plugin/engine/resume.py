@@ -1,4 +1,4 @@
-"""When a checkpoint is written, and all of a run's state in it that Detectron2's checkpoints do not have."""
+"""Write checkpoints when they are due, with the state of a run that Detectron2's checkpoints lack."""
 
 import logging
 import signal
@@ -11,6 +11,7 @@ from fvcore.common.checkpoint import PeriodicCheckpointer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import ConfigError
 from .checkpoint import AtomicCheckpointer
 from .metrics import MetricsWriter, load_storage_state, storage_state
 from .rng import rng_state, set_rng_state
@@ -20,25 +21,25 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(HookBase):
-    """Saves every ``period`` steps, after the last one, and when SIGTERM or SIGINT come, which then ends the run.
+    """Save every ``period`` steps, after the last one, and on SIGTERM or SIGINT, which then ends the run.
 
-    Its own state is that of the random numbers and the model's buffers in each process, the loader's position,
-    metrics.json and what it is written from. A run that resumes first does what was still to be done in the step of the
-    checkpoint, the ``tail``. So it goes on as if it had not been interrupted.
+    The saved state adds the random generators and the model's buffers of each process, the loader's position,
+    metrics.json and the numbers it is written from. A run that resumes first completes the step of the checkpoint, by
+    calling the hooks in ``tail``. So it continues as if it had not been interrupted.
 
-    Register it in every process, for Detectron2 calls only the main one's ``PeriodicCheckpointer``.
+    Register it in every process; Detectron2's ``PeriodicCheckpointer`` runs on the main process only.
 
     Args:
         checkpointer: has the trainer among its checkpointables.
         period: in steps.
         model: the one that is trained.
-        loader: a ``TrainLoader``; another one starts anew when a run resumes.
+        loader: a ``TrainLoader``; another loader begins from the start when a run resumes.
         metrics: the writer of metrics.json; None on other processes than the main one.
         tail: the hooks that follow this one.
-        max_to_keep: how many checkpoints to keep, besides the last step's; None for all.
+        max_to_keep: the number of checkpoints to keep, besides the last step's; None for all.
 
     Raises:
-        ValueError: ``period`` is below 1.
+        ConfigError: ``period`` is below 1.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class CheckpointHook(HookBase):
         max_to_keep: int | None = None,
     ):
         if period < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"SOLVER.CHECKPOINT_PERIOD (in a LazyConfig train.checkpointer.period) is {period}; expected a number "
-                "of steps ≥ 1. More than the run has leaves its last checkpoint alone."
+                "of steps ≥ 1. With more than the run has, only its last step is saved."
             )
         self.periodic = PeriodicCheckpointer(checkpointer, period, max_to_keep=max_to_keep)
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -66,19 +67,19 @@ class CheckpointHook(HookBase):
         self._loaded: dict | None = None
 
     def before_train(self) -> None:
-        """Go on where the checkpoint was taken, if one was loaded."""
+        """Continue where the checkpoint was taken, if one was loaded."""
         self.periodic.max_iter = self.trainer.max_iter
         self.signals.install()
         if self._loaded is not None:
             self._restore(self._loaded)
         elif self.trainer.start_iter > 0:
             logger.warning(
-                "The checkpoint has weights and optimizer, but not where the data and the random numbers stood: these "
-                "start anew."
+                "The checkpoint has weights and optimizer, but neither the position in the data nor the state of the "
+                "random numbers: both begin from the start."
             )
 
     def after_step(self) -> None:
-        """Save, if it is time to; end the run, if it was told to.
+        """Save, if a checkpoint is due; end the run, if a signal came.
 
         Raises:
             SystemExit: 143 or 130, after SIGTERM or SIGINT.
@@ -92,7 +93,7 @@ class CheckpointHook(HookBase):
                 self._save(step, is_due)
             self._processes = []
         if received:
-            comm.synchronize()  # a process that ends has its launcher end the others
+            comm.synchronize()  # as soon as one process ends, its launcher ends the others
             self.signals.remove()
             logger.warning(
                 f"{signal.Signals(received).name}: stopped after {step + 1} steps, which are saved in "
@@ -101,16 +102,16 @@ class CheckpointHook(HookBase):
             raise SystemExit(128 + received)
 
     def after_train(self) -> None:
-        """Save what a failure of the data has not lost. From here on, signals end the process."""
+        """Save the steps before a failure of the data. From here on, signals end the process."""
         self.signals.remove()
         trainer, failed = self.trainer, getattr(self.loader, "failed", False)
-        # A run that had nothing left to do counts a step too many.
+        # A run that had no step left to do counts one too many.
         trainer.iter = trainer.storage.iter = min(trainer.iter, trainer.max_iter)
         if failed and comm.get_world_size() == 1 and trainer.iter > trainer.start_iter:
-            trainer.iter -= 1  # the last one that was done
+            trainer.iter -= 1  # the last step that was completed
             self._tail_is_done = True
             self._save(trainer.iter, is_due=False)
-            logger.error("The next images could not be loaded. All steps before are saved: --resume goes on with them.")
+            logger.error("The next images could not be loaded. All steps before are saved: --resume continues there.")
 
     def _save(self, step: int, is_due: bool) -> None:
         if is_due:
@@ -120,12 +121,12 @@ class CheckpointHook(HookBase):
 
     def _process_state(self) -> dict:
         state = {"rng": rng_state()}
-        if comm.get_world_size() > 1:  # each has statistics of its own, and the checkpoint has the main one's
+        if comm.get_world_size() > 1:  # each has its own statistics; the checkpoint has the main process's
             state["buffers"] = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
         return state
 
     def state_dict(self) -> dict:
-        """Plain containers and tensors."""
+        """Return the state as plain containers and tensors."""
         state = {"processes": self._processes or [self._process_state()], "tail_is_done": self._tail_is_done}
         if hasattr(self.loader, "state_dict"):
             state["loader"] = self.loader.state_dict()
@@ -135,11 +136,11 @@ class CheckpointHook(HookBase):
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Keep a state for when training starts."""
+        """Keep ``state`` until training starts."""
         self._loaded = state
 
     def start_again(self) -> None:
-        """Forget an attempt that was ended before its first checkpoint: what it has written is written again."""
+        """Forget an attempt that ended before its first checkpoint: its metrics are written again."""
         if self.metrics is not None:
             self.metrics.clear()
 
@@ -147,7 +148,7 @@ class CheckpointHook(HookBase):
         if "loader" in state and hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(state["loader"])
         else:
-            logger.warning("The order of the training images starts anew: the loader does not know its position.")
+            logger.warning("The order of the training images begins from the start: the loader has no position.")
         if self.metrics is not None and "metrics" in state:
             self.metrics.load_state_dict(state["metrics"])
             load_storage_state(self.trainer.storage, state["storage"])
@@ -161,13 +162,13 @@ class CheckpointHook(HookBase):
         else:
             logger.warning(
                 f"The checkpoint is of {len(state['processes'])} processes, this run of {comm.get_world_size()}: the "
-                "random numbers start anew."
+                "random numbers begin from the start."
             )
         if not state["tail_is_done"]:
             self._finish_step()
 
     def _finish_step(self) -> None:
-        """What the step of the checkpoint had still to do, where it is due: save it as the last, evaluate, write."""
+        """Do what the step of the checkpoint still lacks, where it is due: save it as the last, evaluate, write."""
         trainer = self.trainer
         trainer.iter = trainer.storage.iter = trainer.start_iter - 1
         if trainer.start_iter == trainer.max_iter:

@@ -1,4 +1,4 @@
-"""Random numbers: where the generators of a process stand, and numbers that depend on nothing but a seed."""
+"""Save and restore the random generators of a process, and draw numbers that depend on a seed alone."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 
 def rng_state() -> dict:
-    """Where the generators of Python, NumPy and PyTorch stand in this process, as plain containers and tensors."""
+    """Return the states of Python's, NumPy's and PyTorch's generators, as plain containers and tensors."""
     version, words, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -23,7 +23,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put the generators where ``rng_state`` found them; that of the GPU stays where there is none in ``state``."""
+    """Restore what ``rng_state`` returned; a GPU's generator stays as it is if ``state`` has none."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     algorithm, keys, *rest = state["numpy"]
@@ -35,10 +35,7 @@ def set_rng_state(state: dict) -> None:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Inside, random numbers depend on ``numbers`` alone, each ≥ 0; afterwards the generators are where they were.
-
-    For the generators of the CPU.
-    """
+    """Seed the CPU's generators with ``numbers``, each ≥ 0, and restore their states afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     python, numpy, pytorch = (int(seed) for seed in np.random.SeedSequence(numbers).generate_state(3))
     random.seed(python)

@@ -1,4 +1,4 @@
-"""What comes before training or evaluation: logs, seed, threads, and a look at the data sets."""
+"""Prepare training or evaluation: logs, seed, threads, and checks of the data sets."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..config import ConfigError
 from ..data import check_files, check_num_classes
 from ..evaluation.report import note_start
 from ..losses.class_weights import needs_class_frequencies
@@ -19,39 +20,39 @@ from .console import off_screen
 
 logger = logging.getLogger(__name__)
 
-# Detectron2 looks at its environment when a run starts, and PyTorch then warns of CUDA without a GPU.
+# Detectron2 collects facts about its environment when a run starts; PyTorch then warns that CUDA finds no GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
 
 
 def settled_seed(seed: int, output_dir: str, again: bool) -> int:
-    """``seed``, or if it is negative one of this run's own, the same in all processes.
+    """Return ``seed`` or, if it is negative, a random one, the same in all processes.
 
-    Each run leaves it in the ``config.yaml`` of its folder, so that it can be resumed exactly, and run again.
+    Each run writes its seed to the ``config.yaml`` of its folder, so that it can be resumed exactly, and repeated.
 
     Args:
-        seed: the config's: ``SEED``, or a LazyConfig's ``train.seed``.
+        seed: the config's ``SEED``, or a LazyConfig's ``train.seed``.
         output_dir: the run's folder.
-        again: whether to take that of the run in ``output_dir``, if there is one.
+        again: whether to take the seed of the run in ``output_dir``, if there is one.
     """
     if seed >= 0:
         return seed
     seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(output_dir, "config.yaml")
     if again and comm.is_main_process() and os.path.exists(path):
-        with open(path) as file:  # by its text: a LazyConfig's file may name classes, which are not to be imported
+        with open(path) as file:  # as text: a LazyConfig's file may name classes, which must not be imported
             found = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", file.read(), re.MULTILINE)
         seed = int(found[1]) if found else seed
     return comm.all_gather(seed)[0]
 
 
 def start_run(cfg: CfgNode, args) -> None:
-    """What comes before training or evaluation: logs, seed, config.yaml, advice, and a look at the data sets.
+    """Open the logs, set the seed, write config.yaml, give advice, and check the data sets.
 
     Args:
         cfg: the whole config.
         args: the parsed command line.
 
     Raises:
-        ValueError: no data set is named, or they and the model disagree on the classes.
+        ConfigError: no data set is named, or the data sets and the model disagree on the classes.
         FileNotFoundError: the files of a data set are not there.
     """
     start_logs(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
@@ -66,13 +67,13 @@ def start_run(cfg: CfgNode, args) -> None:
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         where = args.config_file or "Detectron2's own config; name yours with --config-file"
-        raise ValueError(f"DATASETS.{needed} is empty; expected the name of a data set. This is {where}.")
+        raise ConfigError(f"DATASETS.{needed} is empty; expected the name of a data set. This is {where}.")
     check_num_classes(cfg)
     check_files(cfg)
 
 
 def start_logs(cfg, args, output_dir: str, device: str) -> None:
-    """Detectron2's ``default_setup`` (seed, log files, config.yaml), its hundreds of lines kept off the screen.
+    """Do Detectron2's ``default_setup`` (seed, log files, config.yaml) without its hundreds of lines on the screen.
 
     Args:
         cfg: a ``CfgNode`` or a LazyConfig.
@@ -85,7 +86,7 @@ def start_logs(cfg, args, output_dir: str, device: str) -> None:
         default_setup(cfg, args)
     plugin_logger = setup_logger(output_dir, distributed_rank=comm.get_rank(), name="focal_plugin")
     for handler in plugin_logger.handlers:
-        if handler.stream is sys.stdout:  # every record that was left out, and the like: for the file alone
+        if handler.stream is sys.stdout:  # details, such as each record that was left out, go to the file alone
             handler.setLevel(logging.INFO)
     logger.info(f"Config: {args.config_file or 'defaults'}. In full: {output_dir}/config.yaml. Log: log.txt there.")
     if torch.device(device).type == "cpu":
@@ -93,11 +94,11 @@ def start_logs(cfg, args, output_dir: str, device: str) -> None:
 
 
 def _prepare_cpu() -> None:
-    """Say that the CPU it is, and let the processes of a machine share its cores unless the user has divided them."""
+    """Log that the run is on the CPU, and divide its cores among the machine's processes unless the user has."""
     processes = comm.get_world_size()
     if processes > 1 and torch.distributed.get_backend() == "nccl":
         raise ValueError(
-            f"The device is cpu, but the {processes} processes would talk through their GPUs. To use the CPU alone, "
+            f"The device is cpu, but the {processes} processes communicate through GPUs (NCCL). To use the CPU alone, "
             "set CUDA_VISIBLE_DEVICES to nothing in the environment."
         )
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:

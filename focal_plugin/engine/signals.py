@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM and SIGINT let it finish its step and save."""
+"""Let a run finish its step and save on SIGTERM and SIGINT."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ _SAME_SECONDS = 1.0
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while it is installed. The first is noted; a second ends the process at once.
+    """Note the first SIGTERM or SIGINT while installed; a second one ends the process at once.
 
-    Several processes often get the same signal in more ways than one, from their terminal or scheduler and from the
-    process that started them: there, what comes within a second is the same one.
+    With several processes the same signal often arrives twice, from the terminal or scheduler and from the process that
+    started them: there, a second signal within a second counts as the first.
 
     Attributes:
         received: the number of the signal, 0 for none.
@@ -31,12 +31,12 @@ class StopSignals:
         self._before: dict = {}
 
     def install(self) -> None:
-        """Begin to note them, if this is the main thread: others cannot."""
+        """Begin to note signals; only a process's main thread can."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def remove(self) -> None:
-        """From now on they do what they did before."""
+        """Restore what the signals did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -60,7 +60,7 @@ class StopSignals:
             text = (
                 f"{signal.Signals(number).name}: finishing this step, then saving. A second signal ends it at once.\n"
             )
-            os.write(2, text.encode())  # a signal may come while the log is being written
+            os.write(2, text.encode())  # not the logger, which may be in the middle of a record
         elif comm.get_world_size() == 1 or time.monotonic() - self._since > _SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

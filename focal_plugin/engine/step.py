@@ -1,4 +1,4 @@
-"""One optimiser step on any device: full or mixed precision, the batch at once or in parts."""
+"""One optimiser step on any device, in full or mixed precision, on the batch at once or in micro-batches."""
 
 import inspect
 import logging
@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import ConfigError
 from ..layers.fast_dtype import fast_dtype
 from .divergence import Divergence, explain
 from .processes import gather_numbers
@@ -23,17 +24,20 @@ from .window import counted_together, divide_gradients, split
 logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_LEAST_SCALE = 1.0  # of float16's gradients; what is too large without any scaling is so for another reason
+_LEAST_SCALE = 1.0  # the loss scale of float16 at which a gradient that overflows is no fault of the scale
 
 
 def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
-    """What to compute in: None for full precision, else the dtype ``name``; empty, the device's usual one.
+    """Return the dtype for autocast; None for full precision.
 
-    That is float16 on a GPU and bfloat16 on a CPU that computes in it; others would be slower for it and stay in full
-    precision, which is logged.
+    Args:
+        enabled: whether mixed precision is asked for.
+        name: "float16" or "bfloat16". Empty: float16 on a GPU, bfloat16 on a CPU that computes in it; other CPUs would
+            be slower in it and stay in full precision, which is logged.
+        device: such as "cuda".
 
     Raises:
-        ValueError: ``name`` is none of float16 and bfloat16.
+        ConfigError: ``name`` is neither float16 nor bfloat16.
     """
     if not enabled:
         return None
@@ -42,7 +46,7 @@ def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
         return None
     name = name or ("bfloat16" if torch.device(device).type == "cpu" else "float16")
     if name not in _PRECISIONS:
-        raise ValueError(
+        raise ConfigError(
             f"SOLVER.AMP.DTYPE is {name!r}; expected {', '.join(_PRECISIONS)}, or empty for the device's. (In a "
             "LazyConfig it is train.amp.dtype.)"
         )
@@ -50,16 +54,16 @@ def amp_precision(enabled: bool, name: str, device: str) -> torch.dtype | None:
 
 
 def data_parallel(model: nn.Module, *, broadcast_buffers: bool = False, **kwargs) -> nn.Module:
-    """``model`` in DistributedDataParallel if there are more processes than one, on GPUs or CPUs.
+    """Return ``model`` in DistributedDataParallel if there is more than one process, on GPUs or CPUs.
 
     Args:
-        model: is on its device already.
+        model: on its device already.
         broadcast_buffers: whether every forward pass sends the buffers of the first process to the others.
-        kwargs: more of DistributedDataParallel's, and ``fp16_compression`` of Detectron2's ``create_ddp_model``.
+        kwargs: further arguments of DistributedDataParallel and of Detectron2's ``create_ddp_model``.
     """
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None  # None is what a CPU model needs
-    # Newer PyTorch has another word for it, and warns of the old one.
+    # Newer PyTorch has renamed the argument, and warns of the old name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers}
     return create_ddp_model(model, device_ids=device_ids, **buffers, **kwargs)
@@ -68,9 +72,9 @@ def data_parallel(model: nn.Module, *, broadcast_buffers: bool = False, **kwargs
 class StepTrainer(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` and ``AMPTrainer`` in one, on GPUs and CPUs; their checkpoints load.
 
-    The losses of every process and the gradients are looked at in every step, before the weights change. One that is
-    not finite stops the run or skips the step (see ``Divergence``); but in float16 gradients that overflow only lower
-    their scale, down to 1.
+    Every step checks the losses and gradients of all processes before the weights change. One that is not finite stops
+    the run or skips the step (see ``Divergence``), except that in float16 gradients that overflow only lower the loss
+    scale, down to 1.
 
     Args:
         model: returns a dict of losses (or one loss) for a batch, in training mode; may be a DistributedDataParallel.
@@ -78,14 +82,14 @@ class StepTrainer(SimpleTrainer):
         data_loader: an iterable of batches, each a list of images as the model takes them.
         optimizer: what updates the model.
         precision: float16 or bfloat16 to compute under autocast, with a gradient scaler for float16; None, as is.
-        accumulate: into how many parts a batch is split. A model with a ``normalizer`` gets the gradients of the whole
-            batch, exactly (but for padding and batch norm, which see a part); another one the mean over its images.
-        max_skips: how many steps of a run may be skipped, before one that is not finite stops it.
-        output_dir: where to leave the batch of a step that is not finite, for ``engine.replay``; empty for nowhere.
-        gather_metric_period: every how many steps the losses are written, as in Detectron2. (They are checked in all.)
+        accumulate: the number of micro-batches of a batch. A model with a ``normalizer`` gets exactly the gradients of
+            the whole batch (but padding and batch norm see a micro-batch); another gets their mean over the images.
+        max_skips: the number of steps of a run that may be skipped before one that is not finite stops it.
+        output_dir: where to save the batch of a step that is not finite, for ``engine.replay``; empty for nowhere.
+        gather_metric_period: the losses are written every so many steps, as in Detectron2, and checked in all.
 
     Attributes:
-        signals: with these, each step also tells the other processes what signal this one has received.
+        signals: if set, each step tells the other processes which signal this one has received.
     """
 
     def __init__(
@@ -124,12 +128,12 @@ class StepTrainer(SimpleTrainer):
         if self._write(losses, data_time, batch):
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        else:  # running statistics, and the normaliser's
+        else:  # restore running statistics, the normaliser's too
             for buffer, before in zip(self.model.buffers(), buffers):
                 buffer.copy_(before)
 
     def forward_backward(self, batch: list[dict]) -> dict[str, Tensor]:
-        """The losses of a batch; its gradients are added to the parameters'."""
+        """Return the losses of a batch, and add its gradients to those of the parameters."""
         if self.accumulate > 1:
             return self._forward_backward_in_parts(batch)
         losses = self.forward(self.model, batch)
@@ -137,7 +141,7 @@ class StepTrainer(SimpleTrainer):
         return losses
 
     def forward(self, model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
-        """The losses that ``model`` has for a batch, computed in this trainer's precision."""
+        """Return the losses of ``model`` for a batch, computed in this trainer's precision."""
         with self.autocast():
             losses = model(batch)
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
@@ -150,7 +154,7 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler.scale(sum(losses.values())).backward()
 
     def _forward_backward_in_parts(self, batch: list[dict]) -> dict[str, Tensor]:
-        """The gradients of the whole batch, added up part after part, and its losses."""
+        """As ``forward_backward``, micro-batch after micro-batch."""
         parts, totals = split(batch, self.accumulate), {}
         parallel = isinstance(self.model, DistributedDataParallel)
         with counted_together(self.model.module if parallel else self.model) as window:
@@ -162,7 +166,7 @@ class StepTrainer(SimpleTrainer):
                     losses = self.forward(self.model, part)
                     if window is None:
                         losses = {name: loss * (len(part) / len(batch)) for name, loss in losses.items()}
-                    elif last:  # its own losses are divided already; all before it wait for this number
+                    elif last:  # its own losses are divided already, those before it not yet
                         divide_gradients(self.model, window.rest)
                         totals = {name: total / window.rest for name, total in totals.items()}
                     self._backward(losses)
@@ -170,13 +174,13 @@ class StepTrainer(SimpleTrainer):
         return totals
 
     def _write(self, losses: dict[str, Tensor], data_time: float, batch: list[dict]) -> bool:
-        """Put the losses, averaged over processes, where Detectron2's writers look for them.
+        """Check the losses and gradients of all processes, and put the mean losses into the event storage.
 
         Returns:
-            Whether they and the gradients are finite, in every process.
+            Whether all of them are finite.
 
         Raises:
-            Divergence: they are not, and no more steps may be skipped.
+            Divergence: one is not, and no more steps may be skipped.
         """
         # The one place where a step waits, for the GPU and for the other processes: a few numbers, in one transfer.
         values = [*(loss.detach().float() for loss in losses.values()), largest_gradient(self.model)]
@@ -203,7 +207,7 @@ class StepTrainer(SimpleTrainer):
         return True
 
     def _scale_may_fall(self) -> bool:
-        """Whether gradients that overflow are no more than the scaler's sign to lower its scale."""
+        """Return whether gradients that overflow only tell the scaler to lower its scale."""
         return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > _LEAST_SCALE
 
     def _skip_or_stop(self, losses: dict[str, float], gradient: float, batch: list[dict]) -> None:
@@ -212,10 +216,10 @@ class StepTrainer(SimpleTrainer):
         if self.skips >= self.max_skips:
             raise error
         self.skips += 1
-        logger.warning(f"{error}\nThis step is skipped, the {self.skips}. of {self.max_skips} (SOLVER.MAX_SKIPS).")
+        logger.warning(f"{error}\nThis step is skipped: {self.skips} of {self.max_skips} (SOLVER.MAX_SKIPS).")
 
     def state_dict(self) -> dict:
-        """As Detectron2's ``AMPTrainer``, without float16 as its ``SimpleTrainer``; and the skipped steps, if any."""
+        """Return the state as Detectron2's ``AMPTrainer`` (or ``SimpleTrainer``) has it, and the skipped steps."""
         state = super().state_dict()
         if self.skips:
             state["skips"] = self.skips
@@ -224,7 +228,7 @@ class StepTrainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state saved at any precision: the scaler starts anew if it was saved without one."""
+        """Load a state saved in any precision; the scaler keeps its initial state if ``state_dict`` has none."""
         super().load_state_dict(state_dict)
         self.skips = state_dict.get("skips", 0)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
@@ -232,7 +236,7 @@ class StepTrainer(SimpleTrainer):
 
 
 def largest_gradient(model: nn.Module) -> Tensor:
-    """The largest absolute value in the gradients of ``model``, a float32 scalar: finite if all of them are."""
+    """Return the largest absolute value in the gradients of ``model``, a float32 scalar; finite if all of them are."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=next(model.parameters()).device)

@@ -36,21 +36,22 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains the model of a config as Detectron2's ``DefaultTrainer`` does; its classmethods and hooks are the same.
+    """Train the model of a config as Detectron2's ``DefaultTrainer`` does, with the same classmethods and hooks.
 
-    It also runs on CPUs, in one process or many; computes in mixed precision there too (``SOLVER.AMP``), in parts
-    (``SOLVER.ACCUMULATE``) and channels-last (``MODEL.FOCAL.CHANNELS_LAST``); evaluates each test set by its kind; and
-    ends with the results, pictures (``VIS``) and what it wrote. Checkpoints go back and forth between the two. With
-    them a run resumes exactly (see ``CheckpointHook``), and SIGTERM and SIGINT end it after its step is saved.
+    It also runs on CPUs, in one process or many; computes in mixed precision there too (``SOLVER.AMP``), in
+    micro-batches (``SOLVER.ACCUMULATE``) and channels-last (``MODEL.FOCAL.CHANNELS_LAST``); evaluates each test set by
+    its type; and ends with the results, pictures (``VIS``) and a list of its files. Each of the two loads the other's
+    checkpoints. A run resumes exactly (see ``CheckpointHook``); SIGTERM and SIGINT end it once its step is saved.
 
     Args:
         cfg: the whole config.
-        evaluate_also: after the last evaluation, called with the model; its results are reported with the others.
+        evaluate_also: called with the model after the last evaluation; its results are reported with the others.
     """
 
     def __init__(self, cfg: CfgNode, evaluate_also: Callable[[nn.Module], dict] | None = None):
         note_start(cfg.OUTPUT_DIR, again=False)
-        TrainerBase.__init__(self)  # not DefaultTrainer's: it assumes GPUs for many processes and for mixed precision
+        # Not DefaultTrainer's, which needs GPUs for more than one process and for mixed precision.
+        TrainerBase.__init__(self)
         for name in ("detectron2", "focal_plugin"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
@@ -71,7 +72,7 @@ class Trainer(DefaultTrainer):
             max_skips=cfg.SOLVER.MAX_SKIPS,
             output_dir=cfg.OUTPUT_DIR,
         )
-        if is_dense:  # there, and not with the hooks below, since Detectron2 calls after_backward nowhere else
+        if is_dense:  # registered here, since Detectron2 calls after_backward of the inner trainer's hooks alone
             self._trainer.register_hooks([BalanceHook(model)])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -82,13 +83,17 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; with nothing to resume from, metrics.json begins anew."""
+        """Do as Detectron2's; with nothing to resume from, metrics.json is emptied."""
         super().resume_or_load(resume)
         if resume and not self.checkpointer.has_checkpoint():
             self.checkpoint_hook.start_again()
 
     def train(self) -> dict | None:
-        """Train, evaluate and report. The results of the last evaluation; None on other processes than the main one."""
+        """Train, evaluate and report.
+
+        Returns:
+            The results of the last evaluation; None on other processes than the main one.
+        """
         output_dir = self.cfg.OUTPUT_DIR
         with explained_full_disk(output_dir), explained_dead_worker(), recorded_divergence(output_dir):
             super().train()
@@ -100,7 +105,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def report(cls, cfg: CfgNode, model: nn.Module, results: dict) -> None:
-        """Draw what ``VIS`` asks for, and log the results and the files of the run. For the main process."""
+        """Draw the pictures of ``VIS``, and log the results and the files of the run; on the main process alone."""
         names = cfg.DATASETS.TEST
         if cfg.VIS.ENABLED:
             draw_curves(cfg.OUTPUT_DIR)
@@ -117,7 +122,7 @@ class Trainer(DefaultTrainer):
         log_report(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with other ones that save and evaluate, and one that shows the first signs of life."""
+        """Build Detectron2's hooks, with others that save and evaluate, and one that writes the first steps."""
         self.writers: list[EventWriter] = []
         hooks = [hook for hook in super().build_hooks() if not isinstance(hook, PeriodicCheckpointer)]
         if comm.is_main_process():
@@ -147,13 +152,13 @@ class Trainer(DefaultTrainer):
         return results
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's: the screen, metrics.json and TensorBoard."""
+        """Build Detectron2's writers: the screen, metrics.json and TensorBoard."""
         self.writers += resumable_writers(super().build_writers(), self.cfg.OUTPUT_DIR)
         return self.writers
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The model of the config on its device, in its memory format."""
+        """Build the model of the config on its device, in its memory format."""
         model = build_model(cfg)
         if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu":
             compute_top_blocks_in_float32(model)
@@ -164,34 +169,34 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's, with the mapper that knows ``INPUT.AUGMENTATIONS``, as a ``TrainLoader``."""
+        """Build Detectron2's loader as a ``TrainLoader``, with the mapper that reads ``INPUT.AUGMENTATIONS``."""
         args = build_detection_train_loader.from_config(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
         return build_train_loader(**args)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Detectron2's, without a page on the screen at each evaluation, with the mapper that names broken images."""
+        """Build Detectron2's loader without its output on the screen, with the mapper that names broken images."""
         with off_screen("detectron2"):
             return build_detection_test_loader(cfg, dataset_name, mapper=FocalDatasetMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """The evaluator of a data set's kind, its metadata's ``evaluator_type``; COCO's where it names none.
+        """Build the evaluator for the ``evaluator_type`` in a data set's metadata, COCO's if it has none.
 
-        It writes to ``output_folder``, ``inference`` in ``OUTPUT_DIR`` if not given; with more than one data set in
-        ``DATASETS.TEST``, to a folder of the data set's name in it.
+        It writes to ``output_folder``, by default ``inference`` in ``OUTPUT_DIR``; if ``DATASETS.TEST`` has several
+        data sets, to a folder in it with the data set's name.
 
         Raises:
-            NotImplementedError: there is none here for that kind.
+            NotImplementedError: the type is none of coco, lvis and pascal_voc.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # or the files of one would replace those of another
             output_folder = os.path.join(output_folder, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind == "coco":
-            # COCO's metric looks at 100 detections an image, and at more where the user has asked the model for more.
+            # COCO's metric counts 100 detections an image; more where the user has asked the model for more.
             most = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100)
-            # A set without a JSON file gets one here, a new one each run: it may have changed since the last.
+            # Detectron2 writes a JSON file for a set without one, anew in each run: the set may have changed.
             return COCOEvaluator(
                 dataset_name, output_dir=output_folder, max_dets_per_image=most, allow_cached_coco=False
             )
@@ -206,9 +211,9 @@ class Trainer(DefaultTrainer):
 
 
 class EvaluationHook(EvalHook):
-    """Detectron2's ``EvalHook``, which evaluates after training only if all steps are done.
+    """Detectron2's ``EvalHook``, except that it evaluates after training only if all steps are done.
 
-    Detectron2's does so, too, when the last step has failed or a signal ends the run there.
+    Detectron2's also does when the last step has failed, or when a signal ends the run there.
     """
 
     def after_train(self) -> None:
@@ -218,7 +223,7 @@ class EvaluationHook(EvalHook):
 
 
 def resumable_writers(writers: list[EventWriter], output_dir: str) -> list[EventWriter]:
-    """Detectron2's ``writers``, with one of metrics.json that a resumed run goes on with."""
+    """Return Detectron2's ``writers``, with a ``MetricsWriter`` in place of the one of metrics.json."""
     ours = []
     for writer in writers:
         if isinstance(writer, JSONWriter):
@@ -229,7 +234,7 @@ def resumable_writers(writers: list[EventWriter], output_dir: str) -> list[Event
 
 
 def use_channels_last(model: nn.Module) -> None:
-    """Let ``model`` keep its weights, and the images its backbone gets, in memory as (N, H, W, C); in place."""
+    """Store the weights of ``model``, and the images that its backbone gets, as (N, H, W, C) in memory; in place."""
     model.to(memory_format=torch.channels_last)
     model.backbone.register_forward_pre_hook(
         lambda module, args: (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
@@ -237,7 +242,7 @@ def use_channels_last(model: nn.Module) -> None:
 
 
 def log_model(model: nn.Module) -> None:
-    """Log ``model`` in full to the files, in a line to the screen."""
+    """Log ``model`` in full to the files, and in one line to the screen."""
     with off_screen("focal_plugin"):
         logger.info(f"Model:\n{model}")
     sizes = [parameter.numel() for parameter in model.parameters()]

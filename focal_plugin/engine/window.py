@@ -1,4 +1,4 @@
-"""Gradient accumulation: the parts of a batch, one after another, are normalised as one batch."""
+"""Gradient accumulation: the micro-batches of a batch are normalised as one batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,29 +8,29 @@ from torch import Tensor, nn
 
 
 class WindowNormalizer(nn.Module):
-    """Stands in for a model's normaliser while the parts of a batch are computed.
+    """The normaliser of a model while it computes the micro-batches of a batch.
 
-    What the losses of a batch are divided by is known when its last part has been matched. So the parts before it are
-    divided by a guess, and the positives counted; the last part is divided by what the normaliser makes of all of them,
-    and whoever runs the window divides what has been added up before by the rest.
+    The divisor of a batch's losses is known once its last micro-batch has been matched. So those before it are divided
+    by a guess, and their positives counted; the last is divided by the normaliser's value for all positives, and the
+    caller divides the gradients of the earlier ones by ``rest``.
 
-    The guess is for float16, whose gradients have one scale for all parts. It is a power of 2, so that the result is
-    that of one division.
+    The guess keeps float16's gradients in range, as they have one loss scale. It is a power of 2, so that two divisions
+    round as one does.
 
     Attributes:
-        closing: set it before the forward pass of the last part.
+        closing: set it before the forward pass of the last micro-batch.
         rest: the divisor of the whole batch over the guess, a scalar; known after that forward pass.
     """
 
     def __init__(self, normalizer: nn.Module):
         super().__init__()
         self.normalizer = normalizer
-        self.counts: list[int] = []  # of positives, of each part
+        self.counts: list[int] = []  # of positives, one per micro-batch
         self.closing = False
         self.rest: Tensor | None = None
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
-        """The divisor of this part, a scalar float32 on ``device``."""
+        """Return the divisor of this micro-batch, a scalar float32 on ``device``."""
         self.counts.append(num_positives)
         guess = 2.0 ** self.counts[0].bit_length()
         if not self.closing:
@@ -42,9 +42,10 @@ class WindowNormalizer(nn.Module):
 
 @contextmanager
 def counted_together(model: nn.Module) -> Iterator[WindowNormalizer | None]:
-    """Inside, all forward passes of ``model`` are parts of one batch for its ``normalizer``.
+    """Treat all forward passes of ``model`` inside as micro-batches of one batch.
 
-    None, and nothing happens, if it has no such module.
+    Yields:
+        The normaliser in place of ``model.normalizer``; None, with nothing done, if the model has no such module.
     """
     normalizer = getattr(model, "normalizer", None)
     if not isinstance(normalizer, nn.Module):
@@ -58,7 +59,7 @@ def counted_together(model: nn.Module) -> Iterator[WindowNormalizer | None]:
 
 
 def split(batch: Sequence, parts: int) -> list[Sequence]:
-    """``batch`` in ``parts`` consecutive parts of sizes that differ by one at most; fewer if it is shorter."""
+    """Split ``batch`` into ``parts`` consecutive micro-batches whose sizes differ by at most one; fewer if shorter."""
     parts = min(parts, len(batch))
     return [batch[len(batch) * i // parts : len(batch) * (i + 1) // parts] for i in range(parts)]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-UNFINISHED = ".part"  # what a file is called while it is written
+UNFINISHED = ".part"  # the ending of a file's name while it is written
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,10 +44,12 @@ def free_paths(folder: str | os.PathLike, *names: str) -> list[str]:
 
 
 def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
-    """Let ``write`` make the file ``path`` anew: after a crash at any moment it is the old one or the new one, whole.
+    """Replace the file ``path`` by what ``write`` writes.
+
+    After a crash at any moment it is the old file or the new one, whole.
 
     Raises:
-        OSError: it could not be written, and is as it was.
+        OSError: it could not be written, and is unchanged.
     """
     unfinished = path + UNFINISHED
     try:
@@ -57,7 +59,7 @@ def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         _sync_folder(os.path.dirname(path) or ".")
-    except (OSError, RuntimeError) as error:  # PyTorch has its own errors for a disk that is full
+    except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError when the disk is full
         if os.path.exists(unfinished):
             os.remove(unfinished)
         cause = error
@@ -70,7 +72,7 @@ def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
 
 @contextmanager
 def explained_full_disk(folder: str) -> Iterator[None]:
-    """Inside, an error of a disk that is full, whatever was being written, says what of the run is safe."""
+    """Explain the error of a full disk inside, and what of the run is safe."""
     try:
         yield
     except OSError as error:
@@ -84,7 +86,7 @@ def explained_full_disk(folder: str) -> Iterator[None]:
 
 
 def _sync_folder(path: str) -> None:
-    """Have the names in a folder on the disk, as ``os.fsync`` does for a file's content."""
+    """Write the names in a folder to the disk, as ``os.fsync`` does with a file's content."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -133,7 +133,7 @@ def test_processes_are_started_once(calls, monkeypatch):
     with pytest.raises(ValueError, match=r"torchrun has started 2 processes, and --num-gpus 2"):
         launch(calls.append, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"--nproc-per-node is 2, and GPUs on this machine are 1"):
+    with pytest.raises(ValueError, match=r"--nproc-per-node is 2, and this machine has 1 GPUs"):
         launch(calls.append, 1)
     assert calls == []
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_detectron2s(train_net, tmp_path, capfd):
     torch.save(saved, tmp_path / "model_final.pth")
     capfd.readouterr()
     train_net("--resume", *words)
-    assert "start anew" in capfd.readouterr().out
+    assert "begin from the start" in capfd.readouterr().out
     assert final(tmp_path)["iteration"] == 3
 
 

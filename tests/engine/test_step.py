@@ -169,7 +169,7 @@ def test_a_step_that_is_not_finite_is_skipped(batches, bad, accumulate, caplog):
     assert [step for _, step in storage.history("total_loss").values()] == [0, 3]
     skipped = [record.message for record in caplog.records if "is skipped" in record.message]
     assert ["A pixel of 0.png" in message for message in skipped] == [True, False]
-    assert "A pixel of 5.png" in skipped[1] and "the 2. of 2" in skipped[1] and "iteration 2" in skipped[1]
+    assert "A pixel of 5.png" in skipped[1] and "skipped: 2 of 2" in skipped[1] and "iteration 2" in skipped[1]
     assert trainer.state_dict()["skips"] == 2
 
 
