@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from .anchors.cache import cached_anchors
 from .class_loss import ClassLoss, class_loss
 from .contracts import check_box_loss, check_head
 from .inference import best_of_level, suppress
@@ -177,7 +178,7 @@ class FocalRetinaNet(DenseDetector):
 
     def label_batch(self, features: list[Tensor], batched_inputs: list[dict]) -> DenseTargets:
         """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
-        anchors = Anchors.from_generator(self.anchor_generator, features)
+        anchors = cached_anchors(self.anchor_generator, features)
         gt_instances = [image["instances"].to(self.device) for image in batched_inputs]
         return self.label_anchors(anchors, gt_instances, [image.get("ignore_boxes") for image in batched_inputs])
 

@@ -1,29 +1,34 @@
 """The two things that flow between components: the anchors of an image size, and what a batch asks of each of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
-from detectron2.structures.boxes import Boxes, matched_pairwise_iou
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-# A matcher's verdict on an anchor. In DenseTargets.labels a class index k ≥ 0 stands for POSITIVE and K (the number
-# of classes) for NEGATIVE; IGNORED is the same in both.
+T = TypeVar("T")
+
+# A matcher's label of an anchor. In DenseTargets.labels a class index k ≥ 0 stands for POSITIVE and K (the number of
+# classes) for NEGATIVE; IGNORED is the same in both.
 IGNORED, NEGATIVE, POSITIVE = -1, 0, 1
 
 
 def unravel(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """As ``torch.unravel_index``, which has a GPU waited for: it copies the shape there."""
-    places = []
+    """As ``torch.unravel_index``, which synchronises on a GPU: it copies the shape there."""
+    coordinates = []
     for size in reversed(shape[1:]):
-        places.append(indices % size)
+        coordinates.append(indices % size)
         indices = indices // size
-    return indices, *reversed(places)
+    return indices, *reversed(coordinates)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anchors:
-    """The anchors of one image size, and the grid they stand on when there is one.
+    """The anchors of one image size, R in all, and the grid they stand on if there is one. Not to be changed in place.
 
     Attributes:
         boxes: one (H·W·A, 4) float32 tensor a level, XYXY in pixels of the network's input.
@@ -40,23 +45,36 @@ class Anchors:
     strides: list[int] | None = None
     cell_anchors: list[Tensor] | None = None
     offset: float = 0.0
+    _derived: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def from_generator(cls, generator, features: Sequence[Tensor]) -> "Anchors":
+    def from_generator(cls, generator: Any, features: Sequence[Tensor]) -> "Anchors":
         """Anchors for ``features``, one (N, C, H, W) map a level, from one of Detectron2's anchor generators."""
         boxes = [level.tensor for level in generator(features)]  # L × (H·W·A, 4)
-        grid_sizes = [tuple(int(size) for size in feature.shape[-2:]) for feature in features]
+        grid_sizes = [(int(feature.shape[-2]), int(feature.shape[-1])) for feature in features]
         num_cell_anchors = [len(b) // max(h * w, 1) for b, (h, w) in zip(boxes, grid_sizes)]
+        anchors = cls(boxes, grid_sizes, num_cell_anchors)
         if not all(hasattr(generator, name) for name in ("strides", "cell_anchors", "offset")):
-            return cls(boxes, grid_sizes, num_cell_anchors)
-        cell_anchors = list(generator.cell_anchors)
-        if any(cell.shape[-1] != 4 for cell in cell_anchors):  # rotated boxes have a fifth number
-            return cls(boxes, grid_sizes, num_cell_anchors)
-        return cls(boxes, grid_sizes, num_cell_anchors, list(generator.strides), cell_anchors, generator.offset)
+            return anchors
+        cells = list(generator.cell_anchors)
+        if any(cell.shape[-1] != 4 for cell in cells):  # rotated boxes have a fifth number
+            return anchors
+        return replace(anchors, strides=list(generator.strides), cell_anchors=cells, offset=generator.offset)
 
     def __len__(self) -> int:
         """R, the number of anchors over all levels."""
         return sum(len(boxes) for boxes in self.boxes)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """The (R, 4) boxes of all levels, concatenated once."""
+        return torch.cat(self.boxes)
+
+    def derived(self, make: Callable[["Anchors"], T]) -> T:
+        """Return ``make(self)``, computed once: for what a matcher needs of the anchors, whatever the ground truth."""
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        return self._derived[make]
 
     def flatten_levels(self, values: Tensor) -> Tensor:
         """Reorder (N, R) values of the anchors into one vector: level after level, each in (N, A, H, W) order."""
@@ -70,7 +88,7 @@ class Anchors:
 
     @property
     def device(self) -> torch.device:
-        """Where the boxes live."""
+        """The device of the boxes."""
         return self.boxes[0].device
 
 
@@ -98,22 +116,22 @@ class DenseTargets:
 
     @property
     def num_positives(self) -> int:
-        """P, over all images and levels. Known on the host: reading it does not wait for the GPU."""
+        """P, over all images and levels. A shape, known on the host: reading it does not synchronise."""
         return len(self.gt_boxes)
 
-    def gather(self, dense: Sequence[Tensor], places: Sequence[Tensor] | None = None) -> Tensor:
+    def gather(self, dense: Sequence[Tensor], indices: Sequence[Tensor] | None = None) -> Tensor:
         """The rows of some anchors of per-level (N, A·C, H, W) or (N, A, C, H, W) predictions, as (P, C).
 
         Args:
             dense: the predictions, one tensor a level.
-            places: for each level, flat indices into its ``labels``; those of the positives by default, whose rows come
-                in the order of ``gt_boxes``.
+            indices: for each level, flat indices into its ``labels``; by default those of the positives, whose rows
+                come in the order of ``gt_boxes``.
         """
         rows = []
-        for level, labels, indices in zip(dense, self.labels, self.positives if places is None else places):
+        for level, labels, chosen in zip(dense, self.labels, self.positives if indices is None else indices):
             n, a, h, w = labels.shape
             level = level.view(n, a, -1, h, w)  # (N, A, C, H, W), whatever the memory format
-            image, anchor, y, x = unravel(indices, (n, a, h, w))
+            image, anchor, y, x = unravel(chosen, (n, a, h, w))
             rows.append(level[image, anchor, :, y, x])  # (P_l, C)
         return torch.cat(rows)
 
@@ -128,9 +146,13 @@ class DenseTargets:
 
     @classmethod
     def from_matches(
-        cls, anchors: Anchors, matches: Sequence[tuple[Tensor, Tensor]], instances: Sequence, num_classes: int
+        cls,
+        anchors: Anchors,
+        matches: Sequence[tuple[Tensor, Tensor]],
+        instances: Sequence[Instances],
+        num_classes: int,
     ) -> "DenseTargets":
-        """Targets of a batch from a matcher's ``(matched, labels)`` of each image.
+        """Targets of a batch from a matcher's ``(matched, labels)`` of each image. Synchronises once.
 
         Args:
             anchors: the anchors that were matched, R in all.
@@ -138,33 +160,37 @@ class DenseTargets:
             instances: for each image its ``Instances``, with ``gt_boxes`` and ``gt_classes``.
             num_classes: K.
         """
-        codes = torch.stack([labels for _, labels in matches])  # (N, R)
-        n, device = len(codes), codes.device
-        anchor_ids = torch.arange(len(anchors), device=device).expand(n, -1)  # (N, R)
-
-        # From here on everything is one flat vector: level after level, each in the (N, A, H, W) order of the logits.
-        codes, anchor_ids = anchors.flatten_levels(codes), anchors.flatten_levels(anchor_ids)  # (N·R,)
-        flat = torch.where(codes == IGNORED, IGNORED, num_classes)  # (N·R,) int64
-        positions = (codes == POSITIVE).nonzero().squeeze(1)  # (P,), the one place that has to wait for a GPU
-
+        n, device = len(matches), anchors.device
+        # One flat vector: level after level, each in the (N, A, H, W) order of the logits.
+        flat = anchors.flatten_levels(torch.stack([labels for _, labels in matches]))  # (N·R,) int8
         shapes = [(n, a, h, w) for a, (h, w) in zip(anchors.num_cell_anchors, anchors.grid_sizes)]
         sizes = [n * len(boxes) for boxes in anchors.boxes]
-        ends = torch.tensor(sizes, device=device).cumsum(0)  # (L,)
-        level = torch.bucketize(positions, ends, right=True)  # (P,)
-        image = torch.cat([torch.arange(n, device=device).repeat_interleave(s // n) for s in sizes])[positions]
-        anchor_ids = anchor_ids[positions]  # (P,)
+        is_positive = (flat == POSITIVE).split(sizes)  # L × (N·R_l,)
+        counts = torch.stack([level.count_nonzero() for level in is_positive]).tolist()  # the one synchronisation
+        positives = [
+            level.nonzero_static(size=count).squeeze(1) for level, count in zip(is_positive, counts)
+        ]  # L × (P_l,)
 
-        # Boxes of all images one after another: the first box of image i has index first[i].
-        first = torch.tensor([0, *(len(gt) for gt in instances)][:-1], device=device).cumsum(0)  # (N,)
-        matched = torch.stack([index for index, _ in matches])[image, anchor_ids] + first[image]  # (P,)
-        flat[positions] = torch.cat([gt.gt_classes for gt in instances])[matched]
-        counts = torch.bincount(level, minlength=len(sizes)).tolist()
-        starts = ends - torch.tensor(sizes, device=device)
+        images, indices, start = [], [], 0  # of the positives' images and anchors, which lie in (H, W, A) order
+        for level, (_, a, h, w) in zip(positives, shapes):
+            image, anchor, location = unravel(level, (n, a, h * w))  # (P_l,) each
+            images.append(image)
+            indices.append(start + location * a + anchor)
+            start += a * h * w
+        image, index = torch.cat(images), torch.cat(indices)  # (P,)
+
+        # The boxes of all images are concatenated: the first box of image i has index first[i].
+        first = torch.tensor([0, *(len(gt) for gt in instances)][:-1]).cumsum(0).to(device, non_blocking=True)  # (N,)
+        matched = torch.stack([boxes for boxes, _ in matches])[image, index] + first[image]  # (P,)
+        classes = torch.cat([gt.gt_classes for gt in instances])[matched]  # (P,)
+        labels = torch.where(flat == IGNORED, IGNORED, num_classes).split(sizes)  # L × (N·R_l,) int64
+        for level, positive, wanted in zip(labels, positives, classes.split(counts)):
+            level[positive] = wanted
         return cls(
-            labels=[labels.view(shape) for labels, shape in zip(flat.split(sizes), shapes)],
+            labels=[level.view(shape) for level, shape in zip(labels, shapes)],
             num_classes=num_classes,
-            positives=list((positions - starts[level]).split(counts)),
-            anchors=torch.cat(anchors.boxes)[anchor_ids],
+            positives=positives,
+            anchors=anchors.flat[index],
             gt_boxes=torch.cat([gt.gt_boxes.tensor for gt in instances])[matched],
             grid=anchors,
         )

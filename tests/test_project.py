@@ -75,8 +75,9 @@ def part(name):
 # What each part of the package may import from the others. Nothing is above `__init__`, which is not listed: it imports
 # what it offers.
 PAPER = {
-    **{name: set() for name in ("_detectron2", "config.keys", "structures", "anchors")},
+    **{name: set() for name in ("_detectron2", "config.keys", "structures")},
     "layers": set(),
+    "anchors": {"config.keys", "structures"},
     "normalizer": {"config.keys"},
     "registry": {"config.keys"},
     "contracts": {"structures"},
@@ -86,7 +87,17 @@ PAPER = {
     "losses": {"config.keys", "contracts", "registry", "structures"},
     "heads": {"losses", "registry", "structures"},
     "retinanet": {
-        *{"class_loss", "config.keys", "contracts", "inference", "layers", "matchers", "normalizer", "registry"},
+        *{
+            "anchors",
+            "class_loss",
+            "config.keys",
+            "contracts",
+            "inference",
+            "layers",
+            "matchers",
+            "normalizer",
+            "registry",
+        },
         "structures",
     },
 }
@@ -96,7 +107,7 @@ TOOLS = {
     "files": {"config.keys"},
     "data": {"config.keys", "structures"},
     "backbones": {"config.keys", "files", "registry"},
-    "pipelines": {"class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
+    "pipelines": {"anchors", "class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},
     "evaluation": set(),
     "engine": set(PAPER) | {"config", "data", "evaluation", "files"},

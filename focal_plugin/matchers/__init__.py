@@ -2,5 +2,3 @@
 
 from .atss import ATSSMatcher
 from .ignore_band import IgnoreBandMatcher
-
-__all__ = ["ATSSMatcher", "IgnoreBandMatcher"]

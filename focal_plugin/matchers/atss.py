@@ -1,7 +1,7 @@
 """A matching rule without IoU thresholds to tune: each box sets its own (Zhang et al., CVPR 2020)."""
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
@@ -15,21 +15,16 @@ _DISTANCES_AT_ONCE = 2**19  # of anchors without a grid
 
 @ANCHOR_MATCHER_REGISTRY.register()
 class ATSSMatcher:
-    """Adaptive training sample selection, in section 4 of its paper.
+    """Adaptive training sample selection, as in the authors' code.
 
     A box's candidates are all anchors of the ``topk`` locations of each level that are nearest to its centre. Its
     threshold is the mean of their IoU with the box plus the standard deviation (that of a sample, divided by n − 1).
     Candidates that reach it and whose centre is inside the box are positive; all other anchors are background, none is
-    ignored. An anchor that is positive for several boxes goes to the one of the best IoU, the first of equals.
-
-    With one anchor a location, as in its paper, a level gives ``topk`` candidates; with A it gives A times as many, as
-    in the authors' code. Of locations equally near, those further up and then further left come first.
+    ignored. An anchor that is positive for several boxes goes to the one of the best IoU, the first of equals. Of
+    locations equally near, those further up and then further left come first.
 
     Args:
-        topk: locations a level; 9 in the paper.
-
-    Raises:
-        ValueError: ``topk`` is not above 0.
+        topk: locations a level, at least 1 (else a ValueError); 9 in the paper.
     """
 
     @configurable
@@ -39,38 +34,35 @@ class ATSSMatcher:
         self.topk = topk
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, object]:
         return {"topk": cfg.MODEL.FOCAL.MATCHER.TOPK}
 
     def __call__(self, anchors: Anchors, instances: Instances | None = None) -> tuple[Tensor, Tensor]:
         """Match the boxes of one image.
 
         Args:
-            anchors: R anchors.
+            anchors: R anchors; for a matrix of IoU, a TypeError is raised.
             instances: the image's ``Instances``, with ``gt_boxes``.
 
         Returns:
             ``matched`` (R,) int64, the index of each positive anchor's box, 0 for others, and ``labels`` (R,) int8.
-
-        Raises:
-            TypeError: called with a matrix of IoU.
         """
         if instances is None or not isinstance(anchors, Anchors):
             raise TypeError(
                 "ATSSMatcher chooses anchors by where they are, which a matrix of IoU does not tell: call it with "
                 "(Anchors, Instances). For Detectron2's own RPN and RetinaNet, use IgnoreBandMatcher."
             )
-        boxes, flat = instances.gt_boxes.tensor, torch.cat(anchors.boxes)
+        boxes, flat = instances.gt_boxes.tensor, anchors.flat
         keys = torch.zeros(len(flat), dtype=torch.int64, device=boxes.device)
         for start in range(0, len(boxes), _BOXES_AT_ONCE):
-            part = boxes[start : start + _BOXES_AT_ONCE]
-            candidates = self._candidates(part, anchors)  # (G, C)
+            chunk = boxes[start : start + _BOXES_AT_ONCE]  # (G, 4)
+            candidates = self._candidates(chunk, anchors)  # (G, C)
             num_candidates = candidates.shape[1]
             candidates = candidates.flatten()  # (G·C,), as all that follows
-            box = torch.arange(len(part), device=boxes.device).repeat_interleave(num_candidates)
-            iou = elementwise_iou(part.index_select(0, box), flat.index_select(0, candidates))
-            reaches = _reaches_threshold(iou.view(len(part), num_candidates)).flatten()
-            is_positive = reaches & _center_is_inside(flat.index_select(0, candidates), part.index_select(0, box))
+            box = torch.arange(len(chunk), device=boxes.device).repeat_interleave(num_candidates)
+            iou = elementwise_iou(chunk.index_select(0, box), flat.index_select(0, candidates))
+            reaches = _reaches_threshold(iou.view(len(chunk), num_candidates)).flatten()
+            is_positive = reaches & _center_is_inside(flat.index_select(0, candidates), chunk.index_select(0, box))
             found = torch.where(is_positive, pack_pairs(iou, box + start), 0)
             keys.scatter_reduce_(0, candidates, found, "amax")
         return unpack_pairs(keys)[1], torch.where(keys > 0, POSITIVE, NEGATIVE).to(torch.int8)
@@ -93,30 +85,31 @@ class ATSSMatcher:
     def _nearest_on_grid(self, centers: Tensor, anchors: Anchors, level: int) -> Tensor:
         """The (G, k) indices of the nearest locations of a regular grid.
 
-        A location's column is among the k nearest columns, or there were k nearer locations in its row, and its row is
-        among the k nearest rows: k² locations are compared.
+        A location outside the k nearest columns has k nearer locations in its own row; likewise for rows. So only the
+        k² locations where these columns and rows cross are compared.
         """
+        assert anchors.strides is not None and anchors.cell_anchors is not None
         (height, width), stride = anchors.grid_sizes[level], anchors.strides[level]
         cells = anchors.cell_anchors[level].double().view(-1, 2)  # (2A, 2), the corners
-        place = (centers - cells.mean(dim=0)) / stride - anchors.offset  # (G, 2) in cells
-        column, dx = self._nearest_of_axis(place[:, 0], width)  # (G, kx)
-        row, dy = self._nearest_of_axis(place[:, 1], height)  # (G, ky)
+        center = (centers - cells.mean(dim=0)) / stride - anchors.offset  # (G, 2) in cells
+        column, dx = self._nearest_of_axis(center[:, 0], width)  # (G, kx)
+        row, dy = self._nearest_of_axis(center[:, 1], height)  # (G, ky)
         distances = (dy[:, :, None] ** 2 + dx[:, None] ** 2).flatten(1)  # (G, ky·kx), in the order of the locations
         locations = (row[:, :, None] * width + column[:, None]).flatten(1)
         return locations.gather(1, self._smallest(distances))
 
-    def _nearest_of_axis(self, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """The k of the integers in [0, size) that are nearest to each ``place``, in order, and their distances."""
+    def _nearest_of_axis(self, center: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The k integers in [0, size) that are nearest to each (G,) ``center``, in order, and their distances."""
         k = min(self.topk, size)
-        start = (place - k / 2).ceil().nan_to_num(0).clamp(0, size - k).long()  # of two equally near, the lower
-        index = start[:, None] + torch.arange(k, device=place.device)
-        return index, index - place[:, None]
+        start = (center - k / 2).ceil().nan_to_num(0).clamp(0, size - k).long()  # of two equally near, the lower
+        index = start[:, None] + torch.arange(k, device=center.device)  # (G, k)
+        return index, index - center[:, None]
 
     def _nearest_anywhere(self, centers: Tensor, boxes: Tensor) -> Tensor:
         """The (G, k) indices of the nearest locations, by the mean centre of their anchors, (H·W, A, 4) ``boxes``."""
-        places = boxes.double().view(len(boxes), -1, 2).mean(dim=1)  # (H·W, 2)
-        rows = max(_DISTANCES_AT_ONCE // len(places), 1)
-        return torch.cat([self._smallest((part[:, None] - places).square().sum(dim=2)) for part in centers.split(rows)])
+        locations = boxes.double().view(len(boxes), -1, 2).mean(dim=1)  # (H·W, 2)
+        chunks = centers[:, None].split(max(_DISTANCES_AT_ONCE // len(locations), 1))  # (some of G, 1, 2)
+        return torch.cat([self._smallest((chunk - locations).square().sum(dim=2)) for chunk in chunks])
 
     def _smallest(self, distances: Tensor) -> Tensor:
         """The positions of each row's k smallest values, the first of equals first."""

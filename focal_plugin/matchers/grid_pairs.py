@@ -1,4 +1,4 @@
-"""Which anchors overlap which boxes enough, found on the anchors' grid instead of in a matrix of all pairs."""
+"""The pairs of anchors and boxes that overlap enough, found on the anchors' grid without a matrix of all pairs."""
 
 from collections.abc import Iterator
 
@@ -14,15 +14,15 @@ _CANDIDATES_AT_ONCE = 2**15  # few enough to stay in cache and in one thread
 
 
 def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of (n, 4) boxes with as many others, one by one: (n,), bit for bit what ``pairwise_iou`` has for them."""
+    """The (n,) IoU of each of the (n, 4) boxes with its counterpart, bit for bit that of ``pairwise_iou``."""
     return matched_pairwise_iou(Boxes(boxes), Boxes(others)).nan_to_num(0)  # NaN: 0 over an area of 0 or NaN
 
 
 def pack_pairs(iou: Tensor, box: Tensor) -> Tensor:
     """One int64 for an IoU and a box: the largest has the largest IoU and, of equals, the first box.
 
-    (Floats ≥ 0 are in the order of their bits.) 0 stands for IoU 0 and the first box. So the best box of each anchor is
-    a ``scatter_reduce`` of "amax" into zeros.
+    The bits of floats ≥ 0, read as integers, are in the floats' order. 0 stands for IoU 0 and the first box, so the
+    best box of each anchor is a ``scatter_reduce`` of "amax" into zeros.
     """
     return (iou.view(torch.int32).long() << 32) - box
 
@@ -37,32 +37,30 @@ class GridPairs:
     """Searches the pairs of an image's boxes and anchors by IoU.
 
     An IoU of t needs an intersection of t / (1 + t) times the sum of the two areas. The anchors of one shape stand a
-    stride apart, so those that can intersect a box that much are a window of their grid, a few cells wide, and of most
-    shapes there are none. Only the anchors in the windows are compared with the box, with the arithmetic of
-    ``pairwise_iou``. The windows allow for the rounding of the anchors' coordinates to float32: none is missed.
-
-    Args:
-        anchors: anchors on regular grids, C = ΣA shapes over all levels.
+    stride apart, so those that can intersect a box that much are a window of their grid a few cells wide, and empty for
+    most of the C = ΣA shapes of all levels. Only the anchors in the windows are compared with the box, with the
+    arithmetic of ``pairwise_iou``. The windows allow for the anchors' rounding to float32: none is missed.
     """
 
     def __init__(self, anchors: Anchors):
-        corners, grids, first = [], [], 0
+        assert anchors.strides is not None
+        corners, rows, first = [], [], 0  # of each level the first location's anchors, of each shape its grid
         levels = zip(anchors.boxes, anchors.grid_sizes, anchors.num_cell_anchors, anchors.strides, strict=True)
         for boxes, (height, width), num_cell_anchors, stride in levels:
             corners.append(boxes[:num_cell_anchors])
-            grids += [(first + a, num_cell_anchors, width, height, stride) for a in range(num_cell_anchors)]
+            rows += [(first + a, num_cell_anchors, width, height, stride) for a in range(num_cell_anchors)]
             first += len(boxes)
-        self.boxes = torch.cat(anchors.boxes)  # (R, 4)
+        self.boxes = anchors.flat  # (R, 4)
         # One row a shape from here on, in float64: only the anchors themselves are rounded.
-        grids = torch.tensor(grids, dtype=torch.float64, device=anchors.device).view(-1, 5)
+        grids = torch.tensor(rows, dtype=torch.float64, device=anchors.device).view(-1, 5)
         self.first, self.step, self.width = grids[:, :3].long().unbind(dim=1)  # index of the corner's anchor, next x, W
         self.size, self.stride = grids[:, 2:4], grids[:, 4:]  # (C, 2) as (W, H), (C, 1)
         corner = torch.cat(corners).double()  # the anchors of the first location
         self.low, self.high = corner[:, :2], corner[:, 2:]  # (C, 2)
         self.sides = self.high - self.low  # (C, 2)
         self.areas = self.sides.prod(dim=1)  # (C,)
-        # An anchor is off its place by at most `rounding` pixels (a few units in the last place of the largest
-        # coordinate), which changes areas and best intersections by at most the fraction `slack`.
+        # Rounding moves an anchor by at most `rounding` pixels, a few units in the last place of its coordinates. That
+        # changes areas and best intersections by at most the fraction `slack`.
         reach = corner.abs().amax(dim=1, keepdim=True) + self.stride * self.size.amax(dim=1, keepdim=True)
         self.rounding = reach * 2.0**-21  # (C, 1)
         self.slack = 16 * self.rounding[:, 0] / self.sides.amin(dim=1) + 1e-5  # (C,)
@@ -70,9 +68,9 @@ class GridPairs:
     def nearest_iou(self, boxes: Tensor) -> Tensor:
         """The best IoU of each of the ``boxes`` (G, 4) with the anchors nearest to its centre, one of each shape.
 
-        (G,) float32, 0 for a box that is no box. But for rounding it is the best of all anchors; it is never above.
+        (G,) float32, 0 for an invalid box. It is the best IoU with any anchor, or less by rounding, and never more.
         """
-        return torch.cat([self._nearest_iou(part) for part in boxes.split(_BOXES_AT_ONCE)])
+        return torch.cat([self._nearest_iou(chunk) for chunk in boxes.split(_BOXES_AT_ONCE)])
 
     def _nearest_iou(self, boxes: Tensor) -> Tensor:
         low, high = boxes.double()[:, None].split(2, dim=2)  # (G, 1, 2)
@@ -84,22 +82,18 @@ class GridPairs:
         return torch.cat([iou, iou.new_zeros(len(iou), 1)], dim=1).amax(dim=1)  # 0 without any shape
 
     def search(self, boxes: Tensor, min_iou: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All pairs whose IoU is positive and at least ``min_iou`` of the box, in chunks of bounded size.
-
-        Args:
-            boxes: (G, 4) float32.
-            min_iou: (G,) float32.
+        """All pairs of positive IoU ≥ the box's ``min_iou`` (G,), once each, in chunks of bounded size.
 
         Yields:
-            (anchor, box, iou): (M,) int64 indices into the R anchors and the G boxes, and the pairs' float32 IoU, equal
-            bit for bit to ``pairwise_iou``'s. No pair comes twice.
+            (anchor, box, iou): (M,) int64 indices into the R anchors and the G ``boxes`` (G, 4), and the pairs' float32
+            IoU, equal bit for bit to ``pairwise_iou``'s.
         """
         for start in range(0, len(boxes), _BOXES_AT_ONCE):
             stop = start + _BOXES_AT_ONCE
             windows = self._windows(boxes[start:stop], min_iou[start:stop])
             chunk = (windows[:, 0].cumsum(dim=0) - 1) // _CANDIDATES_AT_ONCE
-            for part in windows.split(torch.bincount(chunk).tolist()):
-                anchor, box = _cells(part)
+            for some in windows.split(torch.bincount(chunk).tolist()):
+                anchor, box = _cells(some)
                 box += start
                 # index_select is several times faster than indexing here
                 iou = elementwise_iou(boxes.index_select(0, box), self.boxes.index_select(0, anchor))

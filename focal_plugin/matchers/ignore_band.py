@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
@@ -20,18 +20,17 @@ _IOUS_AT_ONCE = 2**19  # of a dense chunk: about 30 MB of temporaries
 class IgnoreBandMatcher:
     """Labels anchors by their best IoU with any box: below .4 background, from .5 positive, else ignored (section 4.1).
 
-    The result is that of Detectron2's ``Matcher``, ties included (the first of equally good boxes wins), but for a box
-    that overlaps no anchor, such as one without area: there it makes every free anchor positive, here none.
-    ``matched`` is Detectron2's too for each anchor that is positive or reaches the lowest threshold; for others it is
-    some valid index.
+    The result is that of Detectron2's ``Matcher``, ties included (the first of equally good boxes wins), except for a
+    box that overlaps no anchor, such as one without area: there it makes every free anchor positive, here none.
+    ``matched`` is Detectron2's for each anchor that is positive or reaches the lowest threshold; for others it is some
+    valid index.
 
     Args:
-        thresholds: the bands' lower ends but the first's, ascending, each above 0.
-        labels: each band's label, IGNORED, NEGATIVE or POSITIVE: one more than there are thresholds.
-        low_quality: what a box gets that is not the best of a positive anchor. ``none``: nothing, as in the paper.
-            ``detectron2``: the anchors of its best IoU, equals included, become positive if that IoU is above 0;
-            ``detectron1``: if it reaches the lowest threshold. Such an anchor is matched to its own best box all the
-            same, which may be another one.
+        thresholds: the lower ends of all bands but the first, ascending, each above 0.
+        labels: the label of each band, IGNORED, NEGATIVE or POSITIVE: one more than there are thresholds.
+        low_quality: whether a box makes the anchors of its best IoU positive, equals included, if they are not.
+            ``none``: no, as in the paper; ``detectron2``: if that IoU is above 0; ``detectron1``: if it reaches the
+            lowest threshold. Such an anchor stays matched to its own best box, which may be another one.
 
     Raises:
         ValueError: an argument is not as above.
@@ -60,7 +59,7 @@ class IgnoreBandMatcher:
         self.low_quality = low_quality
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, object]:
         return {
             "thresholds": cfg.MODEL.RETINANET.IOU_THRESHOLDS,
             "labels": cfg.MODEL.RETINANET.IOU_LABELS,
@@ -78,17 +77,20 @@ class IgnoreBandMatcher:
             ``matched`` (R,) int64, the index of each anchor's box, and ``labels`` (R,) int8.
 
         Raises:
-            ValueError: the matrix has not two dimensions, or a value that is negative or NaN.
+            TypeError: ``instances`` are missing.
+            ValueError: the matrix has another shape, or a value that is negative or NaN.
         """
         if isinstance(anchors, Tensor):
             if anchors.dim() != 2 or not (anchors >= 0).all():
                 raise ValueError(f"Expected a (G, R) matrix of IoU, each ≥ 0; found shape {tuple(anchors.shape)}.")
             return self._match_rows([anchors] if anchors.numel() else [], anchors.new_zeros(anchors.shape[1]))
 
+        if instances is None:
+            raise TypeError("IgnoreBandMatcher got Anchors alone; expected (Anchors, Instances), or a matrix of IoU.")
         boxes = instances.gt_boxes
         if anchors.cell_anchors is None or self.labels[0] == POSITIVE:  # or every anchor's best box is asked for
             return self._match_rows(_iou_rows(boxes, anchors), boxes.tensor.new_zeros(len(anchors)))
-        return self._match_grid(GridPairs(anchors), boxes.tensor)
+        return self._match_grid(anchors.derived(GridPairs), boxes.tensor)
 
     def _match_rows(self, rows: Iterable[Tensor], best: Tensor) -> tuple[Tensor, Tensor]:
         """Match by the IoU matrix, given as some rows at a time. ``best`` is (R,) zeros."""
@@ -105,7 +107,7 @@ class IgnoreBandMatcher:
         return matched, self._label(best, is_extra)
 
     def _match_grid(self, grid: GridPairs, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Match by the pairs of ``grid`` that can matter, never by the matrix."""
+        """Match by the pairs that can reach a threshold or be the best of a box; there is no (G, R) matrix."""
         lowest = self.thresholds[0]
         best_of_box = boxes.new_zeros(len(boxes))
         if self.low_quality == "detectron2":
@@ -115,7 +117,7 @@ class IgnoreBandMatcher:
             min_iou = torch.full_like(best_of_box, lowest)
 
         keys = torch.zeros(len(grid.boxes), dtype=torch.int64, device=boxes.device)
-        best_pairs = []  # per chunk, the pairs that are the best of their box so far
+        best_pairs = []  # of each chunk, the pairs that are the best of their box so far
         for anchor, box, iou in grid.search(boxes, min_iou):
             keys.scatter_reduce_(0, anchor, pack_pairs(iou, box), "amax")
             best_of_box.scatter_reduce_(0, box, iou, "amax")
@@ -125,7 +127,7 @@ class IgnoreBandMatcher:
         for anchor, box, iou in best_pairs:
             is_extra[anchor[(iou == best_of_box[box]) & self._is_worth(iou)]] = True
 
-        found = keys.nonzero().squeeze(1)  # (M,) anchors in any pair, in place of R from here on
+        found = keys.nonzero().squeeze(1)  # (M,) anchors in any pair: from here on M of R
         best, box = unpack_pairs(keys[found])
         is_extra = is_extra[found]
         weak = (is_extra & (best < lowest)).nonzero().squeeze(1)  # below the lowest threshold not every pair was found
@@ -151,7 +153,7 @@ class IgnoreBandMatcher:
 
 def _iou_rows(boxes: Boxes, anchors: Anchors) -> Iterator[Tensor]:
     """The (G, R) matrix of IoU, some rows at a time."""
-    flat = Boxes(torch.cat(anchors.boxes))
+    flat = Boxes(anchors.flat)
     rows = max(_IOUS_AT_ONCE // max(len(flat), 1), 1)
     for start in range(0, len(boxes) if len(flat) else 0, rows):
         yield pairwise_iou(boxes[start : start + rows], flat)
@@ -161,11 +163,11 @@ def _best_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
     """The (n,) index of the best of the ``boxes`` (G, 4) for each of the ``anchors`` (n, 4), the first of equals."""
     matched = []
     left, top, right, bottom = boxes.unbind(dim=1)  # (G,)
-    for part in anchors.split(max(_IOUS_AT_ONCE // len(boxes), 1)):
-        x0, y0, x1, y1 = part[:, :, None].unbind(dim=1)  # (n, 1)
+    for chunk in anchors.split(max(_IOUS_AT_ONCE // len(boxes), 1)):
+        x0, y0, x1, y1 = chunk[:, :, None].unbind(dim=1)  # (n, 1)
         anchor, box = ((x0 < right) & (left < x1) & (y0 < bottom) & (top < y1)).nonzero(as_tuple=True)
-        iou = elementwise_iou(boxes.index_select(0, box), part.index_select(0, anchor))
-        keys = torch.zeros(len(part), dtype=torch.int64, device=boxes.device)
+        iou = elementwise_iou(boxes.index_select(0, box), chunk.index_select(0, anchor))
+        keys = torch.zeros(len(chunk), dtype=torch.int64, device=boxes.device)
         keys.scatter_reduce_(0, anchor, pack_pairs(iou, box), "amax")
         matched.append(unpack_pairs(keys)[1])
     return torch.cat(matched)

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from ..anchors.cache import cached_anchors
 from ..class_loss import ClassLoss, class_loss
 from ..matchers.batch import Matcher as AnchorMatcher
 from ..matchers.batch import match_images
@@ -104,7 +105,7 @@ class FocalRPN(RPN):
         assert gt_instances is not None, "FocalRPN needs gt_instances in training."
         maps = [features[name] for name in self.in_features]
         logits, deltas = self.rpn_head(maps)  # L × (N, A, H, W), L × (N, A·4, H, W)
-        anchors = Anchors.from_generator(self.anchor_generator, maps)
+        anchors = cached_anchors(self.anchor_generator, maps)
         objects = [_as_one_class(gt) for gt in gt_instances]
         targets = DenseTargets.from_matches(anchors, self.match(anchors, gt_instances), objects, num_classes=1)
         losses = self.losses_of(logits, targets.gather(deltas), targets)
@@ -121,7 +122,7 @@ class FocalRPN(RPN):
         self.matcher_seen |= any(map(len, gt_instances))
         if self.anchor_boundary_thresh < 0:
             return matches
-        boxes = Boxes(torch.cat(anchors.boxes))
+        boxes = Boxes(anchors.flat)
         inside = [boxes.inside_box(gt.image_size, self.anchor_boundary_thresh) for gt in gt_instances]
         return [(index, labels.masked_fill(~kept, IGNORED)) for (index, labels), kept in zip(matches, inside)]
 
