@@ -14,8 +14,8 @@ from torch import nn
 from ..data import register_local_datasets
 from ..files.safe_yaml import merge_from_file
 from ..files.shipped import CONFIGS, shipped
-from ..losses.class_weights import fill_class_frequencies
 from ..registry import import_user_modules
+from .class_frequencies import fill_class_frequencies
 from .explain import explained_keys, flatten, merge_from_list
 from .keys import ConfigError, add_focal_config
 

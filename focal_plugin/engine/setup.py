@@ -12,9 +12,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError
+from ..config.class_frequencies import needs_class_frequencies
 from ..data import check_files, check_num_classes
 from ..evaluation.report import note_start
-from ..losses.class_weights import needs_class_frequencies
 from .advice import advise
 from .console import off_screen
 
