@@ -1,6 +1,9 @@
 """What the sums of the losses are divided by, so that they do not grow with the number of objects."""
 
+from collections.abc import Callable
+
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
@@ -20,8 +23,9 @@ class NumPositives(nn.Module):
         self.sync = sync
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
-        """The scalar float32 normaliser on ``device``. Waits for the other processes with ``sync``, else not."""
-        count = torch.full((), float(num_positives), device=device)  # without a copy, for which a GPU is waited
+        """The scalar float32 normaliser on ``device``. With ``sync``, waits for the other processes."""
+        # Not the number of all anchors: the vast majority are easy negatives, whose focal loss is next to nothing.
+        count = torch.full((), float(num_positives), device=device)  # no copy to the device, which would synchronise
         world_size = comm.get_world_size()
         if self.sync and world_size > 1:
             torch.distributed.all_reduce(count)
@@ -33,7 +37,7 @@ class NumPositives(nn.Module):
 class EMANumPositives(nn.Module):
     """Detectron2's normaliser: a running mean of the number of positives, here kept in the checkpoint.
 
-    A batch with few positives does not blow its loss up. As in Detectron2 each process has its own mean; unlike there,
+    The loss of a batch with few positives stays moderate. As in Detectron2 each process has its own mean; unlike there,
     it survives ``--resume``.
 
     Args:
@@ -41,25 +45,27 @@ class EMANumPositives(nn.Module):
         momentum: the weight of the past. 0.9 in Detectron2.
     """
 
+    mean: Tensor
+
     def __init__(self, *, initial: float = 100.0, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.tensor(float(initial)))
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
-        """Take the batch's number of positives into the mean, and return the mean as a scalar float32 tensor."""
+        """Update the mean with the batch's number of positives, and return it as a scalar float32 tensor."""
         self.mean.mul_(self.momentum).add_(max(num_positives, 1) * (1 - self.momentum))
         return self.mean.to(device, copy=True)  # a copy: the next batch must not change what this one divides by
 
 
-_NORMALIZERS = {
+_NORMALIZERS: dict[str, Callable[[], nn.Module]] = {
     "ema": EMANumPositives,
     "num_fg": NumPositives,
     "num_fg_sync": lambda: NumPositives(sync=True),
 }
 
 
-def build_normalizer(cfg) -> nn.Module:
+def build_normalizer(cfg: CfgNode) -> nn.Module:
     """Build the normaliser that ``MODEL.FOCAL.NORMALIZER`` names: ``ema``, ``num_fg`` or ``num_fg_sync``."""
     name = cfg.MODEL.FOCAL.NORMALIZER
     if name not in _NORMALIZERS:

@@ -2,5 +2,3 @@
 
 from .foreign import Detectron1AnchorGenerator, TorchvisionAnchorGenerator
 from .octave import OctaveAnchorGenerator
-
-__all__ = ["Detectron1AnchorGenerator", "OctaveAnchorGenerator", "TorchvisionAnchorGenerator"]

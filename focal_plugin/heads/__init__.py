@@ -2,5 +2,3 @@
 
 from .bias_init import ClassFrequencyBiasInit, PriorBiasInit, ZeroBiasInit
 from .retinanet_head import FocalRetinaNetHead
-
-__all__ = ["ClassFrequencyBiasInit", "FocalRetinaNetHead", "PriorBiasInit", "ZeroBiasInit"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
 from ..structures import DenseTargets, unravel
 from .sparse import Cells, convs_at
 
-# Of all cells: where the box subnet is needed at more, whole maps are about as cheap.
+# Of all cells: if the box subnet is needed at more, computing whole maps is about as cheap.
 _MAX_SHARE = 0.5
+
+Norm = str | Callable[[int], nn.Module]  # what detectron2.layers.get_norm takes
 
 
 @DENSE_HEAD_REGISTRY.register()
@@ -28,11 +30,10 @@ class FocalRetinaNetHead(nn.Module):
         num_classes: K foreground classes; background has no channel.
         num_anchors: A anchors a location, the same on every level.
         conv_dims: the channels of each 3×3 conv of a subnet; four of 256 in the paper.
-        norm: what stands after each of those convs: "" for nothing, as in the paper, or a name or callable that
+        norm: the norm after each of those convs: "" for none, as in the paper, or a name or callable that
             ``detectron2.layers.get_norm`` takes.
-        norm_sharing: what of a norm the levels share. "auto", as in Detectron2: all of it, but that "BN" and "SyncBN"
-            keep the statistics of each level apart; "shared": all of it, statistics too; "per_level": nothing, each
-            level has its own norm with its own scale and shift.
+        norm_sharing: which parts of a norm the levels share. "shared": all, statistics too; "per_level": none; "auto",
+            as in Detectron2: all, except that "BN" and "SyncBN" keep statistics for each level.
         bias_init: fills the classifier's bias; an entry of ``BIAS_INIT_REGISTRY``.
 
     Raises:
@@ -49,7 +50,7 @@ class FocalRetinaNetHead(nn.Module):
         num_classes: int,
         num_anchors: int,
         conv_dims: Sequence[int],
-        norm: str | Callable[[int], nn.Module] = "",
+        norm: Norm = "",
         norm_sharing: str = "auto",
         bias_init: Callable[[nn.Conv2d, int, int], None],
     ):
@@ -58,19 +59,21 @@ class FocalRetinaNetHead(nn.Module):
         self.has_norm = bool(norm)
         norm = _norm_of_levels(norm, norm_sharing, self.num_levels)
         dims = [input_shape[0].channels, *conv_dims]
+        # Two subnets of one shape that share no parameters, each applied to all levels (section 4).
         self.cls_subnet = _subnet(dims, norm)
         self.bbox_subnet = _subnet(dims, norm)
+        # K·A outputs a location and no background: each is a sigmoid of its own. Deltas are the same for all classes.
         self.cls_score = nn.Conv2d(dims[-1], num_anchors * num_classes, kernel_size=3, padding=1)
         self.bbox_pred = nn.Conv2d(dims[-1], num_anchors * 4, kernel_size=3, padding=1)
 
-        for module in self.modules():  # section 4.1: N(0, .01²) and no bias, but for the classifier's
-            if isinstance(module, nn.Conv2d):
+        for module in self.modules():  # section 4.1: N(0, .01²) and bias 0, except for the classifier's
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
         bias_init(self.cls_score, num_anchors, num_classes)
 
     @classmethod
-    def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]):
+    def from_config(cls, cfg: CfgNode, input_shape: Sequence[ShapeSpec]) -> dict[str, object]:
         num_anchors = build_anchor_generator(cfg, input_shape).num_anchors
         if len(set(num_anchors)) != 1:
             raise ValueError(
@@ -93,8 +96,8 @@ class FocalRetinaNetHead(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor] | Tensor]:
         """Logits (N, A·K, H, W) and deltas (N, A·4, H, W) of each level, from its (N, C, H, W) features.
 
-        With ``targets``, the deltas are the positives' alone, (P, 4), all that a box loss looks at. The box subnet then
-        runs around the positives only, unless they are nearly everywhere or its norms have to see whole maps.
+        With ``targets``, the deltas are the positives' alone, (P, 4): the box loss needs no others. The box subnet is
+        then computed around the positives only, unless they are nearly everywhere or its norms have to see whole maps.
 
         Raises:
             ValueError: not as many levels as the head was built for.
@@ -111,21 +114,21 @@ class FocalRetinaNetHead(nn.Module):
         return [self.bbox_pred(self.bbox_subnet(x)) for x in features]
 
     def _deltas_around_positives(self, features: Sequence[Tensor], targets: DenseTargets) -> Tensor | None:
-        """The positives' deltas, (P, 4); None where so many cells matter that whole maps are cheaper."""
-        cells = Cells(features)
-        places = [unravel(flat, x.shape) for flat, x in zip(targets.positives, targets.labels)]
-        numbers = torch.cat(
-            [cells.numbers(level, image, y, x) for level, (image, _, y, x) in enumerate(places)]
-        )  # (P,)
+        """The positives' deltas, (P, 4); None if so many cells are needed that whole maps are cheaper."""
+        cells, numbers, anchors = Cells(features), [], []
+        for level, (positives, labels) in enumerate(zip(targets.positives, targets.labels)):
+            image, anchor, y, x = unravel(positives, labels.shape)  # (P_l,) each
+            numbers.append(cells.numbers(level, image, y, x))
+            anchors.append(anchor)
         convs = [*(layer for layer in self.bbox_subnet if isinstance(layer, nn.Conv2d)), self.bbox_pred]
-        outputs = convs_at(convs, features, cells, numbers, max_share=_MAX_SHARE)  # (P, A·4)
+        outputs = convs_at(convs, features, cells, torch.cat(numbers), max_share=_MAX_SHARE)  # (P, A·4)
         if outputs is None:
             return None
-        anchor = torch.cat([anchor for _, anchor, _, _ in places])  # (P,)
-        return outputs.unflatten(1, (-1, 4))[torch.arange(len(anchor), device=anchor.device), anchor]
+        anchor = torch.cat(anchors)  # (P,)
+        return outputs.unflatten(1, (-1, 4))[torch.arange(len(anchor), device=anchor.device), anchor]  # (P, 4)
 
 
-def _subnet(dims: Sequence[int], norm) -> nn.Sequential:
+def _subnet(dims: Sequence[int], norm: Norm) -> nn.Sequential:
     """3×3 convs from ``dims[0]`` channels through the rest, each followed by ``norm``, if any, and ReLU."""
     layers: list[nn.Module] = []
     for c_in, c_out in pairwise(dims):
@@ -137,7 +140,7 @@ def _subnet(dims: Sequence[int], norm) -> nn.Sequential:
 
 
 class LevelNorms(nn.ModuleList):
-    """A norm for each level, used in turn: a subnet sees the levels one after another, always all of them.
+    """A norm for each level, used in turn: a subnet gets the levels one after another, always all of them.
 
     As Detectron2's ``CycleBatchNormList``, but for any norm, and with a scale and a shift for each level.
     """
@@ -152,8 +155,8 @@ class LevelNorms(nn.ModuleList):
         return norm(x)
 
 
-def _norm_of_levels(norm, sharing: str, num_levels: int):
-    """The norm as ``get_norm`` takes it, for levels that share this much of it."""
+def _norm_of_levels(norm: Norm, sharing: str, num_levels: int) -> Norm:
+    """The norm as ``get_norm`` takes it, shared by the levels as ``norm_sharing`` says."""
     if sharing not in ("auto", "shared", "per_level"):
         raise ValueError(
             f"MODEL.FOCAL.HEAD.NORM_SHARING (norm_sharing) is {sharing!r}; expected 'auto', 'shared' or 'per_level'."
@@ -161,6 +164,6 @@ def _norm_of_levels(norm, sharing: str, num_levels: int):
     if norm and sharing == "per_level":
         return lambda channels: LevelNorms(get_norm(norm, channels) for _ in range(num_levels))
     batch_norms = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
-    if norm in batch_norms and sharing == "auto":  # features of different levels are not of one distribution
+    if norm in batch_norms and sharing == "auto":  # the levels' features have different distributions
         return lambda channels: CycleBatchNormList(num_levels, bn_class=batch_norms[norm], num_features=channels)
     return norm

@@ -1,12 +1,13 @@
 """A stack of convolutions computed only where its outputs are wanted.
 
-The box loss sees the deltas of the positive anchors alone, a few in a thousand. A 3×3 conv at some cells of a feature
-map needs its input at these cells and their neighbours, so K convs need the features within K cells of the positives.
-Each conv gathers its inputs' rows and is one matrix product, for all images and levels together. The result is that of
-whole maps, to rounding.
+The box loss needs the deltas of the positive anchors alone, a few in a thousand. A 3×3 conv at some cells of a feature
+map needs its input at these cells and their neighbours, so a stack of K convs needs the features within K cells of the
+positives. Each conv gathers its inputs' rows and is one matrix product, for all images and levels together. The result
+is that of whole maps, to rounding.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 class Cells:
     """Numbers for the cells of a batch's feature maps: all levels, all images, and one cell of border around each map.
 
-    Thanks to the border every neighbour of a cell has a number: cell + dy · width + dx.
+    Because of the border every neighbour of a cell has a number: cell + dy · width + dx.
 
     Args:
         features: one (N, C, H, W) tensor a level.
@@ -46,15 +47,19 @@ class Cells:
         return (rows[:, :, None] + self.offsets).flatten(1)  # (S, 9)
 
     def collect(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells among ``numbers``, without borders: (S,) ascending; and the place there of each of all M, or S."""
-        marks = torch.zeros_like(self.inside)
-        marks[numbers] = True
-        cells = (marks & self.inside).nonzero().squeeze(1)  # (S,)
-        places = torch.full_like(self.widths, len(cells))
-        places[cells] = torch.arange(len(cells), device=cells.device)
-        return cells, places
+        """The different cells among ``numbers``, without borders, and the row of each.
 
-    def rows(self, features: Sequence[Tensor], cells: Tensor) -> Tensor:
+        Returns:
+            The (S,) cells, ascending; and for each of all M cells its index among these, S for one that is not there.
+        """
+        is_wanted = torch.zeros_like(self.inside)
+        is_wanted[numbers] = True
+        cells = (is_wanted & self.inside).nonzero().squeeze(1)  # (S,)
+        rows = torch.full_like(self.widths, len(cells))  # (M,)
+        rows[cells] = torch.arange(len(cells), device=cells.device)
+        return cells, rows
+
+    def gather(self, features: Sequence[Tensor], cells: Tensor) -> Tensor:
         """The (S, C) features of the ``cells``."""
         table = torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in features])  # (cells inside, C)
         return table.index_select(0, (self.inside.cumsum(0) - 1)[cells])
@@ -63,7 +68,7 @@ class Cells:
 def convs_at(
     convs: Sequence[nn.Conv2d], features: Sequence[Tensor], cells: Cells, numbers: Tensor, max_share: float = 1.0
 ) -> Tensor | None:
-    """What 3×3 ``convs`` with a ReLU between any two make of ``features``, at some cells.
+    """Compute 3×3 ``convs``, with a ReLU between any two, at some cells of ``features``.
 
     Args:
         convs: K convs with bias, kernel 3, stride 1, padding 1.
@@ -75,25 +80,26 @@ def convs_at(
     Returns:
         (P, C'), differentiable once; None if it gave up.
     """
-    wanted, places = cells.collect(numbers)
-    index = places[numbers]  # (P,)
-    tables = []  # for each conv, last first: whose rows make a window, forward and backward
+    wanted, rows = cells.collect(numbers)
+    index = rows[numbers]  # (P,)
+    tables = []  # for each conv, last first: which rows make a window, forward and backward
     for _ in convs:
         if len(wanted) > max_share * cells.num_inside:
             return None
         windows = cells.around(wanted)  # (S, 9)
-        sources, source_places = cells.collect(windows)  # (S',) ⊇ the cells wanted
+        sources, source_rows = cells.collect(windows)  # (S',) ⊇ the cells wanted
         # An output at distance d from an input sees it through the kernel's entry at −d.
-        tables.append((source_places[windows], places[cells.around(sources)].flip(1)))
-        wanted, places = sources, source_places
+        tables.append((source_rows[windows], rows[cells.around(sources)].flip(1)))
+        wanted, rows = sources, source_rows
 
-    x = cells.rows(features, wanted)  # (S, C)
+    x = cells.gather(features, wanted)  # (S, C)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # which does not reach into a Function of one's own
+    if torch.is_autocast_enabled(kind):  # autocast does not reach into an autograd.Function
         x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
         for i, conv in enumerate(convs):
             x = x if i == 0 else x.relu_()
+            assert conv.bias is not None
             x = _ConvOfRows.apply(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), *tables.pop())
     return x.index_select(0, index)
 
@@ -106,20 +112,20 @@ class _ConvOfRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, outputs: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, outputs: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, windows, outputs)
-        return torch.addmm(bias, _gather(x, windows), weight.permute(2, 3, 1, 0).flatten(0, 2))
+        return torch.addmm(bias, _windows(x, windows), weight.permute(2, 3, 1, 0).flatten(0, 2))  # (S, C')
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, windows, outputs = ctx.saved_tensors
         num_out, num_in = weight.shape[:2]
-        grad_x = _gather(grad, outputs) @ weight.permute(2, 3, 0, 1).flatten(0, 2)  # (S', C)
-        grad_weight = grad.t() @ _gather(x, windows)  # (C', 9·C)
+        grad_x = _windows(grad, outputs) @ weight.permute(2, 3, 0, 1).flatten(0, 2)  # (S', C)
+        grad_weight = grad.t() @ _windows(x, windows)  # (C', 9·C)
         return grad_x, grad_weight.view(num_out, 3, 3, num_in).permute(0, 3, 1, 2), grad.sum(0), None, None
 
 
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
+def _windows(rows: Tensor, index: Tensor) -> Tensor:
     """(S, 9·C): the ``rows`` (R, C) that each (S, 9) ``index`` names, side by side; zeros for index R."""
     return F.pad(rows, (0, 0, 0, 1)).index_select(0, index.flatten()).view(len(index), index.shape[1] * rows.shape[1])

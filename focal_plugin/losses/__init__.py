@@ -12,21 +12,3 @@ from .classification import (
 )
 from .elementwise import ElementwiseLoss
 from .mining import MiniBatchLoss, OHEMLoss, SampledBCELoss
-
-__all__ = [
-    "AlphaBalancedBCELoss",
-    "BCELoss",
-    "CIoUBoxLoss",
-    "DIoUBoxLoss",
-    "ElementwiseLoss",
-    "FocalLossStar",
-    "GIoUBoxLoss",
-    "HingeLoss",
-    "MiniBatchLoss",
-    "OHEMLoss",
-    "QualityFocalLoss",
-    "SampledBCELoss",
-    "SigmoidFocalLoss",
-    "SmoothL1BoxLoss",
-    "VarifocalLoss",
-]

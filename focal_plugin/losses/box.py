@@ -1,11 +1,12 @@
-"""Box losses over the positives, each a module that holds only its hyper-parameters."""
+"""Box losses over the positives: small modules around the functions of fvcore and Detectron2."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling.box_regression import Box2BoxTransform
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
@@ -14,10 +15,10 @@ from ..registry import BOX_LOSS_REGISTRY
 
 @BOX_LOSS_REGISTRY.register()
 class SmoothL1BoxLoss(nn.Module):
-    """Smooth L1 between the predicted deltas and those that make the anchor its box (section 4.1), summed over four.
+    """Smooth L1 between the predicted deltas and those from the anchor to its box (section 4.1), summed over the four.
 
     Args:
-        beta: where the loss turns from quadratic to linear; 0 is L1. .1 by Detectron2's default, 0 in its configs.
+        beta: where the loss turns from quadratic to linear; 0 is L1. Detectron2's default is .1, its configs have 0.
 
     Raises:
         ValueError: beta is negative or not finite.
@@ -33,10 +34,10 @@ class SmoothL1BoxLoss(nn.Module):
         self.beta = beta
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, object]:
         return {"beta": cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA}
 
-    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform) -> Tensor:
+    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform: Box2BoxTransform) -> Tensor:
         """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
         target = box2box_transform.get_deltas(anchors, gt_boxes)  # (P, 4)
         return smooth_l1_loss(deltas.float(), target, self.beta, reduction="none").sum(dim=1)
@@ -46,22 +47,17 @@ class SmoothL1BoxLoss(nn.Module):
 
 
 class _IoUBoxLoss(nn.Module):
-    """One of the losses 1 − (an overlap measure) between the decoded box and its ground truth."""
+    """1 − a measure of overlap between the decoded box and its ground truth. There are no hyper-parameters."""
 
     box_loss: Callable[..., Tensor]  # (P, 4) boxes, (P, 4) boxes, reduction= → (P,)
 
-    @configurable
-    def __init__(self):
+    def __init__(self, cfg: CfgNode | None = None):
         super().__init__()
 
-    @classmethod
-    def from_config(cls, cfg):
-        return {}
-
-    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform) -> Tensor:
+    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform: Box2BoxTransform) -> Tensor:
         """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
         boxes = box2box_transform.apply_deltas(deltas, anchors)
-        # The functions assert that a box is one. What is NaN has to come out as the loss, where training looks for it.
+        # The functions assert that x1 ≤ x2, which fails for NaN. A NaN has to reach the loss, where training checks.
         is_nan = boxes.isnan().any(dim=1)  # (P,)
         loss = self.box_loss(torch.where(is_nan[:, None], gt_boxes, boxes), gt_boxes, reduction="none")
         return loss.masked_fill(is_nan, torch.nan)

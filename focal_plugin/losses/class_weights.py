@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 
-from ..config.keys import ConfigError
+from ..config import ConfigError
 
 
 def alpha_from_config(cfg: CfgNode) -> float | list[float]:

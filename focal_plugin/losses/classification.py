@@ -1,4 +1,7 @@
-"""Classification losses over a batch's dense logits: small modules around the functions of ``functional.py``."""
+"""Classification losses over a batch's dense logits: small modules around the functions of ``functional.py``.
+
+A hyper-parameter that is out of range is a ValueError, and one that is no number a TypeError. Both name its config key.
+"""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -54,9 +57,6 @@ class SigmoidFocalLoss(ElementwiseLoss):
     Args:
         alpha: the weight of the positives; 1 − alpha is the negatives'. −1 leaves both at 1. Or one weight a class.
         gamma: the focusing parameter, ≥ 0; 0 is the α-balanced cross entropy of equation 3.
-
-    Raises:
-        ValueError: alpha is not such a weight, or gamma negative or not finite. TypeError: one is no number.
     """
 
     alpha: float | Tensor
@@ -115,13 +115,8 @@ class BCELoss(ElementwiseLoss):
 
     # 100,000 easy negatives of p = π = .01 have a loss of −log .99 each, 1,000 in all; 100 positives of the same p have
     # −log .01 each, 460 in all. This imbalance is what section 3 is about.
-    @configurable
-    def __init__(self):
+    def __init__(self, cfg: CfgNode | None = None):
         super().__init__(alpha=-1, gamma=0)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, object]:
-        return {}
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -139,9 +134,6 @@ class FocalLossStar(ElementwiseLoss):
         alpha: as of ``SigmoidFocalLoss``.
         gamma: the steepness γ > 0.
         beta: the shift β; the paper's (γ, β) are (2, 1) and (4, 0).
-
-    Raises:
-        ValueError: one is out of range. TypeError: one is no number.
     """
 
     alpha: float | Tensor
@@ -177,9 +169,6 @@ class HingeLoss(ElementwiseLoss):
 
     Args:
         margin: m in (0, 1].
-
-    Raises:
-        ValueError, TypeError: it is none of these.
     """
 
     margin: float
@@ -202,9 +191,6 @@ class QualityFocalLoss(ElementwiseLoss):
 
     Args:
         beta: β, 0 or at least 1; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a config. There is no α.
-
-    Raises:
-        ValueError, TypeError: it is none of these.
     """
 
     needs_quality = True
@@ -230,9 +216,6 @@ class VarifocalLoss(ElementwiseLoss):
         alpha: the weight of the negatives: in a config 1 − ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, as in the focal loss,
             and 1 where that is −1. .75 in the paper.
         gamma: the focusing parameter γ ≥ 0; 2 in the paper.
-
-    Raises:
-        ValueError: one is out of range. TypeError: one is no number.
     """
 
     needs_quality = True

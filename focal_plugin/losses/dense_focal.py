@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from .functional import GAMMA, checked_alpha
 try:
     from . import dense_focal_triton
 except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without Triton
-    dense_focal_triton = None
+    dense_focal_triton = None  # type: ignore[assignment]
 
 # Forward stores gradients times this, and backward divides by it. The smallest float16 is 6e-8, and the gradients of
 # easy negatives are smaller than that; the largest is 2^16, and no logit's gradient comes near 2^16 / 2^12.
 _HEADROOM = {torch.float16: 2.0**12}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dense_focal_loss(
@@ -68,7 +70,7 @@ class _DenseFocalLoss(torch.autograd.Function):
     """The gradients are computed in forward, where the logits are being read, and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
+    def forward(ctx: Any, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
         ctx.headroom = _HEADROOM.get(logits[0].dtype, 1.0)
         ctx.backend, needed = _backend(logits[0]), ctx.needs_input_grad[3:]
         loss, gradients = ctx.backend.loss_and_gradients(logits, labels, alpha, gamma, needed, ctx.headroom)
@@ -76,7 +78,7 @@ class _DenseFocalLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "dense_focal_loss has no second derivative, which create_graph=True asks for; use "
@@ -110,16 +112,12 @@ def _check_levels(logits: list[Tensor], labels: list[Tensor]) -> None:
                 f"Level {i} has logits of shape {tuple(level.shape)} and labels of shape {tuple(target.shape)}; "
                 "expected (N, A, K, H, W) and (N, A, H, W)."
             )
-        if level.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TypeError(f"Level {i} has logits of {level.dtype}; expected float16, bfloat16, float32 or float64.")
+        if level.dtype not in _DTYPES or target.dtype != torch.int64:
+            found = f"Level {i} has logits of {level.dtype} and labels of {target.dtype}"
+            raise TypeError(f"{found}; expected float16, bfloat16, float32 or float64, and int64.")
         if level.dtype != first.dtype or level.shape[2] != first.shape[2]:
-            raise TypeError(
-                f"Level {i} has {level.shape[2]} classes of {level.dtype} and level 0 {first.shape[2]} of "
-                f"{first.dtype}; expected the same on all levels."
-            )
-        if target.dtype != torch.int64:
-            raise TypeError(f"Level {i} has labels of {target.dtype}; expected int64.")
+            found = f"Level {i} has {level.shape[2]} classes of {level.dtype}"
+            raise TypeError(f"{found}; expected {first.shape[2]} of {first.dtype}, as level 0 has.")
         if not level.device == target.device == first.device:
-            raise ValueError(
-                f"Level {i} is on {level.device}, its labels on {target.device}; level 0 on {first.device}."
-            )
+            found = f"Level {i} is on {level.device}, its labels on {target.device}"
+            raise ValueError(f"{found}; expected both on {first.device}, as level 0.")

@@ -1,17 +1,18 @@
-"""The dense focal loss in plain PyTorch: for the CPU, and for devices that Triton does not know."""
+"""The dense focal loss in plain PyTorch: for the CPU, and for devices without Triton."""
 
 import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..structures import IGNORED, unravel
 
-# A logit of this is background for certain: its loss and its gradient are exactly 0, whatever γ is.
+# The logit of a certain negative: its loss and its gradient are exactly 0, whatever γ is.
 _CERTAIN = -1e4
 
 
@@ -31,21 +32,20 @@ def loss_and_gradients(
         for i, level in enumerate(levels):
             level.check_labels(i)
         # SLEEF's log1p for AVX-512, which logaddexp calls, reads its constant −0.0 under a mask that is empty for all
-        # other arguments. While the page with the constant is not mapped, each such read takes the processor's slow
-        # path, and log1p ten times as long. The argument −0.0 maps the page.
+        # other arguments. Until the page with the constant is mapped, each such read takes the processor's slow path,
+        # and log1p ten times as long. The argument −0.0 maps the page.
         torch.log1p(torch.tensor(-0.0, device="cpu"))
 
     tasks = [(level, *block) for level in levels for block in level.blocks(_block_size(device))]
-    losses: list[Tensor | None] = [None] * len(tasks)  # in this order whoever is first, for the same sum each time
+    losses = [torch.empty(0)] * len(tasks)  # summed in this order whichever thread is first: reproducible
     queue = iter(enumerate(tasks))
 
     @(torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad)()  # threads don't inherit it
     def work() -> None:
-        """Take block after block until there are none."""
         size = max((count for _, _, count, _ in tasks), default=0)
         scratch = torch.empty(3, size, dtype=dtype, device=device)
-        for i, (level, *block) in queue:
-            losses[i] = level.negatives(*block, negative, gamma, scratch)
+        for i, (level, start, count, index) in queue:
+            losses[i] = level.negatives(start, count, index, negative, gamma, scratch)
 
     _on_threads(work, min(torch.get_num_threads(), len(tasks)) if device.type == "cpu" else 1)
     losses += [level.positives(positive, gamma) for level in levels]
@@ -54,7 +54,7 @@ def loss_and_gradients(
 
 def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply the gradients in place."""
-    number = factor.item()  # in float32 at least, which a 0-dim tensor times a float16 tensor would not be
+    number = factor.item()  # a 0-dim tensor would be rounded to float16 before it is multiplied with such a gradient
     if number != 1:
         for gradient in gradients:
             gradient.mul_(number)
@@ -63,8 +63,8 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
 def _on_threads(work: Callable[[], None], count: int) -> None:
     """Call ``work`` on ``count`` threads at once, whose operations each keep to their thread.
 
-    PyTorch would cut each operation in parts and have its threads wait for each other after each. The operations here
-    are short, and where other processes take turns on the cores the waiting is most of the time.
+    PyTorch would divide each operation among its threads, which wait for each other after each. The operations here are
+    short, and on cores that other processes use too that waiting is most of the time.
     """
     if count <= 1:
         work()
@@ -75,39 +75,35 @@ def _on_threads(work: Callable[[], None], count: int) -> None:
             for future in [pool.submit(work) for _ in range(count)]:
                 future.result()
     finally:
-        torch.set_num_threads(threads)  # the pool's 1 had become the default of threads that are yet to start
+        torch.set_num_threads(threads)  # the pool's 1 has become the default of threads that start later
 
 
 def memory_order(logits: Tensor) -> list[int]:
-    """The dimensions from the one with the largest stride to the one with the smallest."""
-    return sorted(range(logits.ndim), key=lambda d: -logits.stride(d))
-
-
-def empty_gradient(logits: Tensor) -> Tensor:
-    """A tensor like ``logits`` whose dimensions lie in the same order in memory, without gaps or overlaps."""
-    order = memory_order(logits)
-    memory = torch.empty([logits.shape[d] for d in order], dtype=logits.dtype, device=logits.device)
-    return memory.permute([order.index(d) for d in range(logits.ndim)])
+    """The dimensions of ``torch.empty_like(logits)``, those of larger strides first."""
+    strides = torch.empty_like(logits, device="meta").stride()
+    return sorted(range(logits.ndim), key=lambda d: -strides[d])
 
 
 def _block_size(device: torch.device) -> int:
-    """How many elements to work on at a time: on a CPU, what stays in cache with its temporaries."""
+    """How many elements to work on at a time: on a CPU, as many as stay in cache with their temporaries."""
     return 2**17 if device.type == "cpu" else 2**22
 
 
 def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float, gradient: Tensor | None) -> Tensor:
     """The loss of logits with target 0, the sum of weight · σ(x)^γ · softplus(x); writes its gradient times ``factor``.
 
+    This is equation 5: for target 0, 1 − p_t = σ(x) and −log p_t = softplus(x). Target 1 is target 0 of −x with another
+    weight.
+
     Args:
-        scratch: (3, ...), three tensors of one shape; the first holds the logits x. All are overwritten. Target 1 is
-            target 0 of −x, with another weight.
+        scratch: (3, ...), three tensors of one shape; the first holds the logits x. All are overwritten.
         weight: a number, or what broadcasts to that shape.
         gradient: of that shape and any dtype, or None.
     """
     x, p, s = scratch.unbind()
     zero = x.new_zeros(())
     torch.sigmoid(x, out=p)
-    torch.logaddexp(x, zero, out=s)  # softplus to the last bits; −log σ(−x) has few left where σ(−x) ≈ 1
+    torch.logaddexp(x, zero, out=s)  # softplus to the last bit; −log σ(−x) has few correct ones where σ(−x) ≈ 1
     if gamma == 0:
         if gradient is not None:
             torch.mul(p, weight * factor, out=gradient)
@@ -121,7 +117,8 @@ def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float,
     if weights is not None:
         x.mul_(weights)
     loss = s.mul_(x).sum() / (gamma * factor)
-    if gradient is not None:  # of w · softplus(x) / γ, with w = γ · weight · p^γ: w (1 − p) softplus(x) + w p / γ
+    # Appendix B. Of w · softplus(x) / γ, with w = γ · weight · p^γ, the gradient is w (1 − p) softplus(x) + w p / γ.
+    if gradient is not None:
         torch.addcmul(s.addcmul_(p, s, value=-1), p, x, value=1 / gamma, out=gradient)
     return loss
 
@@ -134,38 +131,38 @@ class _Level:
     """
 
     def __init__(self, logits: Tensor, labels: Tensor, needed: bool, factor: float):
+        self.gradient = torch.empty_like(logits) if needed else None  # (N, A, K, H, W), dense
         order = memory_order(logits)
         self.logits = logits.detach().permute(order)
         self.shape = self.logits.shape
         self.num_classes, self.inner = logits.shape[2], math.prod(self.shape[order.index(2) + 1 :])  # K, S
         self.factor = factor
-        self.gradient = empty_gradient(logits) if needed else None  # (N, A, K, H, W)
-        self.written = self.gradient.permute(order).view(-1) if needed else None  # (B·K·S,)
+        self.written = None if self.gradient is None else self.gradient.permute(order).view(-1)  # (B·K·S,)
 
-        codes = labels.permute([d - (d > 2) for d in order if d != 2]).reshape(-1)  # (B·S,)
-        special = (codes != self.num_classes).nonzero().squeeze(1)  # the anchors that are not all background
-        self.codes = codes[special]
-        self.ignored = special[self.codes <= IGNORED]  # (I,) anchors
-        positive = (self.codes >= 0) & (self.codes < self.num_classes)
-        anchors, classes = special[positive], self.codes[positive]
+        flat = labels.permute([d - (d > 2) for d in order if d != 2]).reshape(-1)  # (B·S,)
+        special = (flat != self.num_classes).nonzero().squeeze(1)  # the anchors that are not all background
+        self.labels = flat[special]
+        self.ignored = special[self.labels <= IGNORED]  # (I,) anchors
+        is_positive = (self.labels >= 0) & (self.labels < self.num_classes)
+        anchors, classes = special[is_positive], self.labels[is_positive]
         b, s = anchors.div(self.inner, rounding_mode="floor"), anchors.remainder(self.inner)
-        self.positive, by_place = ((b * self.num_classes + classes) * self.inner + s).sort()  # (P,) elements
-        self.classes = classes[by_place]  # (P,)
-        # On the host, for blocks to look up what they hold.
+        self.positive, indices = ((b * self.num_classes + classes) * self.inner + s).sort()  # (P,) elements
+        self.classes = classes[indices]  # (P,)
+        # On the host, for blocks to look up which ones they hold.
         self.ignored_numbers, self.positive_numbers = self.ignored.tolist(), self.positive.tolist()
 
     def check_labels(self, level: int) -> None:
         """Raise ValueError for labels outside [−1, K]; ``level`` is this level's number."""
-        if ((self.codes < IGNORED) | (self.codes > self.num_classes)).any():
+        if ((self.labels < IGNORED) | (self.labels > self.num_classes)).any():
             raise ValueError(
-                f"Level {level} has labels from {self.codes.min()} to {self.codes.max()}; expected a class in "
+                f"Level {level} has labels from {self.labels.min()} to {self.labels.max()}; expected a class in "
                 f"[0, {self.num_classes}), {self.num_classes} for background or {IGNORED} for ignored."
             )
 
-    def blocks(self, size: int) -> Iterator[tuple[int, int, tuple]]:
-        """Cut the elements into runs of at most ``size``: (first element, how many, index into ``logits``) of each.
+    def blocks(self, size: int) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
+        """Divide the elements into runs of at most ``size``: (first element, how many, index into ``logits``) of each.
 
-        A run is a box of (B, K, S). Of its three sides one at most is neither 1 nor whole.
+        A run is a box of (B, K, S). At most one of its three sides is neither 1 nor whole.
         """
         inner = [math.prod(self.shape[d + 1 :]) for d in range(5)]
         cut = next(d for d in range(5) if inner[d] <= size)  # the dimension that is sliced; those before it are indexed
@@ -178,9 +175,9 @@ class _Level:
                 start += count
 
     def negatives(
-        self, start: int, count: int, index: tuple, weight: float | Tensor, gamma: float, scratch: Tensor
+        self, start: int, count: int, index: tuple[Any, ...], weight: float | Tensor, gamma: float, scratch: Tensor
     ) -> Tensor:
-        """The loss of a block's elements with target 0; writes their gradient, and 0 in the places of all others."""
+        """The loss of a block's elements with target 0; writes their gradient, and 0 for all others."""
         block, scratch = self.logits[index], scratch[:, :count]
         x = scratch[0]
         x.view(block.shape).copy_(block)
@@ -209,12 +206,12 @@ class _Level:
         if isinstance(weight, Tensor):
             weight = weight[self.classes]
         loss = _focal(scratch, weight, gamma, self.factor, gradient)
-        if gradient is not None:
+        if self.written is not None and gradient is not None:
             self.written[self.positive] = -gradient
         return loss
 
 
 def _elements(anchors: Tensor, k: int, s: int) -> Tensor:
-    """The numbers of the elements of ``anchors``, a class each, in a box of (b, k, s)."""
-    places = anchors // s * (k * s) + anchors % s
-    return (places[:, None] + torch.arange(0, k * s, s, device=anchors.device)).view(-1)
+    """The numbers of the k elements of each of the ``anchors``, in a box of (b, k, s)."""
+    first = anchors // s * (k * s) + anchors % s
+    return (first[:, None] + torch.arange(0, k * s, s, device=anchors.device)).view(-1)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dense_focal_torch import empty_gradient, memory_order
+from .dense_focal_torch import memory_order
 
 _TILE = 2048  # elements a program: 16 for each thread of 4 warps
 _SCALE_BLOCK = 4096
@@ -28,7 +28,7 @@ def loss_and_gradients(
     weights[0] = 1.0 if isinstance(alpha, float) and alpha == -1 else alpha
     weights[1] = 1.0 if isinstance(alpha, float) and alpha == -1 else 1 - alpha
 
-    gradients = [empty_gradient(level) if need else None for level, need in zip(logits, needed)]
+    gradients = [torch.empty_like(level) if need else None for level, need in zip(logits, needed)]
     launches = [_Launch(*level) for level in zip(logits, labels, gradients)]
     partial = torch.empty(sum(launch.programs for launch in launches), dtype=dtype, device=first.device)
     with torch.cuda.device_of(first):
@@ -59,7 +59,7 @@ class _Launch:
         order = [d for d in memory_order(logits) if d != 2]
         self.labels = labels.permute([d - (d > 2) for d in order]).reshape(-1)  # (outer · R,)
 
-        sides = []  # (size, stride in logits, stride in gradient)
+        sides: list[tuple[int, int, int]] = []  # (size, stride in logits, stride in gradient)
         for d in order:
             side = (logits.shape[d], logits.stride(d), written.stride(d))
             if sides and all(outer == side[0] * inner for outer, inner in zip(sides[-1][1:], side[1:])):

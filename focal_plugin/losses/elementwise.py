@@ -53,12 +53,19 @@ class ElementwiseLoss(nn.Module, ABC):
         Raises:
             ValueError: the loss needs the positives' quality, and ``targets`` have none.
         """
+        if self.needs_quality and targets.quality is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the quality of each positive, and these DenseTargets have none: give it "
+                "targets.with_quality(boxes), with the predicted boxes of the positives."
+            )
         # Every anchor counts, about 100,000 an image: the focal loss needs no sampling heuristic (section 4.1).
-        total = torch.zeros((), device=logits[0].device)
+        total, start = torch.zeros((), device=logits[0].device), 0
         for i, (level, labels) in enumerate(zip(logits, targets.labels)):
             quality = torch.ones(labels.shape, device=labels.device)  # (N, A, H, W)
-            if self.needs_quality:
-                quality.view(-1)[targets.positives[i]] = self._quality(targets, i).to(quality.dtype)
+            if self.needs_quality and targets.quality is not None:
+                stop = start + len(targets.positives[i])
+                quality.view(-1)[targets.positives[i]] = targets.quality[start:stop].to(quality.dtype)
+                start = stop
             for block in _blocks(level, labels, quality):
                 total = total + checkpoint(self._sum, *block, use_reentrant=False)
         return total
@@ -72,15 +79,6 @@ class ElementwiseLoss(nn.Module, ABC):
         wanted = torch.where(labels == classes, quality.unsqueeze(-3), 0.0).to(logits.dtype)  # (..., K, H, W)
         loss = checked_elementwise(self, self.elementwise(logits, wanted), logits)
         return torch.where(labels == IGNORED, 0.0, loss).sum()  # no product: an ignored anchor's may be infinite
-
-    def _quality(self, targets: DenseTargets, level: int) -> Tensor:
-        """The quality of the positives of a level, (P_l,)."""
-        if targets.quality is None:
-            raise ValueError(
-                f"{type(self).__name__} needs the quality of each positive, and these DenseTargets have none: give it "
-                "targets.with_quality(boxes), with the predicted boxes of the positives."
-            )
-        return targets.quality.split([len(positives) for positives in targets.positives])[level]
 
     def extra_repr(self) -> str:
         numbers = {name: getattr(self, name) for name in self._hyperparameters}

@@ -2,6 +2,13 @@
 
 A logit x says how likely one class is at one anchor: p = σ(x). The target is 1 for the anchor's class and 0 for every
 other; p_t is p for target 1 and 1 − p for target 0, the probability of what is right. Likewise x_t = ±x.
+
+All functions take ``inputs``, logits of any shape and floating dtype; ``targets`` of the same shape: 1 for the positive
+class, 0 for the negative, or a float in between (a soft target); and a ``reduction``: "none", "mean" or "sum". They
+compute in float32, or float64 for float64 inputs, and return that: a loss for each input, or a scalar. They raise a
+TypeError for inputs that are not floating point and for a hyper-parameter that is no number; and a ValueError for
+different shapes, a hyper-parameter out of range, an unknown reduction, and targets outside [0, 1]. Values of tensors
+are checked on the CPU only: on a GPU it would synchronise.
 """
 
 import math
@@ -21,18 +28,13 @@ class Range(NamedTuple):
     expected: str
 
     def check(self, value: float, name: str) -> float:
-        """Return ``value``, a hyper-parameter that is called ``name`` in errors.
-
-        Raises:
-            TypeError: it is no number. ValueError: it is out of range.
-        """
+        """Return ``value``; if it is no number or out of range, raise a TypeError or ValueError about ``name``."""
         try:
-            is_inside = self.contains(value)
+            if self.contains(value):
+                return value
         except TypeError:
             raise TypeError(f"{name} is {value!r}; expected a number.") from None
-        if not is_inside:
-            raise ValueError(f"{name} is {value}; expected {self.expected}.")
-        return value
+        raise ValueError(f"{name} is {value}; expected {self.expected}.")
 
 
 ALPHA = Range(lambda alpha: alpha == -1 or 0 <= alpha <= 1, "a number in [0, 1], or -1 for no weighting")
@@ -46,15 +48,15 @@ NEGATIVE_WEIGHT = Range(lambda alpha: 0 <= alpha < math.inf, "a finite number �
 
 
 def checked_alpha(alpha: float | Sequence[float] | Tensor, name: str = "alpha") -> float | Tensor:
-    """Return α as a float, or as a tensor if it is several weights (float64 if it was none).
+    """Return α as a float, or as a tensor if there are several weights.
 
     Raises:
-        TypeError: it is no number and has none.
-        ValueError: a number neither −1 nor in [0, 1]; several, one of them not in [0, 1]. The values of a tensor on a
-            GPU are not checked: reading them synchronises.
+        TypeError: it is neither a number nor several.
+        ValueError: it is neither −1 nor in [0, 1]; one of several is not in [0, 1], unless a GPU holds them: reading
+            them would synchronise.
     """
     if isinstance(alpha, Real):
-        return float(ALPHA.check(alpha, name))
+        return float(ALPHA.check(float(alpha), name))
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, Iterable) or not all(isinstance(number, Real) for number in alpha):
             raise TypeError(f"{name} is {alpha!r}; expected a number, or one for each class.")
@@ -69,24 +71,13 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """FL(p_t) = −α_t (1 − p_t)^γ log p_t, with p = σ(inputs) (equation 5).
 
-    The signature is that of ``fvcore.nn.sigmoid_focal_loss``, and so are the values wherever fvcore's are finite. The
-    gradient is finite for every γ. For the sum over all of a detector's logits, ``dense_focal_loss`` is much faster.
+    Signature and values are those of ``fvcore.nn.sigmoid_focal_loss`` where its are finite; the gradient is finite for
+    every γ. For the sum over all of a detector's logits, ``dense_focal_loss`` is much faster.
 
     Args:
-        inputs: logits x of any shape and floating dtype; float16 and bfloat16 are computed in float32.
-        targets: of the same shape: 1 for the positive class, 0 for the negative, or a float in between (a soft target).
         alpha: the weight of the positives in [0, 1]; 1 − alpha is the negatives'. −1 leaves both at 1. Or a tensor of
             such weights that broadcasts to ``inputs``.
         gamma: the focusing parameter γ ≥ 0; 0 is the α-balanced cross entropy of equation 3.
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        The loss in float32 (float64 for float64 inputs): of the shape of ``inputs``, or a scalar.
-
-    Raises:
-        TypeError: the inputs are not floating point, or a hyper-parameter is no number.
-        ValueError: the shapes differ or do not broadcast; targets or alpha are outside [0, 1] (checked on the CPU only:
-            on a GPU it synchronises); gamma is negative or not finite; the reduction is unknown.
     """
     inputs, targets = _check(inputs, targets, reduction)
     GAMMA.check(gamma, "gamma")
@@ -111,19 +102,12 @@ def sigmoid_focal_loss_star(
 ) -> Tensor:
     """FL* = −α_t log σ(γ x_t + β) / γ, with x_t = ± inputs (appendix A).
 
-    The signature is that of ``fvcore.nn.sigmoid_focal_loss_star``, which has no β: there it is 0.
+    The signature is that of ``fvcore.nn.sigmoid_focal_loss_star``, where β is 0.
 
     Args:
-        inputs, alpha, reduction: as those of ``sigmoid_focal_loss``.
-        targets: likewise; for a soft target x_t is the inputs times 2·targets − 1.
+        alpha: as that of ``sigmoid_focal_loss``.
         gamma: the steepness γ > 0; 1, with β = 0, is the cross entropy.
-        beta: the shift β; the paper's (γ, β) are (2, 1) and (4, 0).
-
-    Returns:
-        The loss in float32 (float64 for float64 inputs): of the shape of ``inputs``, or a scalar.
-
-    Raises:
-        TypeError, ValueError: as ``sigmoid_focal_loss``; and gamma is 0, or beta is not finite.
+        beta: the shift β, finite; the paper's (γ, β) are (2, 1) and (4, 0).
     """
     inputs, targets = _check(inputs, targets, reduction)
     STAR_GAMMA.check(gamma, "gamma")
@@ -138,11 +122,7 @@ def sigmoid_hinge_loss(inputs: Tensor, targets: Tensor, margin: float = 0.9, red
     """max(0, m − p_t), with p_t = σ(± inputs): a hinge on the probability, 0 for p_t ≥ m (section 5.1).
 
     Args:
-        inputs, targets, reduction: as those of ``sigmoid_focal_loss``.
         margin: m in (0, 1]; 1 is the loss 1 − p_t.
-
-    Raises:
-        TypeError, ValueError: as ``sigmoid_focal_loss``; and margin is not in (0, 1].
     """
     inputs, targets = _check(inputs, targets, reduction)
     MARGIN.check(margin, "margin")
@@ -155,12 +135,8 @@ def quality_focal_loss(inputs: Tensor, targets: Tensor, beta: float = 2, reducti
     From "Generalized Focal Loss" (Li et al., NeurIPS 2020). For targets 0 and 1 it is the focal loss without α.
 
     Args:
-        inputs, reduction: as those of ``sigmoid_focal_loss``.
         targets: y in [0, 1]: 0 for a negative, the IoU of its predicted box for a positive.
         beta: the focusing parameter β: 0, for the cross entropy, or at least 1.
-
-    Raises:
-        TypeError, ValueError: as ``sigmoid_focal_loss``; and beta is negative, between 0 and 1, or not finite.
     """
     inputs, targets = _check(inputs, targets, reduction)
     QUALITY_BETA.check(beta, "beta")
@@ -178,13 +154,9 @@ def varifocal_loss(
     quality.
 
     Args:
-        inputs, reduction: as those of ``sigmoid_focal_loss``.
         targets: q in [0, 1]: 0 for a negative, the IoU of its predicted box for a positive.
         alpha: the weight of the negatives, ≥ 0: the counterpart of 1 − alpha in ``sigmoid_focal_loss``.
         gamma: the focusing parameter γ ≥ 0.
-
-    Raises:
-        TypeError, ValueError: as ``sigmoid_focal_loss``; and alpha is negative or not finite.
     """
     NEGATIVE_WEIGHT.check(alpha, "alpha")
     inputs, targets = _check(inputs, targets, reduction)
@@ -220,12 +192,14 @@ def _one_minus_p_t(inputs: Tensor, targets: Tensor) -> Tensor:
 def _balance(loss: Tensor, targets: Tensor, alpha: float | Tensor) -> Tensor:
     """The loss times α_t: alpha for positives, 1 − alpha for negatives (equation 3)."""
     alpha = checked_alpha(alpha)
-    if not isinstance(alpha, Tensor):
-        return loss if alpha == -1 else (alpha * targets + (1 - alpha) * (1 - targets)) * loss
-    shape = tuple(loss.shape)
-    sizes = zip(reversed(alpha.shape), reversed(shape))
-    if alpha.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in sizes):
-        raise ValueError(f"alpha has shape {tuple(alpha.shape)}, which does not broadcast to {shape}.")
+    if isinstance(alpha, Tensor):
+        try:
+            alpha = alpha.expand_as(loss)
+        except RuntimeError:
+            message = f"alpha has shape {tuple(alpha.shape)}, which does not broadcast to {tuple(loss.shape)}."
+            raise ValueError(message) from None
+    elif alpha == -1:
+        return loss
     return (alpha * targets + (1 - alpha) * (1 - targets)) * loss
 
 
