@@ -132,7 +132,7 @@ def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bo
                     f"The exported file does not compute what the model does, and is not kept. On {name}, {size}: "
                     f"{error}"
                 ) from error
-            found_any = found_any or len(expected[0]) > 0
+            found_any = found_any or len(found[0]) > 0
     if not found_any:
         raise ExportError(
             f"The model detects nothing in {', '.join(images)}, so the file could not be compared with it and is not "

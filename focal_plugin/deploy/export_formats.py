@@ -114,6 +114,7 @@ def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold:
         op.Constant(value_floats=[-0.5]),  # scores are above
     )  # (P, 3): image, class, box
     kept = op.Reshape(op.Slice(kept, [2], [3], [1]), [-1])
+    kept, _ = op.TopK(kept, op.Shape(kept), largest=0)  # of equal scores, the first box comes first
     _, order = op.TopK(op.Gather(scores, kept), op.Shape(kept))
     return op.Gather(kept, order)
 

@@ -305,6 +305,20 @@ def test_onnx_suppresses_class_by_class(tmp_path):
 # The comparison
 
 
+@pytest.mark.parametrize("format", ["onnx", "torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
+def test_a_saturated_model_whose_scores_are_all_equal(format, photo, tmp_path):
+    """The limit of detections falls between equal scores, and some that it keeps are dropped as empty."""
+    model, path, image = tiny_model(), str(tmp_path / "x"), crop(photo, 150, 170)
+    with torch.no_grad():
+        model.head.cls_score.weight *= 1e3
+    boxes, scores, classes = detect(model, image)
+    assert set(scores) == {1.0} and len(set(classes)) == 3 and len(scores) < model.max_detections_per_image
+    export.export_model(model, path, format, {"a photo": image})  # compares, and may raise
+    found = FORMATS[format][1](path)(image)  # which of the equal scores are kept, and their order, is the model's too
+    np.testing.assert_array_equal(found[2], classes)
+    np.testing.assert_allclose(found[0], boxes, atol=1e-2)
+
+
 def found_things(*rows):
     rows = np.array(rows, dtype=np.float32).reshape(-1, 6)
     return rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64)
