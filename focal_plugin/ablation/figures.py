@@ -10,13 +10,15 @@ import matplotlib
 from matplotlib import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from ..evaluation.style import color as series_color
 from .runs import Run
 
-_COLORS = matplotlib.colormaps["tab10"].colors
+_COLORS = [to_rgb(series_color(index)) for index in range(14)]
 _DARK = {
     "axes.prop_cycle": cycler(color=[[0.7 * part + 0.3 for part in color] for color in _COLORS]),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#d6d9de"),
@@ -129,7 +131,7 @@ def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
 
 
 def _color(index: int) -> str:
-    return f"C{index % 10}"  # the theme's
+    return f"C{index % len(_COLORS)}"  # the theme's
 
 
 def _write(axes: Axes, y: int, text: str) -> None:

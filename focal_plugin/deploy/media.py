@@ -1,4 +1,4 @@
-"""What OpenCV reads, draws and writes: frames of videos and cameras, pictures with their detections, videos of them."""
+"""Images, videos and cameras by OpenCV: reading frames, drawing detections, writing videos of them."""
 
 import logging
 import math
@@ -8,21 +8,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
+from matplotlib.colors import to_rgb
 
+from ..evaluation.style import class_color
 from .inputs import Source
 
 try:
     import cv2
-    from detectron2.utils.video_visualizer import VideoVisualizer
-    from detectron2.utils.visualizer import Visualizer
+    from detectron2.utils.visualizer import ColorMode, Visualizer
 except ImportError as error:
     raise ImportError(f"Pictures and videos need OpenCV ({error}): pip install opencv-python-headless.") from error
 
 logger = logging.getLogger(__name__)
 
-VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG"}  # what most builds of OpenCV write, in the order of preference
-_MOST_PIXELS = 40_000_000  # that are drawn on: Visualizer needs some 20 bytes for each
-_DEFAULT_FPS = 25.0  # where a camera does not tell
+VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG"}  # those that most builds of OpenCV can write, the preferred one first
+_MOST_PIXELS = 40_000_000  # to draw on: Visualizer needs some 20 bytes a pixel
+_DEFAULT_FPS = 25.0  # for cameras that report none
 
 
 class VideoError(ValueError):
@@ -33,7 +34,8 @@ class Video:
     """The frames of a video file or a camera, (H, W, 3) uint8 arrays in BGR.
 
     Attributes:
-        fps: frames a second. num_frames: as the file announces it; None where it does not.
+        fps: frames a second.
+        num_frames: the number of frames that the file announces, or None.
 
     Raises:
         VideoError: it cannot be opened, or, while iterating, has no frame.
@@ -51,12 +53,9 @@ class Video:
     def __iter__(self) -> Iterator[np.ndarray]:
         number = 0
         try:
-            while True:
-                is_there, frame = self._capture.read()
-                if not is_there:
-                    break
+            while (read := self._capture.read())[0]:
                 number += 1
-                yield frame
+                yield read[1]
         finally:
             self._capture.release()
         if number == 0:
@@ -66,9 +65,9 @@ class Video:
 
 
 def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
-    """An image with detections drawn on it, (H, W, 3) uint8 RGB both.
+    """Return a copy of an image with its detections drawn on it, (H, W, 3) uint8 RGB both, in the classes' colours.
 
-    One of more than 40 megapixels comes out smaller, unless its detections have more than boxes.
+    An image of more than 40 megapixels is returned smaller, unless its detections have more than boxes.
     """
     scale = math.sqrt(_MOST_PIXELS / (image.shape[0] * image.shape[1]))
     if scale < 1 and instances.get_fields().keys() <= {"pred_boxes", "scores", "pred_classes"}:
@@ -76,14 +75,24 @@ def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndar
         boxes.scale(scale, scale)
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         instances = Instances(image.shape[:2], **(instances.get_fields() | {"pred_boxes": boxes}))
-    return Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
+    return _draw(image, instances, metadata)
+
+
+def _draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+    num_classes = max(instances.pred_classes.tolist(), default=0) + 1
+    colors = [[255 * part for part in to_rgb(class_color(k))] for k in range(num_classes)]
+    metadata = Metadata(**metadata.as_dict() | {"thing_colors": colors})
+    # Visualizer takes the classes' colours in this mode alone, and varies them at random unless told otherwise.
+    visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
+    return visualizer.draw_instance_predictions(instances, jittering=False).get_image()
 
 
 class VideoOutput:
-    """A video of frames with their detections, in which objects keep their colours where it is easy to tell.
+    """A video file of frames with their detections.
 
     Args:
-        paths: files that are not there yet, with suffixes of ``VIDEO_CODECS``; the first that OpenCV can write is it.
+        paths: candidates for the file, none of which exists, with suffixes of ``VIDEO_CODECS``. The first that OpenCV
+            can write is used.
         fps: frames a second.
         metadata: the names of the classes.
 
@@ -93,8 +102,7 @@ class VideoOutput:
 
     def __init__(self, paths: Sequence[str], fps: float, metadata: Metadata):
         self.path: str | None = None
-        self._paths, self._fps = paths, fps
-        self._visualizer = VideoVisualizer(metadata)
+        self._paths, self._fps, self._metadata = paths, fps, metadata
         self._writer: cv2.VideoWriter | None = None
 
     def add(self, frame: np.ndarray, instances: Instances) -> None:
@@ -105,7 +113,7 @@ class VideoOutput:
         """
         if self._writer is None:
             self.path, self._writer = _open_writer(self._paths, self._fps, frame.shape[:2])
-        drawn = self._visualizer.draw_instance_predictions(frame, instances).get_image()
+        drawn = _draw(frame, instances, self._metadata)
         self._writer.write(np.ascontiguousarray(drawn[:, :, ::-1]))
 
     def close(self) -> None:
@@ -123,7 +131,7 @@ def _open_writer(paths: Sequence[str], fps: float, size: tuple[int, int]) -> tup
             return path, writer
         writer.release()
         if os.path.exists(path):
-            os.remove(path)  # what a writer that failed left
+            os.remove(path)  # left by a writer that failed
     raise OSError(
         f"OpenCV {cv2.__version__} can write none of {', '.join(paths)}: {width}×{height}, {fps:g} frames a second."
     )

@@ -1,4 +1,4 @@
-"""A picture of what a detector sees: images of a data set with their ground truth and with the detections."""
+"""A picture of images from a data set, each beside itself: with its ground truth, and with what a detector finds."""
 
 import math
 import os
@@ -10,7 +10,6 @@ import torch
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,15 +18,15 @@ from matplotlib.patheffects import withStroke
 from torch import nn
 from tqdm import tqdm
 
-Color = str | tuple[float, float, float]  # as matplotlib takes them
+from .style import class_color
 
-_TRUTH, _DETECTED = "#22d3ee", "#f97316"  # one class: a colour for each side; several: a colour for each class
-_MOST_LABELS = 15  # boxes in an image above which their labels would hide it
+_DETECTED, _TRUTH = class_color(0), class_color(1)  # of a single class; of several, each has its colour on both sides
+_MOST_LABELS = 15  # an image with more boxes than this has no labels, which would hide it
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with what is there and what was found; boxes are XYXY in pixels of the original image.
+    """An image with its ground truth and its detections; boxes are XYXY in pixels of the original image.
 
     Attributes:
         name: the image's file name.
@@ -50,14 +49,14 @@ class Sample:
 def sample_detections(
     model: nn.Module, loader, records: Sequence[dict], *, num_images: int, image_format: str
 ) -> list[Sample]:
-    """Run ``model`` on ``num_images`` images spread evenly over a data set, those with boxes if there are any.
+    """Run ``model`` on images spread evenly over a data set, on those with boxes if there are any.
 
     Args:
         model: a Detectron2 detector, or one in DistributedDataParallel.
         loader: a Detectron2 test loader of the data set.
         records: the data set's records, in the loader's order.
-        num_images: how many; all of them, if it has fewer.
-        image_format: of the images that the loader gives, as in ``INPUT.FORMAT``.
+        num_images: the number of images; all of them, if the data set has fewer.
+        image_format: the channel order of the loader's images, as in ``INPUT.FORMAT``.
     """
     model = getattr(model, "module", model)
     candidates = [i for i, record in enumerate(records) if record.get("annotations")] or range(len(records))
@@ -87,13 +86,14 @@ def _sample(model: nn.Module, inputs: dict, record: dict, image_format: str) -> 
 def save_detections(
     path: str, samples: Sequence[Sample], class_names: Sequence[str] | None = None, *, score_thresh: float
 ) -> None:
-    """Draw ``samples`` to the PNG ``path``: each image twice, with its ground truth and with what was found in it.
+    """Draw ``samples`` to the PNG ``path``: each image twice, with its ground truth and with its detections.
 
     Args:
         path: the PNG.
         samples: the images, at least one.
-        class_names: the K class names; None to number them. One class has a colour for each side, more have one each.
-        score_thresh: detections with a lower score are left out.
+        class_names: the K class names; None, classes are numbered. A single class has a colour for the ground truth and
+            one for the detections; several have a colour each.
+        score_thresh: the lowest score of a detection to draw.
     """
     single = class_names is not None and len(class_names) == 1
     per_row = min(len(samples), 2)
@@ -109,13 +109,10 @@ def save_detections(
         shown = sample.scores >= score_thresh
         truth, found = sample.gt_classes, sample.classes[shown]
         legend |= {int(k): class_names[k] if class_names else f"class {k}" for k in (*truth, *found)}
-        _draw(left, sample, sample.gt_boxes, [_TRUTH] * len(truth) if single else map(_class_color, truth))
+        scores = [f"{score:.2f}" for score in sample.scores[shown]] if len(found) <= _MOST_LABELS else None
+        _draw(left, sample, sample.gt_boxes, [_TRUTH] * len(truth) if single else map(class_color, truth))
         _draw(
-            right,
-            sample,
-            sample.boxes[shown],
-            [_DETECTED] * len(found) if single else map(_class_color, found),
-            [f"{score:.2f}" for score in sample.scores[shown]] if len(found) <= _MOST_LABELS else None,
+            right, sample, sample.boxes[shown], [_DETECTED] * len(found) if single else map(class_color, found), scores
         )
         left.set_title(f"{len(truth)} in the ground truth", fontsize=8, loc="left")
         right.set_title(f"{len(found)} found (score ≥ {score_thresh:g})", fontsize=8, loc="left")
@@ -123,7 +120,7 @@ def save_detections(
     if single:
         entries = {f"{class_names[0]}, ground truth": _TRUTH, f"{class_names[0]}, detected": _DETECTED}
     else:
-        entries = {name: _class_color(k) for k, name in sorted(legend.items())}
+        entries = {name: class_color(k) for k, name in sorted(legend.items())}
     if entries:
         handles = [Patch(facecolor=color, label=name) for name, color in entries.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), frameon=False)
@@ -131,9 +128,9 @@ def save_detections(
 
 
 def _draw(
-    axes: Axes, sample: Sample, boxes: np.ndarray, colors: Iterable[Color], labels: Sequence[str] | None = None
+    axes: Axes, sample: Sample, boxes: np.ndarray, colors: Iterable[str], labels: Sequence[str] | None = None
 ) -> None:
-    """The image with (B, 4) boxes of B colours, and B labels if given."""
+    """Draw the image with (B, 4) boxes of B colours, and B labels if given."""
     height, width = sample.size
     axes.imshow(sample.image, extent=(0, width, height, 0))
     shadow = [withStroke(linewidth=2.4, foreground="black", alpha=0.35)]
@@ -143,8 +140,3 @@ def _draw(
         if labels is not None:
             plate = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
             axes.text(x0, y0, labels[i], color="white", fontsize=5.5, va="bottom", bbox=plate, clip_on=True)
-
-
-def _class_color(index: int) -> Color:
-    colors = colormaps["tab20"].colors
-    return colors[(2 * index) % 20 + (2 * index) // 20 % 2]  # the ten strong ones first, then their ten pale ones

@@ -4,8 +4,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from focal_plugin.deploy import media
+from focal_plugin.evaluation import style
 from focal_plugin.evaluation.detections import Sample, sample_detections, save_detections
 
 
@@ -103,3 +106,20 @@ def test_samples_are_spread_over_the_images_with_boxes():
 def test_no_more_than_there_are(num_images, expected):
     records = [{"annotations": []} for _ in range(8)]
     assert len(sample_detections(Detector(), Loader, records, num_images=num_images, image_format="RGB")) == expected
+
+
+def test_a_class_has_one_colour_in_every_picture(tmp_path):
+    """In the picture of a run and in the annotated copy of an image; 18 classes can be told apart."""
+    colors = [style.class_color(k) for k in range(18)]
+    assert len(set(colors)) == 18 and style.class_color(18) == colors[0]
+    image = draw(tmp_path, [sample(gt=[(8, 8, 40, 40)] * 2, boxes=(), scores=())], ["square", "disc", "star"])
+    assert num_pixels_like(image, colors[1]) > 100
+    black = np.zeros((64, 64, 3), np.uint8)
+    boxes = Boxes(torch.tensor([[8.0, 8, 40, 40]]))
+    found = Instances((64, 64), pred_boxes=boxes, scores=torch.ones(1), pred_classes=torch.ones(1).long())
+    drawn = media.draw(black, found, Metadata(thing_classes=["square", "disc"], thing_colors=[(0, 0, 0)] * 2))
+    hue = cv2.cvtColor(drawn, cv2.COLOR_RGB2HSV)[20, 7:9, 0]  # the left side of the box
+    expected = cv2.cvtColor(np.uint8([[[int(colors[1][i : i + 2], 16) for i in (1, 3, 5)]]]), cv2.COLOR_RGB2HSV)[
+        0, 0, 0
+    ]
+    assert abs(int(hue.max()) - int(expected)) <= 3
