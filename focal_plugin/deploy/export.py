@@ -35,7 +35,7 @@ from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..config.explain import split_pairs
 from ..files.write import check_free
 from ..retinanet import FocalRetinaNet
-from .export_check import ExportError, compare_detections, compare_maps, expected_detections, expected_maps
+from .export_check import ExportError, compare_detections, compare_maps, expected_maps, find_candidates
 from .export_formats import FORMATS, Run, quiet
 from .export_graph import DTYPES, LAYOUTS, ExportedDetector, ExportedHeads, ImageInput
 from .loading import class_metadata, load_model, read_config
@@ -119,7 +119,7 @@ def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bo
         larger = F.pad(image[None], (0, width // 3, 0, height // 4), mode="reflect")[0]
         for packed in (image_input.pack(x.to(model.device)) for x in (image, larger)):
             view = image_input.unpack(packed).float()
-            expected = expected_maps(model, view) if raw else expected_detections(model, view)
+            expected = expected_maps(model, view) if raw else find_candidates(model, view)
             try:
                 found = run(packed)
                 if raw:

@@ -1,63 +1,68 @@
 """Whether an exported file computes what its model does."""
 
+import copy
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.structures import Boxes
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import box_iou
 
-from ..inference import suppress
 from ..retinanet import FocalRetinaNet
 
-_TOLERANCE = 1e-3  # of scores, and of raw maps relative to their largest value
+_TOLERANCE = 1e-3  # of scores and IoU, and of raw maps relative to their largest value
 _PIXELS, _RELATIVE = 1e-2, 1e-4  # of boxes, added up
-_TIE = 1e-4  # scores that are so close may change places, and may fall on either side of a threshold
+_TIE = 1e-4  # scores this close may come in either order, and may fall on either side of a threshold
 
 
 class ExportError(ValueError):
     """A model that cannot be exported, or whose exported file computes something else."""
 
 
-def expected_detections(model: FocalRetinaNet, image: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the model's own boxes (D, 4), scores (D,) and classes (D,) in a (3, H, W) image, best first.
+class Candidates(NamedTuple):
+    """The C boxes of an image that NMS may choose from.
 
-    Boxes are clipped to the image. Those that are empty then, which the model drops in the end, are included: they
-    count towards its limit of detections.
+    Where scores are equal, NMS has several right results: which of them a level's limit lets through, which of two
+    boxes drops the other, and which come first depends on the order in which a library sorts. Equal scores are common:
+    logits are equal where an image is flat, and saturated logits have a score of 1. So a file's detections are checked
+    against the candidates, not against one result of NMS.
 
-    NMS goes class by class here. If there are few boxes, Detectron2's moves the classes apart in float32 instead, which
-    rounds the coordinates of the last of 80 classes to 1/128 pixel, enough to change what NMS keeps.
+    Attributes:
+        boxes: (C, 4), as NMS sees them. clipped: (C, 4), as they are returned.
+        scores, classes: (C,).
+        required: (C,) bool; False where a level's limit may leave the box out.
     """
+
+    boxes: Tensor
+    clipped: Tensor
+    scores: Tensor
+    classes: Tensor
+    required: Tensor
+
+
+def find_candidates(model: FocalRetinaNet, image: Tensor) -> Candidates:
+    """Return the model's own candidates for NMS in a (3, H, W) image, on the CPU."""
+    limit, generous = model.test_topk_candidates, copy.copy(model)
+    generous.test_topk_candidates = 4 * limit
+    levels = []
     with torch.no_grad():
         features, logits, deltas = _network(model, image)
-        ((boxes, scores, classes),) = model.candidates(features, logits, deltas)
-    size = tuple(image.shape[-2:])
-    found = suppress(
-        size,
-        boxes,
-        scores,
-        classes,
-        iou_thresh=model.test_nms_thresh,
-        max_detections=model.max_detections_per_image,
-        clip=model.clip_before_nms,
-        nms=_nms_by_class,
-    )
-    found.pred_boxes.clip(size)
-    return tuple(x.cpu().numpy() for x in (found.pred_boxes.tensor, found.scores, found.pred_classes))
-
-
-def _nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, iou_thresh: float) -> Tensor:
-    """Return the indices that NMS keeps when it sees one class at a time, best first; of equal scores, the lower."""
-    kept = [classes.new_zeros(0)]
-    for cls in classes.unique():
-        indices = (classes == cls).nonzero().squeeze(1)
-        kept.append(indices[nms(boxes[indices], scores[indices], iou_thresh)])
-    indices = torch.cat(kept).sort().values
-    return indices[scores[indices].argsort(descending=True, stable=True)]
+        for this in logits:
+            alone = [x if x is this else torch.full_like(x, -math.inf) for x in logits]
+            ((boxes, scores, classes),) = generous.candidates(features, alone, deltas)  # best first
+            least = scores[limit - 1] + _TIE if len(scores) > limit else 0
+            levels.append((boxes, scores, classes, scores > least))
+    boxes, scores, classes, required = (torch.cat(parts).cpu() for parts in zip(*levels))
+    clipped = Boxes(boxes.clone())
+    clipped.clip(tuple(image.shape[-2:]))
+    return Candidates(clipped.tensor if model.clip_before_nms else boxes, clipped.tensor, scores, classes, required)
 
 
 def expected_maps(model: FocalRetinaNet, image: Tensor) -> list[np.ndarray]:
-    """The model's own logits and deltas of each level, as ``ExportedHeads`` orders them."""
+    """Return the model's own logits and deltas of each level, as ``ExportedHeads`` orders them."""
     with torch.no_grad():
         _, logits, deltas = _network(model, image)
     return [x.cpu().numpy() for x in (*logits, *deltas)]
@@ -83,53 +88,70 @@ def compare_maps(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], na
             raise ExportError(f"{name} differs by up to {far:.3g}")
 
 
-def compare_detections(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], model: FocalRetinaNet) -> None:
-    """Compare boxes (to 0.01 pixel and 1e-4 of a coordinate), order, classes and scores (to 1e-3).
+def compare_detections(candidates: Candidates, found: Sequence[np.ndarray], model: FocalRetinaNet) -> None:
+    """Check that the detections of a file are what NMS makes of the model's candidates, best first.
 
-    Detections of nearly equal score may have changed places. Those whose score is nearly the lowest that the threshold
-    and the limit of detections let through may be missing.
+    That is, each is a candidate (boxes to 0.01 pixel and 1e-4 of a coordinate, scores to 1e-3); none overlaps another
+    of its class; and each other candidate overlaps a better one of its class, or is beyond the limit of detections.
 
     Args:
-        expected: boxes (D, 4), scores (D,) and classes (D,), empty boxes included.
-        found: the same, without empty boxes.
-        model: whose ``test_score_thresh`` and ``max_detections_per_image`` give the lowest score.
+        candidates: of the model.
+        found: boxes (D, 4), scores (D,) and classes (D,) of the file.
+        model: gives the thresholds and the limit of detections.
 
     Raises:
-        ExportError: they differ by more.
+        ExportError: they are not; names the first detection that differs.
     """
     boxes, scores, classes = found
     if len(boxes) != len(scores) or len(scores) != len(classes):
         raise ExportError(f"{len(boxes)} boxes, {len(scores)} scores and {len(classes)} classes")
     if (np.diff(scores) > _TIE).any():
         raise ExportError("the detections are not in the order of their scores")
+    if len(scores) > model.max_detections_per_image:
+        raise ExportError(f"{len(scores)} detections; the model's limit is {model.max_detections_per_image}")
+    kept = torch.tensor(_match(candidates, found, model.test_score_thresh), dtype=torch.int64)
+    _check_overlaps(candidates, kept, model.test_nms_thresh)
+    empty = (candidates.clipped[:, 2:] <= candidates.clipped[:, :2]).any(
+        dim=1
+    )  # NMS may keep them, to be dropped later
     least = model.test_score_thresh
-    for other in (expected[1], scores):
-        if len(other) == model.max_detections_per_image:
-            least = max(least, other[-1])
-    not_empty = (expected[0][:, 2:] > expected[0][:, :2]).all(axis=1)
-    expected = [values[not_empty] for values in expected]
-    left = list(range(len(scores)))
-    for place, detection in enumerate(zip(*expected)):
-        same = next((i for i in left if _same(place, detection, i, (boxes[i], scores[i], classes[i]))), None)
-        if same is not None:
-            left.remove(same)
-        elif detection[1] > least + _TIE:
-            raise ExportError(f"the model's detection {place} is not among its {len(scores)}: {_text(detection)}")
-    extra = [i for i in left if scores[i] > least + _TIE]
-    if extra:
-        detection = boxes[extra[0]], scores[extra[0]], classes[extra[0]]
-        raise ExportError(f"its detection {extra[0]} is not among the model's {len(expected[1])}: {_text(detection)}")
+    if len(scores) + int(empty.sum()) >= model.max_detections_per_image:
+        least = max(least, scores[-1] if len(scores) else 1.0)
+    needed = candidates.required & ~empty & (candidates.scores > least + _TIE)
+    _check_missing(candidates, needed, torch.cat([kept, empty.nonzero().squeeze(1)]), model.test_nms_thresh)
 
 
-def _same(place: int, expected: Sequence, other_place: int, found: Sequence) -> bool:
-    close = _TOLERANCE if place == other_place else _TIE
-    return (
-        expected[2] == found[2]
-        and abs(expected[1] - found[1]) <= close
-        and np.allclose(expected[0], found[0], rtol=_RELATIVE, atol=_PIXELS)
-    )
+def _match(candidates: Candidates, found: Sequence[np.ndarray], score_thresh: float) -> list[int]:
+    """The index of each detection among the candidates; one whose score is at the threshold may be none of them."""
+    left, indices = torch.ones_like(candidates.required), []
+    for place, (box, score, cls) in enumerate(zip(*found)):
+        box = torch.as_tensor(box)
+        near = ((candidates.clipped - box).abs() <= _PIXELS + _RELATIVE * box.abs()).all(dim=1)
+        near &= left & (candidates.classes == int(cls)) & ((candidates.scores - float(score)).abs() <= _TOLERANCE)
+        if near.any():
+            indices.append(int(near.nonzero()[0]))
+            left[indices[-1]] = False
+        elif not score <= score_thresh + _TIE:
+            raise ExportError(f"its detection {place} is none of the model's: {_text(box, score, cls)}")
+    return indices
 
 
-def _text(detection: Sequence) -> str:
-    box, score, cls = detection
-    return f"class {cls}, score {score:.4f}, box {[round(float(x), 2) for x in box]}"
+def _check_overlaps(candidates: Candidates, kept: Tensor, nms_thresh: float) -> None:
+    boxes, classes = candidates.boxes[kept], candidates.classes[kept]
+    overlap = (box_iou(boxes, boxes) > nms_thresh + _TOLERANCE) & (classes[:, None] == classes)  # (D, D)
+    for a, b in overlap.triu(diagonal=1).nonzero().tolist():
+        raise ExportError(f"its detections {a} and {b}, both of class {classes[a]}, overlap: NMS drops one of them")
+
+
+def _check_missing(candidates: Candidates, needed: Tensor, kept: Tensor, nms_thresh: float) -> None:
+    """Check that each candidate of the (C,) bool ``needed`` is one of ``kept``, or overlaps one that is no worse."""
+    boxes, _, scores, classes, _ = candidates
+    overlap = box_iou(boxes, boxes[kept]) > nms_thresh - _TOLERANCE  # (C, D)
+    overlap &= (classes[:, None] == classes[kept]) & (scores[kept] >= scores[:, None] - _TIE)
+    for index in (needed & ~overlap.any(dim=1)).nonzero().flatten().tolist():
+        text = _text(candidates.clipped[index], scores[index], classes[index])
+        raise ExportError(f"a detection of the model's is missing: {text}")
+
+
+def _text(box: Sequence, score: float, cls: int) -> str:
+    return f"class {int(cls)}, score {float(score):.4f}, box {[round(float(x), 2) for x in box]}"
