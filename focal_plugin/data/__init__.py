@@ -1,4 +1,4 @@
-"""Data sets from lines of a config, checked before they are used."""
+"""Data sets described in a config, and checks of data before it is used."""
 
 from .classes import check_num_classes, check_registered, is_dense_detector
 from .files import check_files, check_files_of

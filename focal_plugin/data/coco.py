@@ -1,4 +1,4 @@
-"""COCO's JSON format: images, annotations and categories in one file. Boxes only; masks and keypoints are not read."""
+"""Data sets in COCO's JSON format. Boxes are read; masks and keypoints are not."""
 
 import json
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from .records import Checker, DataError, are_coordinates, check_box, check_image, class_id, join_inside, need, resolve
+from .records import Checker, DataError, check_box, check_image, check_numbers, class_id, join_inside, need, resolve
 
 
 @dataclass(frozen=True)
 class CocoSet:
     """A data set in COCO's format.
 
-    Boxes with ``iscrowd`` (or ``ignore``) stay in the records as crowds: in training anchors in them are neither
-    positive nor background, and in evaluation detections in them count neither for nor against.
+    Boxes with ``iscrowd`` or ``ignore`` are crowds: in training, anchors in them are ignored, and in evaluation,
+    detections in them count neither for nor against.
 
     Attributes:
         name: the data set's name, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json: the JSON file.
         images: the folder that its file names are relative to.
-        classes: class names in the order of their indices; not given, the file's categories in the order of their ids.
-        on_error: "raise" stops at what cannot be right, "skip" leaves it out and counts it.
+        classes: class names in the order of their indices; None, the file's categories in the order of their ids.
+        on_error: "raise" stops at the first bad record, "skip" leaves bad records out and counts them.
     """
 
     name: str
@@ -32,9 +32,9 @@ class CocoSet:
     on_error: str = "raise"
 
     def load(self, checker: Checker) -> tuple[list[dict], dict]:
-        """Read the file: its records in Detectron2's format, and the metadata that goes with them.
+        """Return the records in Detectron2's format, and their metadata.
 
-        The file itself serves the evaluator if every record was kept as it stands there; otherwise the metadata has no
+        If all records are kept as they are, the evaluator reads the file itself. Otherwise the metadata has no
         ``json_file``, and the evaluator makes one from the records.
         """
         path = need(resolve(self.json), f"json of {self.name!r}")
@@ -79,7 +79,7 @@ def _read_json(path: str) -> dict:
 
 
 def _value(record: object, key: str, kinds: type, where: str):
-    """``record[key]``; a ``DataError`` if it is not there or of another type."""
+    """Return ``record[key]``, or raise a ``DataError`` if it is missing or has another type."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise DataError(
@@ -89,15 +89,13 @@ def _value(record: object, key: str, kinds: type, where: str):
 
 
 def _categories(content: dict, path: str) -> dict[int | str, str]:
-    """Category id -> name, in the order of the ids."""
+    """The categories' names by id, in the order of the ids."""
     found = {}
     for number, category in enumerate(content["categories"]):
         where = f"{path}, categories[{number}]"
         key, name = _value(category, "id", int | str, where), _value(category, "name", str, where)
         if key in found or name in found.values():
-            raise DataError(
-                "category listed twice", f"{where} has id {key!r} and name {name!r}, one before it has too."
-            )
+            raise DataError("category listed twice", f"{where} has id {key!r} and name {name!r}, as one before it has.")
         found[key] = name
     if not found:
         raise DataError("no classes", f"{path} has no categories.")
@@ -105,7 +103,7 @@ def _categories(content: dict, path: str) -> dict[int | str, str]:
 
 
 def _boxes_by_image(content: dict, path: str, checker: Checker) -> dict[int | str, list[tuple[str, dict]]]:
-    """Image id -> its annotations, each with where it stands in the file."""
+    """Each image's annotations by the image's id, each with its position in the file, for messages."""
     images = [image.get("id") for image in content["images"] if isinstance(image, dict)]
     images = {image for image in images if isinstance(image, int | str)}
     boxes: dict[int | str, list[tuple[str, dict]]] = {}
@@ -130,8 +128,7 @@ def _read_image(image: dict, folder: str, where: str) -> dict:
 
 def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict, where: str) -> dict:
     box = _value(annotation, "bbox", list, where)
-    if len(box) != 4 or not are_coordinates(box):
-        raise DataError("box that is not four numbers", f"{where} has bbox {box}.")
+    check_numbers(box, f"{where} has bbox")
     category = _value(annotation, "category_id", int | str, where)
     if category not in categories:
         known = ", ".join(map(str, categories))
@@ -146,9 +143,9 @@ def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict,
 
 
 def _serves_evaluation(content: dict) -> bool:
-    """Whether COCO's evaluation reads the annotations right.
+    """Whether COCO's evaluation reads the file's annotations correctly.
 
-    It wants an area and iscrowd, knows no ``ignore``, and takes a box whose id is 0 for one that was not found.
+    It needs ``area`` and ``iscrowd``, does not know ``ignore``, and takes a box with the id 0 for one without a match.
     """
     annotations = content["annotations"]
     ids = [annotation.get("id") for annotation in annotations]

@@ -1,4 +1,4 @@
-"""Whether the files of the data sets that a config names are there."""
+"""Checks that the files of a config's data sets exist."""
 
 import os
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from detectron2.utils.file_io import PathManager
 
 
 def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Check, before anything is trained, that what these ``keys`` of ``DATASETS`` name is on this machine.
+    """Check that the files of all data sets in these ``keys`` of ``DATASETS`` exist.
 
-    That is the JSON file, or of Pascal VOC's sets the folder, in the metadata of a registered set. Sets of
-    ``DATASETS.LOCAL`` are checked as they are read.
+    A set's file is the JSON file, or for Pascal VOC's sets the folder, in its metadata. Sets of ``DATASETS.LOCAL`` are
+    checked when they are read.
 
     Raises:
-        FileNotFoundError: one is not there.
+        FileNotFoundError: a file does not exist.
     """
     for key in keys:
         for name in cfg.DATASETS[key]:
@@ -23,10 +23,15 @@ def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST")) -> None:
 
 
 def check_files_of(name: str, key: str, hint: str) -> None:
-    """Check that the files of the data set ``name``, which ``key`` names, are there; ``hint`` ends the error.
+    """Check that the file of a data set exists.
+
+    Args:
+        name: the data set.
+        key: the config key that names it.
+        hint: what to do, the end of the message.
 
     Raises:
-        FileNotFoundError: they are not.
+        FileNotFoundError: it does not.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file") or metadata.get("dirname")

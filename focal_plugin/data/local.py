@@ -1,4 +1,4 @@
-"""``DATASETS.LOCAL``: data sets registered from lines of a config."""
+"""``DATASETS.LOCAL``: data sets described in a config."""
 
 import functools
 import pickle
@@ -18,12 +18,12 @@ FORMATS = {"voc": VocSet, "coco": CocoSet}
 
 
 class LocalDataset:
-    """What Detectron2's ``DatasetCatalog`` calls for the records of a local set.
+    """The function of a local set that Detectron2's ``DatasetCatalog`` calls for its records.
 
-    The first call reads and checks the files and completes the set's metadata; later ones return a copy of the same.
+    The first call reads and checks the files and completes the set's metadata; later ones return copies.
 
     Attributes:
-        left_out: after the first call, how many images and boxes were left out, by ("image" or "box", what was wrong).
+        left_out: after the first call, the number of images and boxes left out, by ("image" or "box", kind of defect).
     """
 
     def __init__(self, entry: VocSet | CocoSet) -> None:
@@ -34,7 +34,7 @@ class LocalDataset:
         return pickle.loads(self._records)
 
     @functools.cached_property
-    def _records(self) -> bytes:  # as bytes, since callers change what they get
+    def _records(self) -> bytes:  # pickled, since callers change what they get
         checker = Checker(self.entry.name, self.entry.on_error)
         try:
             records, metadata = self.entry.load(checker)
@@ -48,28 +48,33 @@ class LocalDataset:
         if not records:
             raise DataError("no image", f"in data set {self.entry.name!r}: none is listed, or all were left out.")
         known = MetadataCatalog.get(self.entry.name)
-        if known.get("json_file"):  # an evaluator was built before any loader, and has these records written to a file
+        if known.get("json_file"):  # an evaluator, built before any loader, has written these records to a file
             metadata.pop("json_file", None)
         known.set(**metadata)
         return pickle.dumps(records)
 
 
 def register_local_datasets(cfg: CfgNode) -> None:
-    """Register every entry of ``cfg.DATASETS.LOCAL`` with Detectron2's catalogs; no file is read yet.
+    """Register the entries of ``cfg.DATASETS.LOCAL`` with Detectron2's catalogs. No file is read yet.
 
-    Registering the same entry again changes nothing.
+    Registering an entry again changes nothing.
 
     Raises:
-        ConfigError: an entry has a missing, unknown or malformed key, or a name that another data set has.
+        ConfigError: an entry has a missing, unknown or malformed key, or the name of another data set.
     """
     for index, entry in enumerate(cfg.DATASETS.LOCAL):
         register_local_dataset(entry, f"DATASETS.LOCAL[{index}]")
 
 
 def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
-    """Register one data set, e.g. ``{"name": "mine", "format": "coco", "json": "a.json", "images": "imgs"}``.
+    """Register a data set, such as ``{"name": "mine", "format": "coco", "json": "a.json", "images": "imgs"}``.
 
-    The keys are ``format`` ("voc" or "coco") and the attributes of ``VocSet`` or ``CocoSet``; errors name ``where``.
+    Args:
+        entry: ``format`` ("voc" or "coco") and the attributes of ``VocSet`` or ``CocoSet``.
+        where: the entry, for messages.
+
+    Raises:
+        ValueError: see ``register_local_datasets``.
     """
     parsed = _parse(entry, where)
     if parsed.name not in DatasetCatalog:

@@ -1,4 +1,4 @@
-"""Detectron2's mapper with more of Detectron2's own augmentations, by config, and with the crowds that it drops."""
+"""Detectron2's mapper, with augmentations from the config, and with crowds, which Detectron2 drops."""
 
 import inspect
 import struct
@@ -24,24 +24,24 @@ warnings.filterwarnings(
 
 
 class FocalDatasetMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``; in training ``INPUT.AUGMENTATIONS`` follow the resizing and the flip.
+    """Detectron2's ``DatasetMapper`` with ``INPUT.AUGMENTATIONS``, which in training follow the resizing and the flip.
 
-    Annotations with ``iscrowd``, which Detectron2 drops, become the image's ``ignore_boxes``: (M, 4) ``Boxes``, moved
-    and clipped as the image is. An image without any has no such key.
+    The boxes of crowds become the image's ``ignore_boxes``: (M, 4) ``Boxes``, transformed as the image is. An image
+    without crowds has no such key.
     """
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """As Detectron2's.
+        """Return Detectron2's training or test sample.
 
         Raises:
-            DataError: the image cannot be read whole, or only by losing most of its values.
+            DataError: see ``readable_image``.
         """
         with readable_image(dataset_dict["file_name"]):
             return super().__call__(dataset_dict)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        """As Detectron2's, with the further augmentations."""
+        """Return Detectron2's arguments, with the further augmentations."""
         args = super().from_config(cfg, is_train)
         if is_train:
             args["augmentations"] += build_augmentations(cfg)
@@ -56,42 +56,42 @@ class FocalDatasetMapper(DatasetMapper):
         super()._transform_annotations(dataset_dict, transforms, image_shape)
         crowds = [transform_instance_annotations(crowd, transforms, image_shape)["bbox"] for crowd in crowds]
         boxes = Boxes(np.array(crowds).reshape(-1, 4))  # (M, 4)
-        boxes = boxes[boxes.nonempty(threshold=1e-5)]  # as Detectron2 does with the others: cropped away
+        boxes = boxes[boxes.nonempty(threshold=1e-5)]  # those cropped away, by Detectron2's rule
         if len(boxes):
             dataset_dict["ignore_boxes"] = boxes
 
 
 @contextmanager
 def readable_image(path: str) -> Iterator[None]:
-    """Around the reading of an image: what goes wrong names the file.
+    """Read the image ``path`` inside; errors name it.
 
     Raises:
-        DataError: the image is missing, broken or cut off, or has values that do not fit 8 bits.
+        DataError: the image is missing, damaged or incomplete, or has more than 8 bits a channel.
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             mode = image.mode
-        if mode.startswith(("I", "F")):  # PIL would keep the values to 255 and make the others white
+        if mode.startswith(("I", "F")):  # PIL would make all values above 255 white
             raise DataError(
                 "image of more than 8 bits",
-                f"{path} has values of PIL's mode {mode}, which do not fit the 8 bits of a channel. Save it as 8 bits, "
-                "in a range of your choice.",
+                f"{path} has PIL's mode {mode}, whose values do not fit the 8 bits of a channel. Save it as 8 bits, in "
+                "a range of your choice.",
             )
         yield
     except FileNotFoundError:
-        raise DataError("missing image", f"{path} does not exist (any more).") from None
+        raise DataError("missing image", f"{path} does not exist.") from None
     except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError("image that does not open", f"{path}: {error}") from error
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """The augmentations of ``INPUT.AUGMENTATIONS``, in order.
+    """Return the augmentations of ``INPUT.AUGMENTATIONS``, in order.
 
-    Each entry has a ``name`` of ``detectron2.data.transforms``; its other keys are that class's arguments, as in
+    Each entry has the ``name`` of a class in ``detectron2.data.transforms``, and its arguments, as in
     ``{name: RandomFlip, horizontal: False, vertical: True}``.
 
     Raises:
-        ValueError: an entry has no such name, or arguments that the class does not take.
+        ValueError: there is no such class, or it does not take these arguments.
     """
     known = {
         name: kind

@@ -1,6 +1,7 @@
-"""What a record of a data set must be: the checks that both formats share, and what becomes of a record that fails."""
+"""Checks of a data set's records that both formats share, and what happens to a record that fails one."""
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,18 @@ logger = logging.getLogger(__name__)
 _ROTATED = (5, 6, 7, 8)  # values of the EXIF tag that swap width and height
 _EXIF_ORIENTATION = 274
 _FAR = 1e9  # pixels: beyond any image
-_ROUNDING = 1.0  # pixels that a box may reach outside its image: what tools that count from 0 or round are off by
+_ROUNDING = 1.0  # pixels that a box may reach outside its image, since tools round, or count pixels from 0 or from 1
+
+NOT_NUMBERS, NO_SIZE, OUTSIDE = "box that is not four numbers", "box of no size", "box outside its image"
 
 
 class DataError(ValueError):
-    """Something in a data set that cannot be right. The message names the file, the record and what was expected.
+    """A defect in a data set. The message names the file, the record and what was expected.
 
     Attributes:
-        kind: what was wrong, in a few words; records that are left out are counted by it.
+        kind: the defect in a few words; records that are left out are counted by it.
         message: the rest.
-        unit: "image" or "box" if it concerns one of these, which can be left out; None if it concerns the data set.
+        unit: "image" or "box" if the defect concerns one of these, which can be left out; None if it concerns the set.
     """
 
     def __init__(self, kind: str, message: str, unit: str | None = None) -> None:
@@ -32,7 +35,7 @@ class DataError(ValueError):
 
 
 class Checker:
-    """Decides what a bad record does: ``on_error`` "raise" stops at the first, "skip" leaves it out and counts it."""
+    """Stops at the first bad record (``on_error`` "raise"), or leaves bad records out and counts them ("skip")."""
 
     def __init__(self, dataset: str, on_error: str = "raise") -> None:
         self.dataset = dataset
@@ -41,7 +44,7 @@ class Checker:
 
     @contextmanager
     def record(self, unit: str) -> Iterator[None]:
-        """Around the reading of one ``unit`` ("image" or "box"): a ``DataError`` inside costs that unit alone."""
+        """Read one ``unit`` ("image" or "box") inside; with "skip", a ``DataError`` leaves out that unit alone."""
         try:
             yield
         except DataError as error:
@@ -52,7 +55,7 @@ class Checker:
             logger.debug("Data set %r: left out one %s. %s", self.dataset, unit, error)
 
     def report(self, records: Sequence[dict]) -> None:
-        """Log in one line what was kept and, by kind, what was left out."""
+        """Log in one line what was kept and, by kind of defect, what was left out."""
         boxes = [box for record in records for box in record["annotations"]]
         line = f"Data set {self.dataset!r}: {len(records)} images, {len(boxes)} boxes"
         if crowds := sum(box["iscrowd"] for box in boxes):
@@ -66,24 +69,28 @@ class Checker:
 
 
 def join_inside(folder: str, name: str, where: str) -> str:
-    """The path of ``name`` in ``folder``; a name that leads out of it is refused. ``where`` says who gave the name."""
+    """Return the path of ``name`` in ``folder``; ``where`` is what names it.
+
+    Raises:
+        DataError: the name leads out of the folder.
+    """
     if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
         raise DataError("path outside its folder", f"{where} names {name!r}; expected a path inside {folder}.")
     return os.path.join(folder, name)
 
 
 def check_image(path: str, declared: tuple | None, where: str) -> tuple[int, int]:
-    """Open the image at ``path`` and return its (width, height), turned as its EXIF orientation says.
+    """Return the (width, height) of the image at ``path`` as Detectron2 reads it: turned by its EXIF orientation.
 
-    Only the header is read. Detectron2 turns an image by its EXIF orientation before use, so that is the size that the
-    annotation must have.
+    Only the header is read.
 
     Args:
-        declared: the (width, height) that the annotation gives, or None if it gives none.
+        path: the image.
+        declared: the (width, height) in the annotation, or None if it has none.
         where: the record, for the message.
 
     Raises:
-        DataError: the image is missing, does not open, or is of another size.
+        DataError: the image is missing, does not open, or has another size.
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
@@ -110,49 +117,67 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def are_coordinates(values: Sequence[object]) -> bool:
-    """Whether all are numbers, finite and not beyond any image."""
-    return all(isinstance(value, int | float) and abs(value) <= _FAR for value in values)  # a NaN is not
-
-
-def check_box(box: Sequence[float], size: tuple[int, int], where: str) -> list[float]:
-    """Check one box against its image and return it, clipped to the image.
-
-    Args:
-        box: (x0, y0, x1, y1) in pixels, where the image spans from (0, 0) to ``size``.
-        size: (width, height) of the image.
-        where: the record, for the message.
+def check_numbers(values: Sequence[object], where: str) -> None:
+    """Check that ``values`` are four finite numbers, none beyond any image.
 
     Raises:
-        DataError: the box has a coordinate that is no finite number or no size, or reaches outside the image by more
-            than the pixel that rounding and counting from 0 instead of 1 explain.
+        DataError: they are not.
     """
-    if not are_coordinates(box):
-        raise DataError("box that is not four numbers", f"{where}: {list(box)}.")
+    if len(values) != 4 or not all(isinstance(v, int | float) and abs(v) <= _FAR for v in values):  # a NaN fails too
+        raise DataError(NOT_NUMBERS, f"{where}: {list(values)}.")
+
+
+def box_defect(box: Sequence[float], size: tuple[float, float]) -> str:
+    """Return what is wrong with a box: ``NOT_NUMBERS``, ``NO_SIZE`` or ``OUTSIDE``; "" if nothing is.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels, in an image that spans from (0, 0) to ``size``.
+        size: (width, height) of the image; infinite where it is not known.
+    """
     x0, y0, x1, y1 = box
     width, height = size
+    if not all(map(math.isfinite, box)):
+        return NOT_NUMBERS
     if x1 <= x0 or y1 <= y0:
-        raise DataError("box of no size", f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}).")
+        return NO_SIZE
     if min(x0, y0) < -_ROUNDING or x1 > width + _ROUNDING or y1 > height + _ROUNDING:
-        raise DataError(
-            "box outside its image",
-            f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) in an image of {width}×{height}.",
-        )
-    clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
-    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise DataError("box outside its image", f"{where}: nothing of it is inside the {width}×{height} image.")
-    return clipped
+        return OUTSIDE
+    return "" if x0 < width and y0 < height and x1 > 0 and y1 > 0 else OUTSIDE
+
+
+def check_box(box: Sequence[float], size: tuple[int, int], where: str, first: int = 0) -> list[float]:
+    """Return a box clipped to its image, as (x0, y0, x1, y1) in an image that spans from (0, 0) to ``size``.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels.
+        size: (width, height) of the image.
+        where: the record, for the message.
+        first: the number of the first pixel; with 1, as in VOC, x0 and y0 lose 1.
+
+    Raises:
+        DataError: the box has a ``box_defect``.
+    """
+    check_numbers(box, where)
+    x0, y0, x1, y1 = box
+    if defect := box_defect(box, (math.inf, math.inf)) or box_defect((x0 - first, y0 - first, x1, y1), size):
+        image = f" in an image of {size[0]}×{size[1]}" if defect == OUTSIDE else ""
+        raise DataError(defect, f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}){image}.")
+    return [max(x0 - first, 0.0), max(y0 - first, 0.0), min(x1, float(size[0])), min(y1, float(size[1]))]
 
 
 def class_id(name: str, class_ids: dict[str, int], where: str) -> int:
-    """The index of class ``name``; refused, with the known ones, if it is none of ``class_ids``."""
+    """Return the index of the class ``name``.
+
+    Raises:
+        DataError: it is none of ``class_ids``.
+    """
     if name not in class_ids:
         raise DataError("unknown class", f"{where}: {name!r}; the classes are {', '.join(class_ids)}.")
     return class_ids[name]
 
 
 def resolve(path: str) -> str:
-    """Where ``path`` of a config is: relative to the current folder, as in Detectron2, with ``~`` expanded.
+    """Return where ``path`` of a config is: relative to the current folder, as in Detectron2, with ``~`` expanded.
 
     If nothing is there and the path begins with ``datasets/``, the folder that the environment variable
     DETECTRON2_DATASETS names stands for ``datasets``, as it does for Detectron2's own data sets.
@@ -166,7 +191,11 @@ def resolve(path: str) -> str:
 
 
 def need(path: str, what: str) -> str:
-    """Return ``path`` if it exists; otherwise raise a ``DataError`` that says it is ``what`` of a config entry."""
+    """Return ``path``, which is ``what`` of a config entry.
+
+    Raises:
+        DataError: it does not exist.
+    """
     if not PathManager.exists(path):
         raise DataError("missing file", f"{what} is {path}, which does not exist (current folder: {os.getcwd()}).")
     return path

@@ -1,4 +1,4 @@
-"""Pascal VOC layout: one XML file an image, splits listed in text files."""
+"""Data sets in Pascal VOC's layout: an XML file for each image, and a text file for each split."""
 
 import functools
 import os
@@ -12,24 +12,24 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
-from .records import Checker, DataError, check_box, check_image, class_id, join_inside, need, resolve
+from .records import NOT_NUMBERS, Checker, DataError, check_box, check_image, class_id, join_inside, need, resolve
 
 
 @dataclass(frozen=True)
 class VocSet:
-    """One split of a data set in VOC layout: ``Annotations/*.xml``, ``ImageSets/Main/<split>.txt``, ``JPEGImages/*``.
+    """A split of a data set in VOC's layout: ``Annotations/*.xml``, ``ImageSets/Main/<split>.txt``, ``JPEGImages/*``.
 
-    As in VOC (and Detectron2), pixels count from 1 and a box includes its last one: xmin and ymin lose 1 on reading.
+    As in VOC and Detectron2, pixels are counted from 1 and a box includes its last pixel: xmin and ymin lose 1.
 
     Attributes:
         name: the data set's name, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        root: the folder with the three above.
-        split: a file of ImageSets/Main, without ``.txt``: one image a line, without its extension.
-        classes: class names in the order of their indices. Not given, they are all names in all of
-            ``root/Annotations``, sorted, so that every split of one root has the same.
-        on_error: "raise" stops at what cannot be right, "skip" leaves it out and counts it.
-        difficult: objects that VOC marks as difficult are boxes like any other ("keep", Detectron2's way) or crowds
-            ("ignore"): then they are not trained on, and finding or missing them does not count, as in VOC's metric.
+        root: the folder with these three.
+        split: the name of a file in ImageSets/Main, without ``.txt``; each line names an image, without its extension.
+        classes: class names in the order of their indices; None, all names in ``root/Annotations``, sorted, so that all
+            splits of a root have the same.
+        on_error: "raise" stops at the first bad record, "skip" leaves bad records out and counts them.
+        difficult: "keep", objects marked as difficult are like any other, as in Detectron2; "ignore", they are crowds:
+            not trained on, and in evaluation neither finding nor missing them counts, as in VOC's metric.
     """
 
     name: str
@@ -40,7 +40,7 @@ class VocSet:
     difficult: str = "keep"
 
     def load(self, checker: Checker) -> tuple[list[dict], dict]:
-        """Read the split: its records in Detectron2's format, and the metadata that goes with them."""
+        """Return the records in Detectron2's format, and their metadata."""
         root = need(resolve(self.root), f"root of {self.name!r}")
         classes = self.classes or find_classes(root, self.on_error)
         class_ids = {name: index for index, name in enumerate(classes)}
@@ -67,20 +67,30 @@ class VocSet:
 
 
 def parse_xml(path: str) -> Element:
-    """The root element of an XML file, which may define no entity; a ``DataError`` if it is missing or no such XML."""
+    """Return the root element of an XML file.
+
+    Raises:
+        DataError: the file is missing, is no XML, or defines entities.
+    """
     try:
         with PathManager.open(path, "rb") as file:
             return parse(file).getroot()
     except FileNotFoundError:
         raise DataError("missing annotation", f"{path} does not exist.") from None
-    except (ParseError, DefusedXmlException, OSError, ValueError, LookupError) as error:  # the last two: odd encodings
+    except (
+        ParseError,
+        DefusedXmlException,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as error:  # the last two: unknown encodings
         raise DataError("annotation that is not XML", f"{path}: {error}") from error
 
 
 def read_record(
     annotation: Element, xml: str, image: str, image_id: str, class_ids: dict, checker: Checker, difficult: str = "keep"
 ) -> dict:
-    """One image in Detectron2's format, from the root element ``annotation`` of the file ``xml``."""
+    """Return an image's record in Detectron2's format, from the root element ``annotation`` of the file ``xml``."""
     width, height = check_image(image, _declared_size(annotation, xml), xml)
     annotations = []
     for number, element in enumerate(annotation.findall("object"), start=1):
@@ -94,13 +104,7 @@ def read_record(
                     "iscrowd": int(difficult == "ignore" and element.findtext("difficult", "0").strip() == "1"),
                 }
             )
-    return {
-        "file_name": image,
-        "image_id": image_id,
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-    }
+    return {"file_name": image, "image_id": image_id, "height": height, "width": width, "annotations": annotations}
 
 
 def _class_name(element: Element) -> str:
@@ -121,24 +125,22 @@ def _declared_size(annotation: Element, xml: str) -> tuple[int, int] | None:
 def _read_box(element: Element, size: tuple[int, int], where: str) -> list[float]:
     texts = [element.findtext(f"bndbox/{side}", "").strip() for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
-        x0, y0, x1, y1 = map(float, texts)
+        box = [float(text) for text in texts]
     except ValueError:
-        raise DataError("box that is not four numbers", f"{where}: {texts}.") from None
-    if x1 <= x0 or y1 <= y0:  # before the shift: a box of no size would else be one pixel wide
-        raise DataError("box of no size", f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}).")
-    return check_box((x0 - 1, y0 - 1, x1, y1), size, where)
+        raise DataError(NOT_NUMBERS, f"{where}: {texts}.") from None
+    return check_box(box, size, where, first=1)
 
 
 @functools.lru_cache(maxsize=32)
 def find_classes(root: str, on_error: str) -> tuple[str, ...]:
-    """Every class name in ``root/Annotations``, sorted; ``on_error`` "skip" passes over files that do not parse."""
+    """Return all class names in ``root/Annotations``, sorted; with ``on_error`` "skip", files that parse alone."""
     folder = need(os.path.join(root, "Annotations"), "the annotations' folder")
     files = sorted(name for name in PathManager.ls(folder) if name.endswith(".xml"))
     names, checker = set(), Checker(root, on_error)
     for name in tqdm(files, desc=f"Finding the classes of {root}", unit="file", delay=3, leave=False):
         with checker.record("image"):
             names.update(map(_class_name, parse_xml(os.path.join(folder, name)).findall("object")))
-    names.discard("")  # an object without a name is refused where its image is read
+    names.discard("")  # reading the object's image refuses it
     if not names:
         raise DataError("no classes", f"no object with a name in {folder}/*.xml; give the entry its classes: [...].")
     return tuple(sorted(names))
@@ -155,7 +157,7 @@ def _images_by_stem(folder: str) -> dict[str, list[str]]:
 
 
 def _find_image(root: str, images: dict[str, list[str]], image_id: str, annotation: Element, xml: str) -> str:
-    """The image named as the annotation is, with any extension; else, or of several, the one that <filename> names."""
+    """The image with the annotation's name and any extension; if there is none or several, the one in <filename>."""
     folder = os.path.join(root, "JPEGImages")
     found = images.get(image_id, [])
     filename = annotation.findtext("filename", "").strip()
