@@ -1,4 +1,4 @@
-"""The number of classes of a config against the data it names."""
+"""Checks that a config's model and data sets agree on the classes."""
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -9,14 +9,14 @@ from ..config import ConfigError
 
 
 def check_num_classes(cfg: CfgNode) -> None:
-    """Check, before anything is trained, that the model and all of ``DATASETS.{TRAIN, TEST}`` agree on the classes.
+    """Check that the model and all data sets of ``DATASETS.{TRAIN, TEST}`` agree on the classes.
 
-    A data set whose class names are not known yet is loaded for them. The key is ``MODEL.RETINANET.NUM_CLASSES`` for a
-    dense detector and ``MODEL.ROI_HEADS.NUM_CLASSES`` for a ``GeneralizedRCNN``; other models are not compared, only
-    the data sets with each other. Data sets without class names are passed over.
+    The model's number is ``MODEL.RETINANET.NUM_CLASSES`` for a dense detector and ``MODEL.ROI_HEADS.NUM_CLASSES`` for a
+    ``GeneralizedRCNN``; for other models, the data sets are compared with each other alone. Data sets are loaded if
+    they learn their class names from their files; those without class names are skipped.
 
     Raises:
-        ConfigError: a data set is not registered; or the number or the names differ; the message says what to set.
+        ConfigError: a data set is not registered, or the number or the names differ; the message says what to set.
     """
     names = {
         dataset: classes
@@ -56,10 +56,10 @@ def _class_names(dataset: str, key: str) -> list[str] | None:
 
 
 def check_registered(dataset: str, key: str) -> None:
-    """Check that there is a data set of the name that ``key`` gives.
+    """Check that ``dataset``, which ``key`` names, is registered.
 
     Raises:
-        ConfigError: it is not registered.
+        ConfigError: it is not.
     """
     if dataset not in DatasetCatalog:
         raise ConfigError(
@@ -69,7 +69,7 @@ def check_registered(dataset: str, key: str) -> None:
 
 
 def is_dense_detector(architecture: str) -> bool:
-    """Whether this registered meta-architecture is a RetinaNet, Detectron2's or FocalRetinaNet, or of their kind.
+    """Return whether a meta-architecture is a one-stage detector such as Detectron2's RetinaNet or FocalRetinaNet.
 
     Raises:
         ConfigError: it is not registered.

@@ -1,13 +1,12 @@
-"""A small real data set: trees from the air, cut from two images that ship inside the package ``deepforest``.
+"""A small real data set: trees from the air, cut from two images in the package ``deepforest``.
 
 ``python -m focal_plugin.data.quickstart --output datasets/quickstart_trees`` writes ``train`` and ``val``, each a data
 set in COCO's format (``annotations.json`` and ``images/``) of one class, Tree. The two images show different places.
 
 A tree that the edge of a tile cuts is clipped to the tile. If at least ``min_inside`` of its box's area is inside, it
-is an object there. If less, it is a crowd: not trained on, and in evaluation neither asked for nor punished, that is, a
-detection that matches no object and lies in the crowd (for AP50, by half of its own area) is left out of the count.
-Neighbouring tiles overlap, so a tree in the overlap is an object of each tile that holds enough of it: AP is that of
-the tiles, in which such trees count more than once, found or not.
+is an object of the tile; otherwise it is a crowd: not trained on, and in evaluation a detection that matches no object
+and lies in it does not count (for AP50, if half of the detection's area does). Neighbouring tiles overlap, so a tree in
+the overlap may be an object of several tiles, and counts in each of them.
 """
 
 import argparse
@@ -24,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .records import Checker
+from .tiles import overlapping_spans
 from .voc import parse_xml, read_record
 
 SOURCES = {"train": "2019_YELL_2_528000_4978000_image_crop2", "val": "2019_YELL_2_541000_4977000_image_crop"}
@@ -32,10 +32,10 @@ _MARK = "quickstart.json"  # written last, with what the folder was made from
 
 
 def source_folder() -> Path:
-    """The folder of the images in the installed package ``deepforest``, which is found but never imported.
+    """Return the folder of the images in the installed package ``deepforest``, without importing it.
 
     Raises:
-        FileNotFoundError: the package or one of its files is not there; the message says how to install it.
+        FileNotFoundError: the package or one of its files is missing; the message says how to install it.
     """
     spec = importlib.util.find_spec("deepforest")
     folders = [Path(folder) / "data" for folder in (spec and spec.submodule_search_locations) or []]
@@ -50,28 +50,26 @@ def source_folder() -> Path:
 
 
 def tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Cut a side of ``length`` pixels into spans (start, stop) of one size near ``tile`` that overlap by ``overlap``.
+    """Cut a side of ``length`` pixels into spans (start, stop) that overlap by at least ``overlap`` pixels.
 
-    The size is the one that leaves no rest; rounding to whole pixels may add to the overlap, never take from it.
+    All have one size, the one near ``tile`` that leaves no rest.
     """
     count = max(1, round((length - overlap) / (tile - overlap)))
-    size = math.ceil((length + (count - 1) * overlap) / count)
-    starts = [round(i * (length - size) / max(count - 1, 1)) for i in range(count)]
-    return [(start, start + size) for start in starts]
+    return overlapping_spans(length, math.ceil((length + (count - 1) * overlap) / count), overlap)
 
 
 def clip_to_tile(
     boxes: np.ndarray, tile: tuple[int, int, int, int], min_inside: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes that reach into a tile, in its coordinates, and which of them are objects there.
+    """Clip (G, 4) XYXY boxes to a tile.
 
     Args:
-        boxes: (G, 4) XYXY in the pixels of the whole image.
+        boxes: in pixels of the whole image.
         tile: (x0, y0, x1, y1) of the tile.
-        min_inside: the share of a box's area that must be inside for an object.
+        min_inside: the least share of an object's area that is inside.
 
     Returns:
-        The (M, 4) clipped boxes that have an area, and (M,) bool: enough is inside.
+        (M, 4) boxes in pixels of the tile, of those that reach into it; and (M,) bool, whether they are objects there.
     """
     x0, y0, x1, y1 = tile
     clipped = np.clip(boxes, [x0, y0, x0, y0], [x1, y1, x1, y1])
@@ -82,19 +80,19 @@ def clip_to_tile(
 
 
 def make_quickstart(output: str, tile: int = 400, overlap: int = 110, min_inside: float = 0.5) -> Path:
-    """Cut the two images into tiles and write them to ``output``/{train, val}; if that was done before, do nothing.
+    """Cut the two images into tiles and write them to ``output``/{train, val}, unless that was done before.
 
     Args:
         output: the folder to make.
-        tile: about the side of a tile in pixels; what fits the image without a rest is near it.
-        overlap: pixels that neighbouring tiles share. By default more than the widest tree, so that every tree is whole
-            in some tile.
-        min_inside: the share of a box's area in (0, 1] that makes it an object of a tile rather than a crowd.
+        tile: the approximate side of a tile, in pixels.
+        overlap: the pixels that neighbouring tiles share. By default more than the widest tree, so that every tree is
+            whole in some tile.
+        min_inside: the least share, in (0, 1], of an object's area that is inside a tile; of a crowd's less is.
 
     Raises:
-        FileExistsError: ``output`` is there and was not made by this function with the same arguments.
+        FileExistsError: ``output`` exists and was not made by this function with the same arguments.
         FileNotFoundError: the package deepforest is not installed.
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
     if not 0 <= overlap < tile or not 0 < min_inside <= 1:
         found = f"tile {tile}, overlap {overlap}, min_inside {min_inside}"
@@ -119,7 +117,7 @@ def make_quickstart(output: str, tile: int = 400, overlap: int = 110, min_inside
 
 
 def _is_made(folder: Path, made_from: dict) -> bool:
-    """Whether ``folder`` holds these tiles already; an error if it holds anything else."""
+    """Whether ``folder`` holds these tiles; raise a ``FileExistsError`` if it holds anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     mark = folder / _MARK
@@ -165,19 +163,17 @@ def _cut(source: Path, stem: str, folder: Path, tile: int, overlap: int, min_ins
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """The command line: ``python -m focal_plugin.data.quickstart --help``."""
+    """Run the command line; see ``--help``."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Write the quickstart's data: tiles of airborne images with trees."
+        prog=prog,
+        description="Write the quickstart's data set: tiles of aerial images with trees.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--output", default="datasets/quickstart_trees", help="the folder to make")
+    parser.add_argument("--tile", type=int, default=400, help="the approximate side of a tile, in pixels")
+    parser.add_argument("--overlap", type=int, default=110, help="the pixels that neighbouring tiles share")
     parser.add_argument(
-        "--output", default="datasets/quickstart_trees", help="the folder to make (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tile", type=int, default=400, help="about the side of a tile in pixels (default: %(default)s)"
-    )
-    parser.add_argument("--overlap", type=int, default=110, help="pixels that tiles share (default: %(default)s)")
-    parser.add_argument(
-        "--min-inside", type=float, default=0.5, help="share of a box that makes it an object (default: %(default)s)"
+        "--min-inside", type=float, default=0.5, help="the least share of an object's area that is inside a tile"
     )
     args = parser.parse_args(argv)
     try:

@@ -4,11 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from focal_plugin import add_focal_config, merge_from_file
 from focal_plugin.config.load import load_config
 from focal_plugin.data import DataError, FocalDatasetMapper, register_local_datasets
 from focal_plugin.deploy import ImageError, Predictor, fast_dtype, optimize_for_inference
@@ -290,6 +292,19 @@ def test_the_callers_config_stays_as_it_is(tiny_config, weights):
     predictor = Predictor(cfg, weights, score_thresh=0.5, tta=True)
     assert cfg.dump() == before and cfg.is_frozen()
     assert weights == predictor.cfg.MODEL.WEIGHTS
+
+
+def test_a_config_node_serves_as_well_as_its_file(tiny_config, weights, tmp_path):
+    """In a new process its data sets are not registered, and the frequencies of its classes not counted."""
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.FOCAL.BIAS_INIT.NAME", "ClassFrequencyBiasInit"]
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    merge_from_file(cfg, tiny_config)
+    cfg.merge_from_list(opts)
+    path = tmp_path / "shapes_test/0.png"
+    found = Predictor(cfg, weights, optimize=False)
+    assert found.metadata.thing_classes == ["square", "disc"] and len(found.cfg.MODEL.FOCAL.CLASS_FREQUENCIES) == 2
+    assert_same(found(path), Predictor(tiny_config, weights, opts=opts, optimize=False)(path))
 
 
 def test_weights_that_are_not_the_models_are_refused(tiny_config, weights, tmp_path):
