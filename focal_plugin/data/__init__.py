@@ -1,6 +1,6 @@
 """Data sets described in a config, and checks of data before it is used."""
 
-from .classes import check_num_classes, check_registered, is_dense_detector
+from .classes import check_num_classes, check_registered, class_names, is_dense_detector
 from .files import check_files, check_files_of
 from .local import register_local_dataset, register_local_datasets
 from .mapper import FocalDatasetMapper, build_augmentations
@@ -14,6 +14,7 @@ __all__ = [
     "check_files_of",
     "check_num_classes",
     "check_registered",
+    "class_names",
     "is_dense_detector",
     "register_local_dataset",
     "register_local_datasets",

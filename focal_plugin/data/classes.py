@@ -18,12 +18,12 @@ def check_num_classes(cfg: CfgNode) -> None:
     Raises:
         ConfigError: a data set is not registered, or the number or the names differ; the message says what to set.
     """
-    names = {
-        dataset: classes
-        for key in ("TRAIN", "TEST")
-        for dataset in cfg.DATASETS[key]
-        if (classes := _class_names(dataset, f"DATASETS.{key}")) is not None
-    }
+    names = {}
+    for key in ("TRAIN", "TEST"):
+        for dataset in cfg.DATASETS[key]:
+            check_registered(dataset, f"DATASETS.{key}")
+            if (classes := class_names(dataset)) is not None:
+                names[dataset] = classes
     if not names:
         return
     first, classes = next(iter(names.items()))
@@ -46,11 +46,11 @@ def check_num_classes(cfg: CfgNode) -> None:
         )
 
 
-def _class_names(dataset: str, key: str) -> list[str] | None:
-    check_registered(dataset, key)
+def class_names(dataset: str) -> list[str] | None:
+    """Return the class names of a registered data set, which is loaded if it learns them from its files."""
     metadata = MetadataCatalog.get(dataset)
     if metadata.get("thing_classes") is None:
-        DatasetCatalog.get(dataset)  # most sets learn their class names from their files
+        DatasetCatalog.get(dataset)
     classes = metadata.get("thing_classes")
     return None if classes is None else list(classes)
 

@@ -1,4 +1,4 @@
-"""What to predict on: the images, videos and cameras that the words of a command line stand for."""
+"""The inputs of a prediction: the images, videos and cameras that words of a command line name."""
 
 import glob
 import os
@@ -9,8 +9,8 @@ IMAGES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 
-class InputError(ValueError):
-    """A word that stands for nothing to predict on. The message says what was expected."""
+class ImageError(ValueError):
+    """An image, video or camera that cannot be found or read. The message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,26 @@ class Source:
 
 
 def find_sources(words: Sequence[str]) -> list[Source]:
-    """The sources that ``words`` stand for, in their order.
+    """Return the sources that ``words`` name, in their order.
 
-    Each is a file; a folder, for the images right in it; a pattern such as ``imgs/**/*.jpg``, for the files that match,
-    in which ``**`` stands for any folders; or a number, for a camera. A file whose name ends as a video's does is one.
+    A word is a file; a folder, for the images directly in it; a pattern such as ``imgs/**/*.jpg``, for the files that
+    match, where ``**`` matches any folders; or a number, for a camera. A file is a video by the ending of its name.
 
     Raises:
-        InputError: there is no word, no such file, no image in the folder, or no file that matches.
+        ImageError: there is no word, no such file, no image in the folder, or no file that matches.
     """
     if not words:
-        raise InputError("Nothing to predict on: expected an image, a folder, a pattern, a video or a camera's number.")
+        raise ImageError("Nothing to predict on: expected an image, a folder, a pattern, a video or a camera's number.")
     return [source for word in words for source in _find(word)]
 
 
 def _find(word: str) -> list[Source]:
     if os.path.isdir(word):
-        # A file that cannot be read is found as well: it is for whoever reads it to say so.
+        # Files that cannot be read are included: reading them raises the error.
         paths = sorted(os.path.join(word, name) for name in os.listdir(word) if name.lower().endswith(IMAGES))
         paths = [path for path in paths if not os.path.isdir(path)]
         if not paths:
-            raise InputError(f"{word} is a folder without an image ({', '.join(IMAGES)}); its subfolders are not read.")
+            raise ImageError(f"{word} is a folder without an image ({', '.join(IMAGES)}); its subfolders are not read.")
         return [Source(path, "image") for path in paths]
     if os.path.exists(word):
         return [_of_file(word)]
@@ -55,9 +55,9 @@ def _find(word: str) -> list[Source]:
     if glob.has_magic(word):
         paths = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
         if not paths:
-            raise InputError(f"No file matches {word} (current folder: {os.getcwd()}).")
+            raise ImageError(f"No file matches {word} (current folder: {os.getcwd()}).")
         return [_of_file(path) for path in paths]
-    raise InputError(
+    raise ImageError(
         f"There is no {word} (current folder: {os.getcwd()}); expected an image, a folder, a pattern, a video, or the "
         "number of a camera. Keys of the config follow after all of them, in pairs KEY VALUE."
     )

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import add_focal_config
 from ..config.explain import merge_from_list
 from ..config.load import build_model, load_config, prepare
-from ..data import DataError
+from ..data import DataError, class_names
 from ..engine import AtomicCheckpointer
 from ..files.safe_load import WeightsError
 from ..files.weights import missing_file
@@ -20,15 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode:
-    """A config that is not frozen: a copy of a ``CfgNode``, or what ``load_config`` makes of a file.
+    """Return a config that is ready to run and not frozen: of a file, or a copy of a ``CfgNode``.
 
     Args:
         config: a config, or a YAML file by its path or a name that ``find_config`` finds.
         opts: ``KEY VALUE`` pairs that change it.
 
     Raises:
-        ValueError: it is an empty path. ``ConfigError``, a ValueError: it is a ``.py`` file, or ``opts`` are no keys
-            of it with their values.
+        ValueError: ``config`` is an empty path; or a ``ConfigError``, see ``load_config``.
     """
     if not isinstance(config, CfgNode):
         path = os.fspath(config)
@@ -44,11 +43,11 @@ def read_config(config: CfgNode | str | os.PathLike, opts: Sequence[str] = ()) -
 
 
 def load_model(cfg: CfgNode) -> nn.Module:
-    """The model of a config with ``MODEL.WEIGHTS``, all of them, in eval mode on its device.
+    """Return the model of a config with ``MODEL.WEIGHTS``, in eval mode on its device.
 
     Raises:
         FileNotFoundError: ``MODEL.WEIGHTS`` is empty or no file.
-        WeightsError: the file holds no weights, not all of this model's in their shapes, or those of a larger model.
+        WeightsError: the file has no weights, or not exactly those of the model's backbone and head, in their shapes.
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
@@ -58,36 +57,31 @@ def load_model(cfg: CfgNode) -> nn.Module:
     model = build_model(cfg)
     checkpointer = AtomicCheckpointer(model)
     checkpointer.load(path)
-    # A smaller network would detect something with a part of the weights; other heads, such as masks, may be left out.
+    # With a part of the weights a smaller network would detect something. Other heads, such as masks, are not needed.
     excess = [name for name in checkpointer.fit.unexpected if name.startswith(("backbone.", "head."))]
     if problems := checkpointer.fit._replace(unexpected=excess).problems():
         listed = "\n  ".join(problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5))
         raise WeightsError(
-            f"{path} has not the weights of this config's model; expected a checkpoint of training with it, with the "
-            "same classes (to train on from one with others: `python -m focal_plugin.deploy.convert classes`):\n  "
-            f"{listed}"
+            f"The weights in {path} do not fit the config's model; expected a checkpoint trained with this config, for "
+            f"the same classes (`python -m focal_plugin.deploy.convert classes` maps others):\n  {listed}"
         )
     return model.eval()
 
 
 def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
-    """The metadata of the first data set of ``DATASETS.TEST``, or else ``TRAIN``, that knows its ``thing_classes``.
+    """Return the metadata of the first data set of ``DATASETS.TEST``, or else ``TRAIN``, with class names.
 
-    A data set that knows them from its files is read for them. Without any, the classes go by their numbers.
+    A data set that learns its class names from its files is loaded. Without any, the classes are numbered.
 
     Raises:
         ValueError: the data set has another number of classes than the model.
     """
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name not in DatasetCatalog:
-            continue
-        metadata = MetadataCatalog.get(name)
         try:
-            if metadata.get("thing_classes") is None:
-                DatasetCatalog.get(name)
+            classes = class_names(name) if name in DatasetCatalog else None
         except (DataError, OSError) as error:
-            logger.warning(f"The classes' names are not known from {name!r}: {error}")
-        classes = metadata.get("thing_classes")
+            logger.warning(f"The class names of {name!r} are not known: {error}")
+            continue
         if classes is None:
             continue
         expected = _num_classes(model)
@@ -96,8 +90,8 @@ def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
                 f"The model has {expected} classes, but {name!r} of the config's DATASETS has {len(classes)}: expected "
                 "the config that the weights were trained with."
             )
-        return metadata
-    logger.warning("No data set of the config's DATASETS knows the names of the classes: they go by their numbers.")
+        return MetadataCatalog.get(name)
+    logger.warning("No data set of the config's DATASETS has class names: the classes are numbered.")
     return Metadata()
 
 

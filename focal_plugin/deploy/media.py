@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from matplotlib.colors import to_rgb
 
 from ..evaluation.style import class_color
-from .inputs import Source
+from .inputs import ImageError, Source
 
 try:
     import cv2
@@ -26,10 +26,6 @@ _MOST_PIXELS = 40_000_000  # to draw on: Visualizer needs some 20 bytes a pixel
 _DEFAULT_FPS = 25.0  # for cameras that report none
 
 
-class VideoError(ValueError):
-    """A video or camera that cannot be read. The message names it."""
-
-
 class Video:
     """The frames of a video file or a camera, (H, W, 3) uint8 arrays in BGR.
 
@@ -38,14 +34,14 @@ class Video:
         num_frames: the number of frames that the file announces, or None.
 
     Raises:
-        VideoError: it cannot be opened, or, while iterating, has no frame.
+        ImageError: it cannot be opened, or, while iterating, has no frame.
     """
 
     def __init__(self, source: Source):
         self.name = f"camera {source.path}" if source.kind == "camera" else source.path
         self._capture = cv2.VideoCapture(int(source.path) if source.kind == "camera" else source.path)
         if not self._capture.isOpened():
-            raise VideoError(f"{self.name} cannot be opened by OpenCV {cv2.__version__}; expected a video or a camera.")
+            raise ImageError(f"{self.name} cannot be opened by OpenCV {cv2.__version__}; expected a video or a camera.")
         fps, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.fps = fps if 0 < fps < 1000 else _DEFAULT_FPS
         self.num_frames = int(count) if source.kind == "video" and 0 < count < 1e9 else None
@@ -59,7 +55,7 @@ class Video:
         finally:
             self._capture.release()
         if number == 0:
-            raise VideoError(f"{self.name} has no frame that OpenCV {cv2.__version__} can read.")
+            raise ImageError(f"{self.name} has no frame that OpenCV {cv2.__version__} can read.")
         if self.num_frames is not None and number < self.num_frames:
             logger.warning(f"{self.name} announces {self.num_frames} frames and ends after {number}.")
 

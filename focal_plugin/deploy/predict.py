@@ -1,16 +1,17 @@
-"""Detect objects in images, videos and the pictures of a camera: annotated copies, and all detections as JSON.
+"""Detect objects in images, videos and camera pictures; write annotated copies, and all detections as JSON.
 
     python -m focal_plugin.deploy.predict --config-file output/config.yaml --weights output/model_final.pth \\
         street.jpg photos/ "more/**/*.png" drive.mp4 --output found
 
-An INPUT is an image, a folder (the images right in it), a pattern, a video, or the number of a camera, which Ctrl+C
-stops. In the output folder each gets a copy with its detections drawn on it, and all together detections.json, in
-COCO's format for results, with images.json, the images and categories that its ids stand for: pycocotools reads them
-with COCO("images.json").loadRes("detections.json"), but for an empty list. Nothing is overwritten: a name that is taken
-gets a number. A video of odd width or height loses its last column or row in its copy: OpenCV writes even sizes.
+An INPUT is an image, a folder (the images directly in it), a pattern, a video, or the number of a camera, which Ctrl+C
+stops. Each gets an annotated copy in the output folder. detections.json has all detections in COCO's results format;
+images.json has the images and categories that its ids refer to. pycocotools reads both with
+COCO("images.json").loadRes("detections.json"), unless there is no detection. No file is overwritten: if a name is
+taken, a number is added. The copy of a video of odd width or height has one column or row less, since OpenCV writes
+even sizes.
 
-An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1, as where the
-disk is full. It is 2 if nothing could begin. Images are read and resized as in evaluation (INPUT.FORMAT,
+An input that cannot be read does not stop the others: it is listed at the end, and the exit code is 1, as it is if the
+disk is full. It is 2 if nothing could be started. Images are read and resized as in evaluation (INPUT.FORMAT,
 INPUT.MIN_SIZE_TEST, ...).
 """
 
@@ -30,13 +31,13 @@ from tqdm import tqdm
 
 from ..config.explain import split_pairs
 from ..files.write import free_paths
-from .inputs import Source, find_sources
-from .media import VIDEO_CODECS, Video, VideoError, VideoOutput, draw
-from .predictor import ImageError, Predictor
+from .inputs import ImageError, Source, find_sources
+from .media import VIDEO_CODECS, Video, VideoOutput, draw
+from .predictor import Predictor
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m focal_plugin.deploy.predict",
         description=__doc__,
@@ -44,7 +45,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         usage="%(prog)s --config-file FILE [--weights FILE] INPUT ... --output DIR [options] [KEY VALUE ...]",
     )
     parser.add_argument(
-        "words", nargs="+", metavar="INPUT ... KEY VALUE", help="what to predict on, then changes of the config"
+        "words", nargs="+", metavar="INPUT ... KEY VALUE", help="what to predict on, then changes to the config"
     )
     parser.add_argument(
         "--config-file",
@@ -54,12 +55,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="leave out lower scores (default: %(default)s)")
+    parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score (default: %(default)s)")
     parser.add_argument(
         "--tile", type=int, default=0, metavar="SIZE", help="cut larger images into tiles of SIZE × SIZE pixels"
     )
-    parser.add_argument("--overlap", type=int, metavar="PX", help="what neighbouring tiles share (default: SIZE / 5)")
-    parser.add_argument("--no-optimize", action="store_true", help="the model as it was trained, not the faster one")
+    parser.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: SIZE / 5)")
+    parser.add_argument("--no-optimize", action="store_true", help="do not fold norms or use bfloat16")
     parser.add_argument(
         "--tta", action="store_true", help="test-time augmentation by the keys of TEST.AUG (MIN_SIZES, MAX_SIZE, FLIP)"
     )
@@ -67,7 +68,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Predict. 0; 1 if not all was read and written; 2 for what the user can put right before; 130 after Ctrl+C."""
+    """Predict. Return 0, 1 if not all was read and written, 2 for a mistake of the user's, or 130 after Ctrl+C."""
     args = build_parser(prog).parse_intermixed_args(argv)
     try:
         words, opts = split_pairs(args.words)
@@ -92,10 +93,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         predict(predictor, sources, args.output, results, problems)
     except KeyboardInterrupt:
-        print("Stopped. What was done so far is kept.", file=sys.stderr)
+        print("Stopped. The results so far are kept.", file=sys.stderr)
         code = 130
     except OSError as error:
-        print(f"error: {error}. What was done so far is kept.", file=sys.stderr)
+        print(f"error: {error}. The results so far are kept.", file=sys.stderr)
         code = 1
     finally:
         is_saved = _save(results, args.output)
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _save(results: "Results", folder: str) -> bool:
-    """Whether the JSON files could be written to ``folder``, which is said."""
+    """Write the JSON files to ``folder``, print the result, and return whether it worked."""
     try:
         written = results.save(folder)
     except OSError as error:
@@ -118,7 +119,7 @@ def _save(results: "Results", folder: str) -> bool:
 def predict(
     predictor: Predictor, sources: Sequence[Source], folder: str, results: "Results", problems: list[str]
 ) -> None:
-    """Predict on every source: write annotated copies to ``folder``, and add to ``results`` and ``problems``.
+    """Predict on each source: write annotated copies to ``folder``, and add to ``results`` and ``problems``.
 
     Raises:
         OSError: something could not be written.
@@ -131,7 +132,7 @@ def predict(
                     bar.update()
                 else:
                     predict_video(predictor, Video(source), folder, results, bar)
-            except (ImageError, VideoError) as error:
+            except ImageError as error:
                 problems.append(str(error))
                 bar.update()
             except KeyboardInterrupt:
@@ -143,11 +144,11 @@ def predict_image(predictor: Predictor, path: str, folder: str, results: "Result
     """Predict on an image file.
 
     Raises:
-        ImageError: it cannot be read, or not be resized.
+        ImageError: it cannot be read or resized.
     """
     try:
         image = predictor.read(path)  # (H, W, C) in INPUT.FORMAT
-    except FileNotFoundError as error:  # a link to nothing
+    except FileNotFoundError as error:  # a broken link
         raise ImageError(f"{path} cannot be read: {error}") from error
     try:
         (instances,) = predictor.detect([image])
@@ -165,7 +166,7 @@ def predict_video(predictor: Predictor, video: Video, folder: str, results: "Res
     """Predict on each frame of a video or camera.
 
     Raises:
-        VideoError: there is no frame that can be read.
+        ImageError: no frame can be read.
     """
     bar.total += (video.num_frames or 1) - 1
     name = os.path.splitext(os.path.basename(video.name))[0]
@@ -179,16 +180,16 @@ def predict_video(predictor: Predictor, video: Video, folder: str, results: "Res
 
 
 class Results:
-    """Detections in COCO's format for results, and the images and categories that their ids stand for.
+    """Detections in COCO's results format, and the images and categories that their ids refer to.
 
     Args:
-        metadata: the names of the classes, and the ids of their categories if the data set has its own; otherwise a
-            category's id is the index of its class.
+        metadata: the class names, and the ids of the categories if the data set has its own; otherwise a category's id
+            is the index of its class.
 
     Attributes:
-        images: an entry an image, whose id counts from 1. ``file_name`` is the path as it was given, ``annotated`` the
-            name of the annotated copy, and ``frame_id`` the number of a video's frame, from 0.
-        detections: an entry a detection.
+        images: an entry for each image, with ids from 1. ``file_name`` is the path as given, ``annotated`` the name of
+            the annotated copy, and ``frame_id`` the number of a video's frame, from 0.
+        detections: an entry for each detection.
     """
 
     def __init__(self, metadata: Metadata):
@@ -198,7 +199,7 @@ class Results:
         self._ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
 
     def add(self, instances: Instances, **image) -> None:
-        """Add an image with its detections, on the CPU; ``image`` is what else its entry says."""
+        """Add an image with its detections, which are on the CPU; ``image`` are further fields of its entry."""
         height, width = instances.image_size
         self.images.append({"id": len(self.images) + 1, **image, "height": height, "width": width})
         for detection in instances_to_coco_json(instances, len(self.images)):
@@ -206,15 +207,15 @@ class Results:
             self.detections.append({**detection, "category_id": self._ids.get(index, index)})
 
     def save(self, folder: str) -> list[str]:
-        """Write detections.json and images.json, with the same number where one of the names is taken; their paths.
+        """Write detections.json and images.json and return their paths. Both have the same number, if any.
 
         Raises:
-            OSError: one could not be written, and is not there.
+            OSError: one could not be written, and was removed.
         """
         found = sorted({detection["category_id"] for detection in self.detections})
         names = dict(enumerate(self._names)) if self._names else {index: str(index) for index in found}
         content = {
-            "info": {"description": "The images that the detections beside are of."},
+            "info": {"description": "The images of the detections."},
             "images": self.images,
             "annotations": [],
             "categories": [{"id": self._ids.get(index, index), "name": name} for index, name in names.items()],

@@ -1,4 +1,4 @@
-"""A trained model that takes images as they are: files and arrays, of any size, in tiles, with augmentation."""
+"""A trained model for images in files and arrays, of any size, in tiles, with test-time augmentation."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..data import DataError
 from ..data.mapper import readable_image
+from .inputs import ImageError
 from .loading import class_metadata, load_model, read_config
 from .optimize import optimize_for_inference
 from .tiles import Window, merge_tiles, tile_windows
@@ -24,41 +25,36 @@ from .tta import with_tta
 _WITHOUT_INSTANCES = ("ProposalNetwork", "SemanticSegmentor")  # of Detectron2's models
 
 
-class ImageError(ValueError):
-    """An image that cannot be read. The message names the file and why."""
-
-
 class Predictor:
     """Detects objects in images: ``Predictor("config.yaml", "model_final.pth")("street.jpg")`` → ``Instances``.
 
-    Images are read, turned by their EXIF orientation and resized as in Detectron2's evaluation, so that a model finds
-    in a file what it finds there: ``INPUT.{FORMAT, MIN_SIZE_TEST, MAX_SIZE_TEST}``.
+    Images are read, turned by their EXIF orientation and resized (``INPUT.{FORMAT, MIN_SIZE_TEST, MAX_SIZE_TEST}``) as
+    in Detectron2's evaluation, so detections are the same as there.
 
     Args:
         config: a config, or a YAML file by its path or a name that ``find_config`` finds.
         weights: of the model; empty, those of ``MODEL.WEIGHTS``.
         opts: ``KEY VALUE`` pairs that change the config.
-        score_thresh: detections with a lower score are left out; None, those that the config leaves out
-            (``MODEL.RETINANET.SCORE_THRESH_TEST``).
-        tile: cut images that are larger into overlapping tiles with this side, in pixels; 0, never. Files of any size
-            are read then, not only those of up to 179 million pixels, which is where Pillow stops. Each tile is an
-            image for the network, resized as one; so is the image as a whole, for objects larger than a tile, unless
-            ``INPUT.MIN_SIZE_TEST`` is 0, which leaves all in their size. How their detections become one set, of boxes
-            alone and of any number: ``focal_plugin.deploy.tiles.merge_tiles``.
+        score_thresh: the lowest score of a detection; None, ``MODEL.RETINANET.SCORE_THRESH_TEST``.
+        tile: cut larger images into overlapping tiles with this side, in pixels; 0, never. With tiles, files of more
+            than 179 million pixels, Pillow's limit, are read too. Each tile is resized and detected as an image. So is
+            the whole image, for objects larger than a tile, unless ``INPUT.MIN_SIZE_TEST`` is 0 and nothing is resized.
+            ``focal_plugin.deploy.tiles.merge_tiles`` merges the detections; of these, boxes alone remain.
         overlap: the least number of pixels that neighbouring tiles share; None, a fifth of a tile.
-        optimize: use ``optimize_for_inference`` of the model; compiled, if ``MODEL.FOCAL.INFERENCE.COMPILE``.
-        tta: test-time augmentation by the keys of ``TEST.AUG``; None, as ``TEST.AUG.ENABLED`` says. Its copies are
-            resized from the image itself, not from that of ``INPUT.MIN_SIZE_TEST``.
-        batch_size: how many images, or tiles, or augmented copies, go through the network together.
+        optimize: use ``optimize_for_inference`` of the model, compiled if ``MODEL.FOCAL.INFERENCE.COMPILE``.
+        tta: test-time augmentation by the keys of ``TEST.AUG``; None, as ``TEST.AUG.ENABLED``. Its copies are made from
+            an image's own size, not that of ``INPUT.MIN_SIZE_TEST``.
+        batch_size: the number of images, tiles or augmented copies that go through the network together.
 
     Attributes:
-        cfg: the config. metadata: Detectron2's ``Metadata`` of the classes, whose names are its ``thing_classes``.
-        model: what images go through.
+        cfg: the config.
+        metadata: Detectron2's ``Metadata`` of the classes, with their names in ``thing_classes``.
+        model: the network, optimised and augmented.
 
     Raises:
         FileNotFoundError: the config or the weights are no file.
-        ValueError: they do not belong together, the model is no detector, or an option is out of range.
-            ``WeightsError`` and ``ConfigError``, for files that cannot be read, are ValueErrors.
+        ValueError: they do not fit each other, the model is no detector, or an option is out of range; or a
+            ``WeightsError`` or ``ConfigError``.
     """
 
     def __init__(
@@ -103,18 +99,18 @@ class Predictor:
         self._tile, self._overlap, self._batch_size = tile, overlap, batch_size
 
     def __call__(self, images) -> Instances | list[Instances]:
-        """The detections in an image, or a list of those in several; best first, on the CPU.
+        """Return the detections in an image, or a list of those in several; best first, on the CPU.
 
         Args:
             images: an image or a sequence of them, each a path or an (H, W, 3) uint8 array in BGR, as OpenCV's are.
 
         Returns:
-            ``Instances`` with ``pred_boxes`` (XYXY in pixels of the image), ``scores`` and ``pred_classes``, and what
-            else the model predicts.
+            ``Instances`` with ``pred_boxes`` (XYXY in pixels of the image), ``scores``, ``pred_classes``, and other
+            predictions of the model.
 
         Raises:
-            ImageError: a file that is no image, is damaged, or has values of more than 8 bits; an image that is too
-                narrow to be resized.
+            ImageError: a file is no image, is damaged, or has more than 8 bits a channel; an image is too narrow to be
+                resized.
             FileNotFoundError: there is no such file.
             ValueError: an array of another shape or dtype. TypeError: neither an array nor a path.
         """
@@ -123,7 +119,7 @@ class Predictor:
         return found[0] if single else found
 
     def read(self, image: np.ndarray | str | os.PathLike) -> np.ndarray:
-        """An image, a path or an (H, W, 3) uint8 array in BGR, as the network wants it: (H, W, C) in ``INPUT.FORMAT``.
+        """Return an image, a path or an (H, W, 3) uint8 array in BGR, as (H, W, C) in ``INPUT.FORMAT``.
 
         Raises:
             ImageError, FileNotFoundError, ValueError, TypeError: see ``__call__``.
@@ -148,7 +144,7 @@ class Predictor:
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """The detections in each of some images that are as ``read`` returns them; see ``__call__``."""
+        """Return the detections in each of several images that ``read`` returned; see ``__call__``."""
         windows = [self._windows(*image.shape[:2]) for image in images]
         views = [(image, window) for image, here in zip(images, windows) for window in here]
         found = []
@@ -164,7 +160,7 @@ class Predictor:
         return results
 
     def _windows(self, height: int, width: int) -> list[Window]:
-        """The parts of an image that go through the network."""
+        """The windows of an image that go through the network: its tiles, and the whole image."""
         whole = (0, 0, width, height)
         if not self._tile or max(height, width) <= self._tile:
             return [whole]
@@ -172,7 +168,7 @@ class Predictor:
         return windows + [whole] * (self.cfg.TEST.AUG.ENABLED or self.cfg.INPUT.MIN_SIZE_TEST > 0)
 
     def _view(self, image: np.ndarray, window: Window) -> dict:
-        """What the model gets of the part of an image."""
+        """The model's input for a window of an image."""
         x0, y0, x1, y1 = window
         view = T.AugInput(image[y0:y1, x0:x1])
         try:
@@ -188,7 +184,7 @@ class Predictor:
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Inside, Pillow reads images of any number of pixels; from 179 million on it takes them for an attack."""
+    """Let Pillow read images of any size inside. It refuses more than 179 million pixels as a possible attack."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -197,11 +193,11 @@ def _any_size() -> Iterator[None]:
 
 
 def read_file(path: str, image_format: str) -> np.ndarray:
-    """The image in a file as Detectron2 reads it: (H, W, C) in ``image_format``, turned by its EXIF orientation.
+    """Return the image in a file as Detectron2 reads it: (H, W, C) in ``image_format``, by its EXIF orientation.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: it is no image, is damaged, or has values of more than 8 bits, which training refuses as well.
+        ImageError: it is no image, is damaged, or has more than 8 bits a channel, which training refuses as well.
     """
     if not PathManager.exists(path):
         raise FileNotFoundError(f"There is no image {path} (current folder: {os.getcwd()}).")
@@ -212,7 +208,7 @@ def read_file(path: str, image_format: str) -> np.ndarray:
         too_large = isinstance(error.__cause__, Image.DecompressionBombError)
         hint = " With tile (--tile), images of any size are read." if too_large else ""
         raise ImageError(f"{error}{hint}") from error
-    except Exception as error:  # Pillow fails in many ways on what is damaged
+    except Exception as error:  # Pillow raises many types for damaged files
         raise ImageError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
 
 

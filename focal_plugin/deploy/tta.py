@@ -1,4 +1,4 @@
-"""Test-time augmentation for one-stage models, by Detectron2's ``TEST.AUG`` keys."""
+"""Test-time augmentation by Detectron2's ``TEST.AUG`` keys, for one-stage models too."""
 
 import logging
 import os
@@ -6,30 +6,30 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import nn
 
 from ..engine import Trainer
+from ..inference import suppress
 
 logger = logging.getLogger(__name__)
 
 
 class DenseTTA(nn.Module):
-    """A one-stage model that looks at each image several times: resized and flipped, as ``TEST.AUG`` says.
+    """Test-time augmentation for a one-stage model: each image is detected in resized and flipped copies.
 
-    It is called as the model is, in eval mode. Each image is resized from the size it comes in, so images for it are
-    best not resized before (``INPUT.MIN_SIZE_TEST 0``). The detections of all looks, in the coordinates of the original
-    image, go through the model's own NMS and limit of detections together. ``DenseTTA(cfg, model)`` makes one.
+    It is called as the model is, in eval mode. The copies are made from the image as it comes, so it is best not
+    resized before (``INPUT.MIN_SIZE_TEST 0``). The detections in all copies, in coordinates of the original image, go
+    through the model's NMS and limit of detections together. ``DenseTTA(cfg, model)`` makes one from ``TEST.AUG``.
 
     Args:
-        model: a FocalRetinaNet, RetinaNet or FCOS, or what ``optimize_for_inference`` makes of it.
-        mapper: makes of an image's dict those of its looks, each with its ``transforms``, as Detectron2's
+        model: a FocalRetinaNet, RetinaNet or FCOS, or its ``optimize_for_inference``.
+        mapper: returns the dicts of an image's copies, each with its ``transforms``, as Detectron2's
             ``DatasetMapperTTA`` does.
-        batch_size: how many looks go through the model together.
+        batch_size: the number of copies that go through the model together.
 
     Raises:
         ValueError: the model is not one-stage, or ``TEST.AUG.MIN_SIZES`` is empty.
@@ -55,11 +55,11 @@ class DenseTTA(nn.Module):
         return {"model": model, "mapper": DatasetMapperTTA(cfg), "batch_size": batch_size}
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """A dict with ``instances`` for each image, as Detectron2's models return in inference.
+        """Return a dict with ``instances`` for each image, as Detectron2's models do in inference.
 
         Args:
-            batched_inputs: dicts with ``image``, a (C, H, W) tensor on the CPU, and ``height`` and ``width`` of the
-                original image where it is of another size.
+            batched_inputs: dicts with ``image``, a (C, H, W) tensor on the CPU, and, where the original image has
+                another size, its ``height`` and ``width``.
         """
         assert not self.training, "Test-time augmentation is for inference: call eval() first."
         return [{"instances": self._detect(inputs)} for inputs in batched_inputs]
@@ -68,36 +68,33 @@ class DenseTTA(nn.Module):
     def _detect(self, inputs: dict) -> Instances:
         image = inputs["image"]  # (C, H, W)
         size = inputs.get("height", image.shape[1]), inputs.get("width", image.shape[2])
-        looks = self.mapper({"image": image, "height": size[0], "width": size[1]})
+        copies = self.mapper({"image": image, "height": size[0], "width": size[1]})
         boxes, scores, classes = [], [], []
-        for start in range(0, len(looks), self.batch_size):
-            batch = looks[start : start + self.batch_size]
-            images = [look["image"] for look in batch]  # without a size, for boxes in the pixels of the look
-            for look, output in zip(batch, self.model([{"image": image} for image in images])):
+        for start in range(0, len(copies), self.batch_size):
+            batch = copies[start : start + self.batch_size]
+            outputs = self.model([{"image": copy["image"]} for copy in batch])  # boxes in pixels of the copy
+            for copy, output in zip(batch, outputs):
                 found = output["instances"]
-                original = look["transforms"].inverse().apply_box(found.pred_boxes.tensor.cpu().numpy())  # (D, 4)
+                original = copy["transforms"].inverse().apply_box(found.pred_boxes.tensor.cpu().numpy())  # (D, 4)
                 boxes.append(torch.as_tensor(original, dtype=torch.float32, device=found.scores.device))
                 scores.append(found.scores)
                 classes.append(found.pred_classes)
-        return self._merged(size, torch.cat(boxes), torch.cat(scores), torch.cat(classes))
-
-    def _merged(
-        self, size: tuple[int, int], boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor
-    ) -> Instances:
-        """The detections of an image of ``size`` among (D, 4) boxes, (D,) scores and (D,) classes of all looks."""
-        boxes = Boxes(boxes)
-        boxes.clip(size)
-        keep = batched_nms(boxes.tensor, scores, classes, self.model.test_nms_thresh)
-        keep = keep[: self.model.max_detections_per_image]
-        return Instances(size, pred_boxes=boxes[keep], scores=scores[keep], pred_classes=classes[keep])
+        return suppress(
+            size,
+            *map(torch.cat, (boxes, scores, classes)),
+            iou_thresh=self.model.test_nms_thresh,
+            max_detections=self.model.max_detections_per_image,
+            clip=True,
+        )
 
 
 def with_tta(cfg: CfgNode, model: nn.Module, *, batch_size: int = 1) -> nn.Module:
-    """``model`` with the test-time augmentation of ``TEST.AUG``: ``DenseTTA`` of a one-stage model, Detectron2's own
-    ``GeneralizedRCNNWithTTA`` of a two-stage one.
+    """Wrap ``model`` in the test-time augmentation of ``TEST.AUG``.
+
+    That is ``DenseTTA`` for a one-stage model and Detectron2's ``GeneralizedRCNNWithTTA`` for a two-stage one.
 
     Raises:
-        ValueError: it is neither, or finds keypoints.
+        ValueError: the model is neither, or predicts keypoints.
     """
     bare = getattr(model, "module", model)
     if isinstance(bare, GeneralizedRCNN):
@@ -108,10 +105,10 @@ def with_tta(cfg: CfgNode, model: nn.Module, *, batch_size: int = 1) -> nn.Modul
 
 
 def evaluate_with_tta(cfg: CfgNode, model: nn.Module) -> dict:
-    """The results of ``model`` with test-time augmentation on ``DATASETS.TEST``, each under its name and ``_TTA``.
+    """Evaluate ``model`` with test-time augmentation on ``DATASETS.TEST``; ``_TTA`` is added to the results' names.
 
-    As in Detectron2's tools/train_net.py, but augmented from the images' own size, not from ``INPUT.MIN_SIZE_TEST``.
-    What the evaluators write goes to ``inference_TTA`` in ``OUTPUT_DIR``.
+    As in Detectron2's tools/train_net.py, but copies are made from an image's own size, not that of
+    ``INPUT.MIN_SIZE_TEST``. The evaluators write to ``inference_TTA`` in ``OUTPUT_DIR``.
     """
     logger.info("Evaluating with test-time augmentation (TEST.AUG) ...")
     cfg = cfg.clone()

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from focal_plugin.deploy import DenseTTA, Predictor, media, predict
-from focal_plugin.deploy.inputs import InputError, find_sources
+from focal_plugin.deploy.inputs import ImageError, find_sources
 from focal_plugin.deploy.predict import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Prediction\n")[1].split("\n## ")[0]
@@ -288,7 +288,7 @@ def test_what_the_words_stand_for(tmp_path, monkeypatch):
     }.items():
         assert [(source.path, source.kind) for source in find_sources([word])] == expected
     assert len(find_sources(["a", "0", "a/2.png"])) == 4
-    with pytest.raises(InputError, match="There is no b"):
+    with pytest.raises(ImageError, match="There is no b"):
         find_sources(["a", "b"])
 
 

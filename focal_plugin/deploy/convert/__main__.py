@@ -13,7 +13,7 @@ import torch
 from ...config.load import load_config
 from ...files.write import replace_file
 from .backbones import convert_resnet
-from .classes import class_names, map_classes
+from .classes import map_classes, read_class_names
 from .detectors import convert_detectron1, convert_mmdetection, convert_torchvision
 from .files import Converted, ConvertError, check_output, write
 
@@ -103,7 +103,7 @@ def _convert(args: argparse.Namespace) -> Converted:
 
 def _convert_classes(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
-    old, new = class_names(args.from_classes, cfg), class_names(args.to_classes, cfg)
+    old, new = read_class_names(args.from_classes, cfg), read_class_names(args.to_classes, cfg)
     weights, names = map_classes(cfg, args.input, old, new)
     replace_file(args.output, lambda file: torch.save({"model": weights}, file))
     for what, labels in names.items():

@@ -5,11 +5,11 @@ import os
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from torch import Tensor, nn
 
 from ...config.load import build_model
-from ...data import is_dense_detector
+from ...data import class_names, is_dense_detector
 from .files import ConvertError, find_weights, read_content
 
 _LAYER = "head.cls_score"
@@ -94,7 +94,7 @@ def _fresh_rows(cfg: CfgNode, num_classes: int) -> dict[str, Tensor]:
     return {part: rows.detach().clone().unflatten(0, (-1, num_classes)) for part, rows in parts if rows is not None}
 
 
-def class_names(text: str, cfg: CfgNode) -> list[str]:
+def read_class_names(text: str, cfg: CfgNode) -> list[str]:
     """The names that a command line gives.
 
     Args:
@@ -113,13 +113,10 @@ def class_names(text: str, cfg: CfgNode) -> list[str]:
         if text not in DatasetCatalog:
             raise ConvertError(f"DATASETS.TRAIN names {text!r}, which is not registered: give --to-classes.")
     if text in DatasetCatalog:
-        metadata = MetadataCatalog.get(text)
-        if metadata.get("thing_classes") is None:
-            DatasetCatalog.get(text)  # most sets learn their class names from their files
-        names = metadata.get("thing_classes")
+        names = class_names(text)
         if names is None:
-            raise ConvertError(f"The data set {text!r} does not know the names of its classes: list them.")
-        return list(names)
+            raise ConvertError(f"The data set {text!r} has no class names: list them.")
+        return names
     if os.path.isfile(text):
         return _names_of_file(text)
     if "," not in text and ("/" in text or text.endswith((".json", ".txt"))):
