@@ -3,14 +3,14 @@
     python -m focal_plugin.deploy.export --config-file output/config.yaml --weights output/model_final.pth \\
         --format onnx --output detector.onnx
 
-The file takes an image of any size, from 0 to 255 in the channel order of INPUT.FORMAT, resized as the config says, and
-gives boxes (XYXY in its pixels), scores and classes, best first: normalisation, padding, NMS and clipping are inside.
-The image is (3, H, W) in float32, or as --input-layout and --input-dtype say. With --raw it gives the logits and the
-deltas of each level instead. What is needed around it (channel order, image size, names of the classes; for --raw, the
-anchors) is in its metadata.
+The file takes one image of any size, resized as in the config, with values from 0 to 255 in the channel order of
+INPUT.FORMAT: (3, H, W) in float32, or as in --input-layout and --input-dtype. It returns boxes (XYXY in pixels of that
+image), scores and classes, best first; normalisation, padding, NMS and clipping are inside. With --raw it returns the
+logits and deltas of each level instead. Its metadata has what is needed around it: channel order, image size and class
+names; with --raw, the anchors.
 
-The file is kept only if it computes what the model does, in order, scores to 1e-3: on the images of --image, or on some
-of DATASETS.TEST, each as it is and reflected to a larger size. An existing file is never overwritten.
+The file is kept only if it computes what the model does (scores to 1e-3) on the images of --image, or else on some of
+DATASETS.TEST, each as it is and reflected to a larger size. An existing file is never overwritten.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from .loading import class_metadata, load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
 
-_NUM_IMAGES = 4  # of DATASETS.TEST
+_NUM_IMAGES = 4  # of DATASETS.TEST, to compare on
 
 
 def export_model(
@@ -57,23 +57,23 @@ def export_model(
     opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model to a file, and keep it if it computes the same.
+    """Write a model to a file, which is kept if it computes what the model does.
 
     Args:
-        model: a ``FocalRetinaNet`` with anchors of a ``DefaultAnchorGenerator`` or torchvision's. It stays as it is.
+        model: a ``FocalRetinaNet`` with anchors of a ``DefaultAnchorGenerator`` or torchvision's. It is not changed.
         output: the file to write.
         format: "onnx", "torchscript" or "torch-export".
-        images: by name, real images to compare on: (3, H, W), 0 to 255, as the model takes them.
-        raw: logits and deltas (``ExportedHeads``) rather than detections (``ExportedDetector``).
-        layout, dtype: of the image that the file takes, see ``ImageInput``.
-        opset: of ONNX; None, PyTorch's choice.
-        metadata: written into the file, texts as they are and all else as JSON.
+        images: real images to compare on, by name: (3, H, W), 0 to 255, as the model takes them.
+        raw: return logits and deltas (``ExportedHeads``), not detections (``ExportedDetector``).
+        layout, dtype: of the file's image, see ``ImageInput``.
+        opset: the version of ONNX's operators; None, PyTorch's choice.
+        metadata: written into the file; texts as they are, all else as JSON.
 
     Raises:
         ExportError: the model cannot be exported, or the file computes something else. No file is left.
         FileExistsError: ``output`` exists.
         ImportError: a package that ONNX needs is missing.
-        ValueError: an option is none of these.
+        ValueError: an option has another value.
     """
     if format not in FORMATS:
         raise ValueError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}.")
@@ -100,7 +100,7 @@ def export_model(
                 loaded = run(path)
         except ImportError:
             raise
-        except Exception as error:  # exporters fail in many ways on what they do not know
+        except Exception as error:  # exporters raise many types for what they do not support
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
         check(model, loaded, images, raw, image_input)
         check_free(output, "--output")  # again: the export has taken minutes
@@ -111,7 +111,7 @@ def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bo
     """Compare an exported model and ``model`` on each image, as it is and reflected to a larger size.
 
     Raises:
-        ExportError: they differ, or there is nothing to compare, as no image has a detection.
+        ExportError: they differ, or no image has a detection to compare.
     """
     found_any = raw
     for name, image in tqdm(images.items(), desc="Comparing", unit="image", delay=2, leave=False):
@@ -126,7 +126,7 @@ def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bo
                     compare_maps(expected, found, output_names(model, raw))
                 else:
                     compare_detections(expected, found, model)
-            except Exception as error:  # the exported model's own, too
+            except Exception as error:  # running the file may fail, too
                 size = " × ".join(map(str, view.shape[-2:]))
                 raise ExportError(
                     f"The exported file does not compute what the model does, and is not kept. On {name}, {size}: "
@@ -141,14 +141,14 @@ def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bo
 
 
 def output_names(model: FocalRetinaNet, raw: bool) -> list[str]:
-    """The names of what an exported model returns."""
+    """Return the names of an exported model's outputs."""
     if not raw:
         return ["boxes", "scores", "classes"]
     return [f"{kind}_{level}" for kind in ("logits", "deltas") for level in model.head_in_features]
 
 
 def describe(cfg: CfgNode, model: FocalRetinaNet, raw: bool, layout: str, dtype: str) -> dict[str, Any]:
-    """What one needs to know around an exported model: its metadata."""
+    """Return the metadata of an exported model: what one needs to know to use it."""
     about = {
         "input_format": cfg.INPUT.FORMAT,
         "input_layout": layout,
@@ -186,17 +186,18 @@ def _check_supported(model: nn.Module) -> None:
 
 
 def read_images(cfg: CfgNode, files: Sequence[str]) -> dict[str, Tensor]:
-    """Images by file, read and resized as in evaluation: ``files``, or some of ``DATASETS.TEST``.
+    """Return images by file, (C, H, W), read and resized as in evaluation: ``files``, or some of ``DATASETS.TEST``.
 
     Raises:
-        ExportError: there are none. ImageError, FileNotFoundError: one cannot be read.
+        ExportError: there are none.
+        ImageError, FileNotFoundError: one cannot be read.
     """
     if not files:
         if not cfg.DATASETS.TEST:
             raise ExportError("DATASETS.TEST is empty: give --image files to compare the file and the model on.")
         try:
             records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-        except Exception as error:  # a set's function raises what it likes
+        except Exception as error:  # of a data set's own function
             raise ExportError(
                 f"{cfg.DATASETS.TEST[0]} of DATASETS.TEST cannot be read ({error}): give --image files to compare the "
                 "file and the model on."
@@ -212,7 +213,7 @@ def read_images(cfg: CfgNode, files: Sequence[str]) -> dict[str, Tensor]:
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m focal_plugin.deploy.export",
         description=__doc__,
@@ -221,20 +222,23 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, such as a run's config.yaml")
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--raw", action="store_true", help="logits and deltas of each level, not detections")
+    parser.add_argument("--raw", action="store_true", help="return the logits and deltas of each level")
     parser.add_argument("--input-dtype", default="float32", choices=DTYPES, help="of the image (default: %(default)s)")
     parser.add_argument(
-        "--input-layout", default="CHW", choices=LAYOUTS, help="N: a batch of one (default: %(default)s)"
+        "--input-layout",
+        default="CHW",
+        choices=LAYOUTS,
+        help="of the image; N is a batch of one (default: %(default)s)",
     )
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="compare on these images")
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: PyTorch's choice)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes of the config, at the end")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config, at the end")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Export. 0; 2 for what the user can put right."""
+    """Export. Return 0, or 2 for a mistake of the user's."""
     args = build_parser(prog).parse_args(argv)
     try:
         check_free(args.output, "--output")  # before minutes of work

@@ -1,4 +1,4 @@
-"""The formats of exported models: how a file of each is written, and run."""
+"""The formats of exported models: writing a file of each, and running it."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .export_graph import ExportedHeads, class_wise_nms, offset_nms
 
-# Of what is traced. No side is a multiple of anything, and P7 has more than one cell: PyTorch takes a 1 for a constant.
+# Of the image in tracing. No side is a multiple of a stride, and P7 has several cells: PyTorch makes a 1 a constant.
 _EXAMPLE_SIZE = (298, 426)
 
 Run = Callable[[Tensor], list[np.ndarray]]
@@ -23,7 +23,7 @@ Run = Callable[[Tensor], list[np.ndarray]]
 def write_onnx(
     module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
-    """An ONNX file with the weights inside, whose metadata are texts: themselves, or JSON."""
+    """Write an ONNX file with the weights inside. Metadata are texts as they are, and all else as JSON."""
     _import("onnxscript")
     image = _example(module)
     program = torch.onnx.export(
@@ -42,7 +42,7 @@ def write_onnx(
 
 
 def run_onnx(path: str) -> Run:
-    """Run an ONNX file with ONNX Runtime, on the CPU."""
+    """Load an ONNX file into ONNX Runtime, on the CPU, and return a function that runs it."""
     onnxruntime = _import("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda image: session.run(None, {"image": image.cpu().numpy()})
@@ -51,13 +51,13 @@ def run_onnx(path: str) -> Run:
 def write_torchscript(
     module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
-    """A TorchScript file, whose metadata are the texts of its extra files."""
+    """Write a TorchScript file, with the metadata as extra files."""
     traced = torch.jit.trace(module, _example(module), check_trace=False)
     torch.jit.save(traced, path, _extra_files=_texts(metadata))
 
 
 def run_torchscript(path: str) -> Run:
-    """Run a TorchScript file."""
+    """Load a TorchScript file and return a function that runs it."""
     with quiet():
         return _as_arrays(torch.jit.load(path))
 
@@ -65,14 +65,14 @@ def run_torchscript(path: str) -> Run:
 def write_torch_export(
     module: ExportedHeads, path: str, names: Sequence[str], metadata: Mapping[str, Any], opset: int | None
 ) -> None:
-    """A file of ``torch.export``, whose metadata are the texts of its extra files."""
+    """Write a file of ``torch.export``, with the metadata as extra files."""
     program = torch.export.export(module, (_example(module),), dynamic_shapes=_dynamic_shapes(module), strict=False)
-    with open(path, "wb") as file:  # by its path, its name would have to end on .pt2
+    with open(path, "wb") as file:  # given a path, PyTorch insists on the ending .pt2
         torch.export.save(program, file, extra_files=_texts(metadata))
 
 
 def run_torch_export(path: str) -> Run:
-    """Run a file of ``torch.export``."""
+    """Load a file of ``torch.export`` and return a function that runs it."""
     with open(path, "rb") as file:
         return _as_arrays(torch.export.load(file).module())
 
@@ -87,7 +87,7 @@ FORMATS = {
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters say to their developers: deprecations, sizes that tracing takes for constants, steps."""
+    """Silence the exporters' warnings for developers: deprecations, sizes that tracing makes constants, and steps."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -102,7 +102,7 @@ def quiet() -> Iterator[None]:
 
 
 def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold: float, count: int):
-    """``class_wise_nms`` in ONNX's operators: a row of scores for each class, −1 where a box is of another one."""
+    """``class_wise_nms`` in ONNX's operators: a row of scores for each class, −1 where a box has another class."""
     op = _import("onnxscript").opset18
     rows = op.Unsqueeze(op.Range(0, num_classes, 1), [1])  # (K, 1)
     rows = op.Where(op.Equal(rows, op.Unsqueeze(classes, [0])), op.Unsqueeze(scores, [0]), op.CastLike(-1.0, scores))

@@ -1,4 +1,4 @@
-"""A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can follow for any image size."""
+"""A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can trace for any image size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from torchvision.ops import nms
 from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..retinanet import FocalRetinaNet
 
-# (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the places of what NMS keeps, best first, or at least
-# of the D best of each class.
+# (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the indices of the boxes that NMS keeps, best first,
+# or at least those of the D best of each class.
 ClassWiseNMS = Callable[[Tensor, Tensor, Tensor, int, float, int], Tensor]
 
 
@@ -30,7 +30,7 @@ class ImageInput:
         dtype: one of ``DTYPES``.
 
     Raises:
-        ValueError: they are none of these.
+        ValueError: one has another value.
     """
 
     layout: str
@@ -42,27 +42,27 @@ class ImageInput:
                 raise ValueError(f"--input-{option} is {value!r}; expected one of {', '.join(choices)}.")
 
     def pack(self, image: Tensor) -> Tensor:
-        """A (C, H, W) image as the model takes it."""
+        """Lay out a (C, H, W) image as the exported model takes it."""
         image = image.permute(1, 2, 0) if self.layout.endswith("C") else image
         image = image[None] if self.layout.startswith("N") else image
         return image.to(DTYPES[self.dtype]).contiguous()
 
     def unpack(self, image: Tensor) -> Tensor:
-        """The (C, H, W) image in what the model takes, in its dtype."""
+        """Return the (C, H, W) image in the input of the exported model, in its dtype."""
         image = image[0] if self.layout.startswith("N") else image
         return image.permute(2, 0, 1) if self.layout.endswith("C") else image
 
 
 class ExportedHeads(nn.Module):
-    """What the network predicts before any of it becomes a box.
+    """The network alone: its logits and deltas, before they become boxes.
 
     ``forward`` takes an image in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, laid out as
     ``image_input`` says, normalises it and pads it at the right and the bottom to what the backbone needs. It returns
     the logits (1, A·K, H', W') of each level, finest first, and then the deltas (1, A·4, H', W') of each.
 
     Args:
-        model: a copy for this alone, in eval mode; some layers are changed to what exporters follow.
-        image_input: how ``forward`` takes the image.
+        model: a copy for this module alone, in eval mode; some layers are changed for the exporters.
+        image_input: the layout and dtype of the image.
     """
 
     def __init__(self, model: FocalRetinaNet, image_input: ImageInput):
@@ -78,7 +78,7 @@ class ExportedHeads(nn.Module):
         return *logits, *deltas
 
     def predict(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The logits and the deltas of each level, of a (C, H, W) image."""
+        """Return the logits and the deltas of each level for a (C, H, W) image."""
         model = self.model
         image = (image.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
         features = model.backbone(self._pad(image)[None])
@@ -95,14 +95,14 @@ class ExportedHeads(nn.Module):
 
 
 class ExportedDetector(ExportedHeads):
-    """The whole detector for one image: its detections are those of the model, in float32.
+    """The whole detector for one image. Its detections are the model's, in float32.
 
     ``forward`` takes the image as ``ExportedHeads`` does. It returns boxes (D, 4), XYXY in pixels of the image and
     clipped to it; scores (D,); classes (D,) int64. Best first; D is at most the model's ``max_detections_per_image``.
 
     Args:
         model: see ``ExportedHeads``.
-        class_wise_nms: how boxes of one class suppress each other.
+        class_wise_nms: NMS class by class, in operators that the format has.
         image_input: see ``ExportedHeads``.
     """
 
@@ -128,7 +128,7 @@ class ExportedDetector(ExportedHeads):
         return boxes[inside], scores[inside], classes[inside]
 
     def _grids(self, logits: list[Tensor]) -> tuple[list[Tensor], list[tuple]]:
-        """The (A, 4) anchors of a level's first location, and the pixels (y, x) from one location to the next."""
+        """For each level, the (A, 4) anchors of its first location, and its steps (y, x) in pixels."""
         generator = self.model.anchor_generator
         if isinstance(generator, TorchvisionAnchorGenerator):
             height, width = (size * generator.first_stride for size in logits[0].shape[-2:])
@@ -148,8 +148,8 @@ class ExportedDetector(ExportedHeads):
         k, a = self.model.num_classes, len(anchors)
         h, w = logits.shape[-2:]
         logits = logits.flatten()  # (A·K·H·W,)
-        logits, places = logits.topk(_at_most(logits.shape[0], self.model.test_topk_candidates))
-        rows, x = _divmod(places, w)
+        logits, indices = logits.topk(_at_most(logits.shape[0], self.model.test_topk_candidates))
+        rows, x = _divmod(indices, w)
         pairs, y = _divmod(rows, h)
         anchor, classes = _divmod(pairs, k)
         deltas = deltas.view(a, 4, h, w)[anchor, :, y, x]  # (C, 4)
@@ -162,10 +162,10 @@ def offset_nms(
 ) -> Tensor:
     """Class-wise NMS in one call of torchvision's: boxes of different classes are moved apart.
 
-    In float64, for in float32 boxes would be rounded to 1/128 pixel from an offset of 65536 on, as many classes on a
-    large image reach. They are moved by more than all coordinates span, also those outside the image.
+    Offsets are multiples of the span of all coordinates, also of those outside the image. In float64, since float32
+    rounds to 1/128 pixel from 65536 on, which offsets reach with many classes or large images.
     """
-    # Two boxes of no class come last: an exported torchvision.ops.nms takes it for granted that it keeps at least two.
+    # Two boxes of further classes come last: an exported torchvision.ops.nms assumes that it keeps at least two.
     boxes = F.pad(boxes.double(), (0, 0, 0, 2))
     scores = F.pad(scores.double(), (0, 2), value=-1.0)
     classes = torch.cat((classes, torch.arange(num_classes, num_classes + 2, device=classes.device)))
@@ -177,7 +177,7 @@ def offset_nms(
 def class_wise_nms(
     boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, threshold: float, count: int
 ) -> Tensor:
-    """``offset_nms`` as one operator, which stands for ONNX's own, class-wise, ``NonMaxSuppression``."""
+    """``offset_nms`` as one operator, which becomes ONNX's ``NonMaxSuppression``, itself class-wise."""
     return offset_nms(boxes, scores, classes, num_classes, threshold, count)
 
 
@@ -187,10 +187,10 @@ def _(boxes, scores, classes, num_classes, threshold, count):
 
 
 def _convolve_to_same_size(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``conv`` to a size of H/stride × W/stride, of which ``x`` is a multiple: images are padded to one of all strides.
+    """Apply timm's ``Conv2dSame`` to ``x``, whose sides are multiples of the stride, with a constant padding.
 
-    timm works the padding out from any size, in terms that multiply from layer to layer where sizes are symbols: too
-    many for an exporter.
+    timm computes the padding for any size, in expressions that grow from layer to layer where sizes are symbolic: too
+    much for an exporter. Here images are padded to a multiple of all strides before.
     """
     pads = []
     for size, stride, dilation in zip(conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1]):  # x, y
@@ -199,26 +199,26 @@ def _convolve_to_same_size(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(F.pad(x, pads), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
-def _divmod(places: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder, in operations that ONNX's exporter takes with a symbolic ``size``."""
-    quotient = places // size
-    return quotient, places - quotient * size
+def _divmod(indices: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder, in operations that ONNX's exporter accepts with a symbolic ``size``."""
+    quotient = indices // size
+    return quotient, indices - quotient * size
 
 
 def _clip_boxes(boxes: Tensor, image: Tensor) -> Tensor:
-    """(C, 4) boxes cut at the borders of a (3, H, W) image."""
+    """Clip (C, 4) boxes to a (3, H, W) image."""
     x1, y1, x2, y2 = boxes.unbind(1)
     height, width = image.shape[-2:]
     return torch.stack((_clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height)), dim=1)
 
 
 def _clip(coordinates: Tensor, size: int | Tensor) -> Tensor:
-    """Coordinates from 0 to ``size``, which is a tensor while PyTorch traces."""
+    """Clip coordinates to [0, ``size``], which is a tensor while PyTorch traces."""
     if isinstance(size, Tensor):
         return torch.minimum(coordinates.clamp(min=0), size.to(coordinates))
     return coordinates.clamp(min=0, max=size)
 
 
 def _at_most(size: int | Tensor, limit: int) -> int | Tensor:
-    """The smaller one; ``size`` is a tensor while PyTorch traces, and a symbol in an export."""
+    """The minimum of both. ``size`` is a tensor while PyTorch traces, and a symbol in ``torch.export``."""
     return size.clamp(max=limit) if isinstance(size, Tensor) else torch.sym_min(size, limit)

@@ -151,7 +151,7 @@ def test_names_of_old_files(tmp_path):
             lambda s: s | {"backbone.body.conv1.weight": torch.zeros(64, 3, 3, 3)},
             r"stem\.conv1\.weight is \(64, 3, 3, 3\)",
         ),
-        (lambda s: s | {"head.regression_head.bbox_reg.bias": torch.zeros(12)}, r"has 12 numbers of boxes and 45"),
+        (lambda s: s | {"head.regression_head.bbox_reg.bias": torch.zeros(12)}, r"has 12 deltas and 45 logits"),
         (lambda s: {k: v for k, v in s.items() if "layer4.1" not in k}, r"has \(2, 2, 2, 1\) blocks of two"),
     ],
 )

@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-import train_net
+from focal_plugin import train
 from focal_plugin.config.load import load_config
 from focal_plugin.deploy import DenseTTA, Predictor, with_tta
 
@@ -155,7 +155,7 @@ def test_eval_only_gives_the_results_with_and_without(tiny_config, weights):
     """The only look being that of the plain evaluation, its results are the same."""
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights, "TEST.AUG.ENABLED", True, "TEST.AUG.FLIP", False]
     cfg = load_config(tiny_config, [*opts, "TEST.AUG.MIN_SIZES", (64,)])
-    results = train_net.evaluate(cfg, resume=False)
+    results = train.evaluate(cfg, resume=False)
     assert sorted(results) == ["bbox", "bbox_TTA"]
     assert results["bbox_TTA"] == pytest.approx(results["bbox"], nan_ok=True, abs=1e-3)
     plain, augmented = (

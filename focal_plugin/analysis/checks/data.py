@@ -1,7 +1,7 @@
 """Checks of the training set: its classes, boxes, empty images and crowds, and the anchors that its boxes get."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from ...data import FocalDatasetMapper, check_num_classes
+from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect
 from ...registry import build_matcher
 from ...structures import Anchors
 from ..common import read_records, spread
@@ -17,7 +18,6 @@ from ..coverage import count_positives
 from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, objects, percent
 
 _BATCH_IMAGES = 16
-_OUTSIDE = 1.0  # pixels by which rounding may put a box outside its image
 _MANY_EMPTY, _MANY_WITHOUT, _MANY_LOW_QUALITY = 0.1, 0.01, 0.25  # shares above which there is a warning
 
 
@@ -81,27 +81,23 @@ def check_classes(case: Case) -> Iterator[Finding]:
 
 def check_boxes(case: Case) -> Iterator[Finding]:
     """Check that boxes are finite, have an area, and lie in their image."""
-    bad, total = {"not finite": [], "no area": [], "outside": []}, 0  # the file of each such box
+    bad, total = defaultdict(list), 0  # the file of each bad box, by its defect
     for record in case.records:
-        width, height = record.get("width", math.inf), record.get("height", math.inf)
+        size = record.get("width", math.inf), record.get("height", math.inf)
         for annotation in record.get("annotations", []):
             total += 1
-            x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            if not all(map(math.isfinite, (x0, y0, x1, y1))):
-                bad["not finite"].append(record.get("file_name"))
-            elif x1 <= x0 or y1 <= y0:
-                bad["no area"].append(record.get("file_name"))
-            elif min(x0, y0) < -_OUTSIDE or x1 > width + _OUTSIDE or y1 > height + _OUTSIDE:
-                bad["outside"].append(record.get("file_name"))
-    if files := bad["not finite"]:
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            if defect := box_defect(box, size):
+                bad[defect].append(record.get("file_name"))
+    if files := bad[NOT_NUMBERS]:
         yield Finding(ERROR, f"{len(files):,} boxes have coordinates that are not finite, as in {files[0]}.")
-    if files := bad["no area"]:
+    if files := bad[NO_SIZE]:
         yield Finding(
             WARNING,
             f"{percent(len(files), total)} of the boxes have no area, as in {files[0]}, and are not trained on. Are "
             "they (x, y, width, height) with a bbox_mode of XYXY_ABS?",
         )
-    if files := bad["outside"]:
+    if files := bad[OUTSIDE]:
         yield Finding(
             WARNING,
             f"{percent(len(files), total)} of the boxes reach outside their image, as in {files[0]}, and are clipped. "

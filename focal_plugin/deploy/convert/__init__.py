@@ -1,6 +1,9 @@
-"""Weights of other projects as checkpoints of this one, each with the config that makes them detect as they did.
+"""Converts weights of other projects to checkpoints of this one, each with a config that gives the same detections.
 
-``python -m focal_plugin.deploy.convert --help`` lists what it reads. Detectron2's own zoo loads as it is.
+``python -m focal_plugin.deploy.convert --help`` lists the projects. Files of Detectron2's zoo need no conversion.
+
+All functions raise an ``OSError`` or a ``WeightsError`` for a file that cannot be read, and a ``ConvertError`` for a
+file that has another architecture or lacks what they need.
 """
 
 from .backbones import convert_resnet

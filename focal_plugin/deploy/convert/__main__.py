@@ -1,6 +1,6 @@
-"""Weights from elsewhere as a checkpoint, and the config for it beside it.
+"""Convert weights of another project to a checkpoint, with its config in a .yaml of the same name.
 
-Detectron2's own model zoo needs no conversion: give its files and URLs as MODEL.WEIGHTS.
+Detectron2's own model zoo needs no conversion: its files and URLs serve as MODEL.WEIGHTS.
 """
 
 import argparse
@@ -21,12 +21,12 @@ _SOURCES = {
     "torchvision": "torchvision's retinanet_resnet50_fpn and _v2, a state_dict (.pth)",
     "mmdetection": "MMDetection's RetinaNet on a ResNet or ResNeXt, a checkpoint (.pth)",
     "detectron1": "Detectron's RetinaNet, its blobs (.pkl)",
-    "resnet": "a ResNet, ResNeXt or wide ResNet of torchvision's or timm's as a backbone (.pth, .safetensors)",
+    "resnet": "a ResNet, ResNeXt or wide ResNet of torchvision or timm, for a backbone (.pth, .safetensors)",
 }
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """The command line: a subcommand for each source, and ``classes``."""
+    """Return the parser of the command line, with a subcommand for each source, and ``classes``."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m focal_plugin.deploy.convert",
         description=__doc__,
@@ -38,7 +38,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--classes",
         choices=("coco", "all"),
         default="",
-        help="rows of the classifier to keep: coco, COCO's 80 classes of the 91 rows (default where there are 91); all",
+        help="the classifier's rows to keep: coco, COCO's 80 classes of the 91 rows (default if there are 91); all",
     )
     made["torchvision"].add_argument(
         "--norm-eps",
@@ -49,15 +49,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--style",
         choices=("pytorch", "caffe"),
         default="",
-        help="of the ResNet; by default what the config in the checkpoint says",
+        help="of the ResNet (default: as in the checkpoint's config)",
     )
-    classes = _add_command(commands, "classes", "a checkpoint for another list of classes, mapped by their names")
+    classes = _add_command(commands, "classes", "a checkpoint for other classes, mapped by their names")
     classes.add_argument("--config-file", required=True, help="the config of the model with the new classes")
-    names = "a data set's name, a .json of COCO's format, a file of a name a line, or names with commas between them"
+    names = "a data set, a .json file in COCO's format, a file with a name on each line, or names separated by commas"
     classes.add_argument("--from-classes", required=True, help=f"the checkpoint's classes: {names}")
-    classes.add_argument("--to-classes", default="", help="the new ones; default: those of DATASETS.TRAIN")
+    classes.add_argument("--to-classes", default="", help="the new classes (default: those of DATASETS.TRAIN)")
     classes.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="changes to the config, as the last"
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="changes to the config, at the end"
     )
     return parser
 
@@ -66,12 +66,12 @@ def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.add_argument("input", metavar="IN", help="the file to read")
     command.add_argument("output", metavar="OUT", help="the checkpoint to write (.pth)")
-    command.add_argument("--force", action="store_true", help="overwrite what is there")
+    command.add_argument("--force", action="store_true", help="overwrite existing files")
     return command
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Convert one file. 0, or 2 for what the user can put right."""
+    """Convert a file. Return 0, or 2 for a mistake of the user's."""
     args = build_parser(prog).parse_args(argv)
     try:
         check_output(args.output, args.force, with_config=args.source != "classes")

@@ -1,4 +1,4 @@
-"""ResNets of torchvision and timm, and the ResNets inside detectors."""
+"""Converts ResNets of torchvision and timm, also inside detectors."""
 
 import re
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from ...files.shipped import CONFIGS
 from .files import Converted, ConvertError, check_complete, find_weights, merge, read_content
 from .names import CLASSIFIER, COUNTERS, rename, resnet_rules
 
-NORM_EPS = 1e-5  # of all norms in Detectron2, and the default of PyTorch's
+NORM_EPS = 1e-5  # of all norms in Detectron2, and PyTorch's default
 RGB = {  # torchvision's statistics of ImageNet, times 255
     "INPUT": {"FORMAT": "RGB"},
     "MODEL": {"PIXEL_MEAN": [123.675, 116.28, 103.53], "PIXEL_STD": [58.395, 57.12, 57.375]},
 }
 
-# Depth by the blocks of each stage and whether they are bottlenecks, of three convs.
+# Depth by the number of blocks in each stage, and whether they are bottlenecks (of three convolutions).
 _DEPTHS = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
@@ -34,20 +34,15 @@ BASE: dict[str, Any] = parse_yaml(_BASE.read_bytes(), str(_BASE))
 
 
 def convert_resnet(path: str) -> Converted:
-    """A ResNet, ResNeXt or wide ResNet of torchvision's or timm's, for ``MODEL.WEIGHTS`` of any config with a ResNet.
+    """Convert a ResNet, ResNeXt or wide ResNet of torchvision or timm, for any config with such a backbone.
 
-    Its classifier is left out.
-
-    Raises:
-        OSError, WeightsError: the file cannot be read.
-        ConvertError: it holds another architecture.
+    Its classifier is dropped.
     """
     weights = find_weights(read_content(path), path)
     if "conv1.0.weight" in weights or any(".downsample.2." in name for name in weights):
         raise ConvertError(
-            f"{path} is a ResNet with three convolutions in its stem, or with pooling in its shortcuts, which "
-            "Detectron2's has not. If it is timm's, MODEL.BACKBONE.NAME build_timm_fpn_backbone takes it as it is: see "
-            "MODEL.FOCAL.TIMM."
+            f"{path} is a ResNet with three convolutions in its stem or pooling in its shortcuts, unlike Detectron2's. "
+            "For one of timm's, use MODEL.BACKBONE.NAME build_timm_fpn_backbone; see MODEL.FOCAL.TIMM."
         )
     weights = rename(weights, resnet_rules(), (*COUNTERS, *CLASSIFIER))
     settings = merge(merge(BASE, RGB), {"MODEL": {"RESNETS": resnet_settings(weights)}})
@@ -60,10 +55,12 @@ def convert_resnet(path: str) -> Converted:
 
 
 def resnet_settings(weights: Mapping[str, Tensor], prefix: str = "", stride_in_1x1: bool = False) -> dict[str, Any]:
-    """``MODEL.RESNETS`` of the ResNet that has these weights, by Detectron2's names behind ``prefix``.
+    """Return the ``MODEL.RESNETS`` of a ResNet.
 
     Args:
-        stride_in_1x1: whether the first conv of a bottleneck has the stride, not the second: the weights do not tell.
+        weights: its weights, by Detectron2's names after ``prefix``.
+        prefix: of the names.
+        stride_in_1x1: whether the stride is in a bottleneck's first convolution, not in the second.
 
     Raises:
         ConvertError: Detectron2 has no such ResNet.
@@ -85,10 +82,10 @@ def resnet_settings(weights: Mapping[str, Tensor], prefix: str = "", stride_in_1
 
 
 def match_norm_eps(weights: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
-    """The weights with frozen norms' scales such that with Detectron2's ε they do what they did with ``eps``.
+    """Scale frozen norms of a given ε so that they compute the same with Detectron2's ε'.
 
-    (x − m) s / √(v + ε) stays the same with s √(v + ε') / √(v + ε) and ε'. Norms without statistics, which only scale
-    and shift, get m = 0 and v = 1.
+    (x − m) s / √(v + ε) is the same as with ε' and the scale s √(v + ε') / √(v + ε). Norms without statistics, which
+    only scale and shift, get m = 0 and v = 1.
 
     Raises:
         ConvertError: a norm divides by 0.

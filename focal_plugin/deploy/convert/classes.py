@@ -1,4 +1,4 @@
-"""A checkpoint for another list of classes: those of both lists keep what was learnt of them."""
+"""Maps a checkpoint to another list of classes; classes in both lists keep their weights."""
 
 import json
 import os
@@ -18,23 +18,23 @@ _LAYER = "head.cls_score"
 def map_classes(
     cfg: CfgNode, path: str, old: Sequence[str], new: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """A checkpoint's weights for a dense detector of other classes, or of the same in another order.
+    """Map a checkpoint to a dense detector of other classes, or of the same classes in another order.
 
-    Each class of both lists keeps its rows of ``head.cls_score``, for each anchor. New ones get what a new model of the
-    config has: small random weights and the bias of ``MODEL.FOCAL.BIAS_INIT``. All else is as it was.
+    Classes in both lists keep their rows of ``head.cls_score``, for each anchor. New classes get the rows of a new
+    model: small random weights and the bias of ``MODEL.FOCAL.BIAS_INIT``. All other weights are kept.
 
     Args:
-        cfg: the config of the model to be; its ``NUM_CLASSES`` is that of ``new``.
+        cfg: the config of the new model.
         path: a checkpoint.
         old: the names of its classes, in order.
-        new: the names of the classes to be, in order.
+        new: the names of the new classes, in order.
 
     Returns:
         The weights; and the names that are ``kept``, ``new`` and ``dropped``.
 
     Raises:
         OSError, WeightsError: the checkpoint cannot be read.
-        ConvertError: the model is of another kind, or the numbers of classes are not those of the lists.
+        ConvertError: the model is no dense detector, or the numbers of classes differ from the lists.
     """
     for names, what in ((old, "the checkpoint's"), (new, "the new")):
         if twice := sorted({name for name in names if list(names).count(name) > 1}):
@@ -71,7 +71,7 @@ def map_classes(
 
 
 def _fresh_rows(cfg: CfgNode, num_classes: int) -> dict[str, Tensor]:
-    """The classifier's weight and bias in a new model of the config, a row for each anchor and class."""
+    """The classifier's weight and bias in a new model of the config, (A, K, ...) each."""
     if not is_dense_detector(cfg.MODEL.META_ARCHITECTURE):
         raise ConvertError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected a dense detector, such as RetinaNet, "
@@ -87,24 +87,24 @@ def _fresh_rows(cfg: CfgNode, num_classes: int) -> dict[str, Tensor]:
     cfg.MODEL.DEVICE = "cpu"
     layer = getattr(build_model(cfg).head, "cls_score", None)
     if not isinstance(layer, nn.Conv2d):
-        raise ConvertError("The model's head has no convolution cls_score, whose rows would be the classes'.")
+        raise ConvertError("The model's head has no convolution cls_score, whose rows are those of the classes.")
     if layer.out_channels % num_classes:
-        raise ConvertError(f"{_LAYER} has {layer.out_channels} rows for {num_classes} classes: none is a class's own.")
+        raise ConvertError(f"{_LAYER} has {layer.out_channels} rows, which {num_classes} classes do not divide evenly.")
     parts = [("weight", layer.weight), ("bias", layer.bias)]
     return {part: rows.detach().clone().unflatten(0, (-1, num_classes)) for part, rows in parts if rows is not None}
 
 
 def read_class_names(text: str, cfg: CfgNode) -> list[str]:
-    """The names that a command line gives.
+    """Return the class names that a command line gives.
 
     Args:
-        text: a registered data set, or one of the config's ``DATASETS.LOCAL``; a file of COCO's format (``.json``), or
-            of a name a line; or the names themselves with commas between them. Empty: those of ``DATASETS.TRAIN``.
+        text: a registered data set; a file in COCO's format (``.json``), or with a name on each line; or names
+            separated by commas. Empty, the classes of ``DATASETS.TRAIN``.
         cfg: a config whose data sets are registered.
 
     Raises:
         OSError: the file cannot be read.
-        ConvertError: the names are not there.
+        ConvertError: there are no such names.
     """
     if not text:
         if not cfg.DATASETS.TRAIN:
@@ -120,16 +120,16 @@ def read_class_names(text: str, cfg: CfgNode) -> list[str]:
     if os.path.isfile(text):
         return _names_of_file(text)
     if "," not in text and ("/" in text or text.endswith((".json", ".txt"))):
-        raise ConvertError(f"There is no file {text}; expected a data set, a file, or names with commas between them.")
+        raise ConvertError(f"There is no file {text}; expected a data set, a file, or names separated by commas.")
     names = [name.strip() for name in text.split(",")]
     if "" in names:
-        raise ConvertError(f"{text!r} has an empty name; expected names with commas between them.")
+        raise ConvertError(f"{text!r} has an empty name; expected names separated by commas.")
     return names
 
 
 def _names_of_file(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8-sig") as file:  # with or without the mark that Windows begins files with
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
             text = file.read()
     except UnicodeDecodeError as error:
         raise ConvertError(f"{path} is no text in UTF-8: {error}") from error
@@ -142,5 +142,5 @@ def _names_of_file(path: str) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise ConvertError(f"{path} is no file of COCO's format with categories: {error!r}") from error
     if not names:
-        raise ConvertError(f"{path} names no class; expected a name a line.")
+        raise ConvertError(f"{path} names no class; expected a name on each line.")
     return names

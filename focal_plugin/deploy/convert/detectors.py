@@ -1,4 +1,4 @@
-"""RetinaNets of torchvision, MMDetection and Detectron."""
+"""Converts RetinaNets of torchvision, MMDetection and Detectron."""
 
 import re
 from typing import Any
@@ -23,24 +23,20 @@ from .names import (
 
 _SIZES, _RATIOS = 3, 3  # of the anchors of a location
 _A = _SIZES * _RATIOS
-_COCO_ROWS = 91  # of torchvision: COCO's category ids, with their gaps, and 0
+_COCO_ROWS = 91  # of torchvision's classifier: COCO's category ids up to 90, also the unused ones and 0
 
 _CLIPPED = {"MODEL": {"FOCAL": {"INFERENCE": {"CLIP_BEFORE_NMS": True}}}}
 
 
 def convert_torchvision(path: str, classes: str = "", norm_eps: float | None = None) -> Converted:
-    """torchvision's ``retinanet_resnet50_fpn`` or ``_v2``, or its ``RetinaNet`` on another ResNet with such a pyramid.
+    """Convert torchvision's ``retinanet_resnet50_fpn`` or ``_v2``, or its ``RetinaNet`` on another ResNet.
 
     Args:
-        path: a file of its ``state_dict``.
-        classes: which rows of its classifier to keep: "all", or "coco", those of COCO's 80 classes among the 91;
-            empty, "coco" where there are 91.
-        norm_eps: ε of the backbone's norms, which the file does not tell; None, torchvision's: 0 for its frozen norms
-            with 91 rows, as in its weights for COCO, else 1e-5.
-
-    Raises:
-        OSError, WeightsError: the file cannot be read.
-        ConvertError: it holds another architecture, or too few rows.
+        path: a file with its ``state_dict``.
+        classes: the classifier's rows to keep: "all", or "coco", those of COCO's 80 classes among 91; empty, "coco" if
+            there are 91.
+        norm_eps: ε of the backbone's norms, which is not in the file; None, torchvision's: 0 for frozen norms and 91
+            rows, as in its COCO weights of v1, otherwise 1e-5.
     """
     found = find_weights(read_content(path), path)
     is_v2 = "head.classification_head.conv.0.1.weight" in found
@@ -68,24 +64,20 @@ def convert_torchvision(path: str, classes: str = "", norm_eps: float | None = N
         weights = _with_conv_biases(weights)
         settings = merge(settings, {"MODEL": {"RETINANET": {"NORM": "GN", "BBOX_REG_LOSS_TYPE": "giou"}}})
     notes = [
-        f"The norms of its backbone have an ε of {norm_eps:g} (--norm-eps gives another).",
-        "Where images are resized, torchvision does so with PyTorch, Detectron2 with PIL: scores differ a little.",
+        f"The backbone's norms have an ε of {norm_eps:g} (--norm-eps sets another).",
+        "Scores of resized images differ a little: torchvision resizes with PyTorch, Detectron2 with PIL.",
     ]
     if classes == "coco":
-        notes.append(f"Of the classifier's {rows} rows COCO's 80 are kept (--classes all keeps them all).")
+        notes.append(f"Of the classifier's {rows} rows, COCO's 80 classes are kept (--classes all keeps all).")
     return _finish(weights, [RGB, _CLIPPED, settings], notes)
 
 
 def convert_mmdetection(path: str, style: str = "") -> Converted:
-    """MMDetection's ``RetinaNet`` of a ``ResNet`` or ``ResNeXt``, an ``FPN`` and a ``RetinaHead``.
+    """Convert MMDetection's ``RetinaNet`` of a ``ResNet`` or ``ResNeXt``, an ``FPN`` and a ``RetinaHead``.
 
     Args:
         path: a checkpoint.
-        style: of its ResNet, "pytorch" or "caffe"; empty, what the config in the checkpoint says.
-
-    Raises:
-        OSError, WeightsError: the file cannot be read.
-        ConvertError: it holds another architecture, or does not tell its style.
+        style: of its ResNet, "pytorch" or "caffe"; empty, that in the checkpoint's config.
     """
     content = read_content(path)
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
@@ -94,8 +86,8 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
         match = re.search(r"""style['"]?\s*[=:]\s*['"](pytorch|caffe)['"]""", config)
         if match is None:
             raise ConvertError(
-                f"{path} does not say of which style its ResNet is. Expected --style pytorch (its config's name has no "
-                "'caffe') or --style caffe: they differ in strides, colour order and pixel statistics."
+                f"{path} has no config with the style of its ResNet. Expected --style caffe if its config's name has "
+                "'caffe', else --style pytorch: they differ in strides, colour order and pixel statistics."
             )
         style = match[1]
     found, left_out = _without_ema(find_weights(content, path))
@@ -111,41 +103,37 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
     if has_norm:
         weights = _with_conv_biases(weights)
         settings = merge(settings, {"MODEL": {"RETINANET": {"NORM": "GN"}}})
-    notes = [f"Its ResNet is of style {style}: strides, colour order and pixel statistics are those."]
+    notes = [f"Strides, colour order and pixel statistics are those of ResNets of style {style}."]
     if left_out:
-        notes.append(f"Its {left_out} buffers ema_* are left out: MMDetection evaluates what goes by the plain names.")
+        notes.append(f"Its {left_out} buffers ema_* are left out: MMDetection evaluates the weights with plain names.")
     if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
         notes.append(
-            f"It is of MMDetection {meta['mmdet_version']}, whose anchors were rounded and half a pixel off; boxes "
-            "differ by about a pixel."
+            f"Boxes differ by about a pixel: MMDetection {meta['mmdet_version']} rounded anchors and moved them by half "
+            "a pixel."
         )
-    pixels = RGB if style == "pytorch" else {}  # Detectron2's own are those of its caffe models
+    pixels = RGB if style == "pytorch" else {}  # Detectron2's defaults are those of caffe models
     return _finish(weights, [pixels, _CLIPPED, settings], notes)
 
 
 def _without_ema(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """The weights without the buffers that the ``EMAHook`` of MMDetection 2.x keeps beside them, and their number.
+    """The weights without the buffers of MMDetection 2.x's ``EMAHook``, and the number of these buffers.
 
-    One is ema_backbone_conv1_weight beside backbone.conv1.weight. They are the averages while it trains; after an epoch
-    the hook exchanges the two, so that what is evaluated and written by the model's own names is averaged.
+    An example is ema_backbone_conv1_weight beside backbone.conv1.weight. During an epoch, the buffers are the averages;
+    after it, the hook swaps both, so that the weights with plain names, in a checkpoint, are the averages.
     """
-    kept_beside = {f"ema_{name.replace('.', '_')}" for name in weights} & weights.keys()
-    return {name: value for name, value in weights.items() if name not in kept_beside}, len(kept_beside)
+    buffers = {f"ema_{name.replace('.', '_')}" for name in weights} & weights.keys()
+    return {name: value for name, value in weights.items() if name not in buffers}, len(buffers)
 
 
 def convert_detectron1(path: str) -> Converted:
-    """Detectron's RetinaNet of a ResNet or ResNeXt, with sigmoid outputs.
+    """Convert Detectron's RetinaNet of a ResNet or ResNeXt, with sigmoid outputs.
 
     Args:
         path: a ``.pkl`` of its blobs.
-
-    Raises:
-        OSError, WeightsError: the file cannot be read.
-        ConvertError: it holds another architecture.
     """
     content = load_zoo(path)
     weights = rename(find_weights(content["model"], path), DETECTRON1_RULES, DETECTRON1_IGNORED)
-    weights = match_norm_eps(weights, eps=0.0)  # it has affine layers in place of norms
+    weights = match_norm_eps(weights, eps=0.0)  # affine layers in place of norms
     first = weights.get(f"{BOTTOM_UP}res2.0.conv2.weight")
     is_resnext = first is not None and first.shape[0] != first.shape[1]
     settings = {
@@ -156,14 +144,14 @@ def convert_detectron1(path: str) -> Converted:
         }
     }
     notes = [
-        "Detectron pads images to multiples of 128 pixels, Detectron2 to multiples of 32, and keeps detections of any "
-        "score on P7: scores near the right and lower border differ a little."
+        "Scores near the right and lower border differ a little: Detectron pads images to multiples of 128 pixels, "
+        "Detectron2 to multiples of 32. Detectron also keeps detections of any score on P7."
     ]
     return _finish(weights, [_CLIPPED, settings], notes)
 
 
 def _finish(weights: dict[str, Tensor], settings: list[dict[str, Any]], notes: list[str]) -> Converted:
-    """Settings one upon another on those of every RetinaNet; the weights checked against the model that they make."""
+    """Merge ``settings``, in order, into those of all RetinaNets, and check the weights against the config's model."""
     num_classes = _num_classes(weights)
     merged = merge(BASE, {"MODEL": {"RETINANET": {"NUM_CLASSES": num_classes}}})
     for more in settings:
@@ -175,19 +163,19 @@ def _finish(weights: dict[str, Tensor], settings: list[dict[str, Any]], notes: l
     convs = sum(bool(re.fullmatch(r"head\.cls_subnet\.\d+\.weight", n)) for n in weights) // (layers - 1)
     if convs != 4:
         merged = merge(merged, {"MODEL": {"RETINANET": {"NUM_CONVS": convs}}})
-    if num_classes != 80:  # other data than COCO
+    if num_classes != 80:  # not COCO
         merged = merge(merged, {"DATASETS": {"TRAIN": [], "TEST": []}})
-        notes.append(f"Name data of its {num_classes} classes in DATASETS.TRAIN and DATASETS.TEST.")
+        notes.append(f"Set DATASETS.TRAIN and DATASETS.TEST to data of its {num_classes} classes.")
     converted = Converted(weights, merged, notes)
     check_complete(weights, build_model(converted.cfg))
     return converted
 
 
 def _num_classes(weights: dict[str, Tensor]) -> int:
-    """K, from the nine anchors of a location.
+    """The number of classes of a head with nine anchors a location.
 
     Raises:
-        ConvertError: there are no weights of a head, or not of nine anchors.
+        ConvertError: there are no weights of such a head.
     """
     missing = [name for name in ("head.cls_score.bias", "head.bbox_pred.bias") if name not in weights]
     if missing:
@@ -195,8 +183,8 @@ def _num_classes(weights: dict[str, Tensor]) -> int:
     rows, deltas = len(weights["head.cls_score.bias"]), len(weights["head.bbox_pred.bias"])
     if deltas != 4 * _A or rows % _A:
         raise ConvertError(
-            f"The head has {deltas} numbers of boxes and {rows} of classes at a location; expected those of {_A} "
-            f"anchors ({_SIZES} sizes, {_RATIOS} aspect ratios), {4 * _A} and a multiple of {_A}."
+            f"The head has {deltas} deltas and {rows} logits a location; expected {4 * _A} and a multiple of {_A}, for "
+            f"{_A} anchors ({_SIZES} sizes, {_RATIOS} aspect ratios)."
         )
     return rows // _A
 
@@ -206,7 +194,7 @@ def _rows(weights: dict[str, Tensor], layer: str) -> list[str]:
 
 
 def _sizes_outside(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The predictors' rows for anchors with sizes outside and ratios inside, where they were the other way round."""
+    """Reorder the predictors' rows from anchors by (ratio, size) to Detectron2's order, by (size, ratio)."""
     weights = dict(weights)
     for name in (*_rows(weights, "cls_score"), *_rows(weights, "bbox_pred")):
         rows = weights[name].unflatten(0, (_RATIOS, _SIZES, -1))  # (ratios, sizes, K or 4, ...)
@@ -215,7 +203,7 @@ def _sizes_outside(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _keep_classes(weights: dict[str, Tensor], classes: list[int]) -> dict[str, Tensor]:
-    """The classifier's rows of these classes, of each anchor."""
+    """Keep the classifier's rows of these classes, for each anchor."""
     weights = dict(weights)
     for name in _rows(weights, "cls_score"):
         weights[name] = weights[name].unflatten(0, (_A, -1))[:, classes].flatten(0, 1).clone()
@@ -226,22 +214,21 @@ def _coco_ids(rows: int) -> list[int]:
     ids = sorted(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id)
     if rows != _COCO_ROWS:
         raise ConvertError(
-            f"--classes coco: the classifier has {rows} rows; expected {_COCO_ROWS}, one for each of COCO's category "
-            "ids up to 90, and 0."
+            f"--classes coco: the classifier has {rows} rows; expected {_COCO_ROWS}, for COCO's category ids 0 to 90."
         )
     return ids
 
 
 def _top_block(weights: dict[str, Tensor]) -> str:
-    """What P6 is made from: the encoder's last feature or the pyramid's. Where they are equally wide, the pyramid's."""
+    """Return what P6 is computed from: "c5", or "p5", also if both have the same number of channels."""
     p6, lateral = weights.get("backbone.top_block.p6.weight"), weights.get("backbone.fpn_lateral5.weight")
     if p6 is None or lateral is None:
-        raise ConvertError("There are no weights for P6 or for C5 in the pyramid: this is no RetinaNet on P3 to P7.")
+        raise ConvertError("There are no weights for P6, or for C5 in the pyramid: this is no RetinaNet on P3 to P7.")
     return "p5" if p6.shape[1] == p6.shape[0] else "c5"
 
 
 def _with_conv_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with biases of 0 for the subnets' convs, which have none where a norm follows."""
+    """Add biases of 0 to the subnets' convolutions, which have none before a norm."""
     result = dict(weights)
     for name, weight in weights.items():
         if re.fullmatch(r"head\.\w+_subnet\.\d+\.weight", name) and weight.ndim == 4:

@@ -1,4 +1,4 @@
-"""Reading what others wrote, and writing a checkpoint with its config."""
+"""Reads files of weights, and writes a checkpoint with its config."""
 
 import importlib
 import os
@@ -18,18 +18,18 @@ from ...files.write import check_free, replace_file
 
 
 class ConvertError(ValueError):
-    """Weights that cannot be converted as asked. The message says what was found and what was expected."""
+    """Weights that cannot be converted. The message says what was found and what was expected."""
 
 
 @dataclass
 class Converted:
-    """Weights by Detectron2's names, and what goes with them.
+    """Converted weights, and the config that goes with them.
 
     Attributes:
-        weights: the model's tensors by name.
-        settings: the config's keys that they need, nested as in a YAML file.
-        notes: what a user should know, a sentence each.
-        heuristics: whether Detectron2 finds the weights' places by the ends of their names, as it does for backbones.
+        weights: the tensors by Detectron2's names.
+        settings: the keys of the config that they need, nested as in a YAML file.
+        notes: sentences that a user should read.
+        heuristics: whether Detectron2 is to match the names by their endings, as it does for backbones.
     """
 
     weights: dict[str, Tensor]
@@ -40,24 +40,19 @@ class Converted:
     @property
     def cfg(self) -> CfgNode:
         """The whole config, for the CPU."""
-        cfg = _defaults()
+        cfg = get_cfg()
+        add_focal_config(cfg)
         cfg.merge_from_other_cfg(CfgNode(self.settings))
         cfg.MODEL.DEVICE = "cpu"
         return cfg
 
 
-def _defaults() -> CfgNode:
-    cfg = get_cfg()
-    add_focal_config(cfg)
-    return cfg
-
-
 def read_content(path: str) -> dict[str, Any]:
-    """What is in a file of weights, by its ending; nothing in it is executed.
+    """Return the content of a file of weights, in the format of its ending. No code in it is executed.
 
     Raises:
         OSError: it cannot be opened.
-        WeightsError: it holds no weights, or asks for more than data.
+        WeightsError: it has no weights, or objects that are not plain data.
     """
     if path.endswith((".pkl", ".pyth")):
         return load_zoo(path)
@@ -74,9 +69,9 @@ def read_content(path: str) -> dict[str, Any]:
 
 
 def find_weights(content: Mapping[str, Any], path: str) -> dict[str, Tensor]:
-    """The tensors by name among what is in a file: at its top or under ``model`` or ``state_dict``.
+    """Return the tensors by name in a file's content: at its top, or under ``model`` or ``state_dict``.
 
-    "module.", which ``DistributedDataParallel`` puts before all names, is taken away.
+    The prefix "module." of ``DistributedDataParallel`` is removed.
 
     Raises:
         WeightsError: there is something else.
@@ -98,30 +93,27 @@ def _is_array(value: object) -> bool:
 
 
 def check_complete(weights: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Check that ``weights`` are those of ``module``: all of them, in their shapes, and no other.
+    """Check that ``weights`` are exactly those of ``module``.
 
     Raises:
-        ConvertError: they are not; lists every difference.
+        ConvertError: they are not; lists all differences.
     """
     if problems := compare(weights, module.state_dict()).problems():
         raise ConvertError("The weights are not those of the model:\n  " + "\n  ".join(problems))
 
 
 def write(converted: Converted, output: str, source: str, force: bool = False) -> str:
-    """Write the checkpoint ``output`` and, beside it, the config of the same name.
+    """Write the checkpoint ``output`` and its config, a ``.yaml`` of the same name, and return the config's path.
 
     Args:
-        converted: what to write.
+        converted: the weights and the config.
         output: a name that ends in ``.pth``.
-        source: where the weights are from, for the config's first line.
+        source: the source of the weights, for the config's first line.
         force: whether to overwrite files.
-
-    Returns:
-        The config's path.
 
     Raises:
         ConvertError: ``output`` has another ending.
-        OSError: one of the files is there, or cannot be written.
+        OSError: one of the files exists, or cannot be written.
     """
     config = check_output(output, force)
     lines = [f"# Weights of {source}, converted.", *(f"# {note}" for note in converted.notes)]
@@ -136,14 +128,14 @@ def write(converted: Converted, output: str, source: str, force: bool = False) -
 
 
 def check_output(output: str, force: bool, with_config: bool = True) -> str:
-    """The path of the config beside the checkpoint ``output``.
+    """Check that a checkpoint and its config can be written, and return the config's path.
 
     Raises:
         ConvertError: ``output`` does not end in ``.pth``.
-        FileExistsError: a file is there, and ``force`` is not given.
+        FileExistsError: a file exists, and ``force`` is not given.
     """
     if not output.endswith(".pth"):
-        raise ConvertError(f"{output} does not end in .pth, the ending of the file to write.")
+        raise ConvertError(f"{output} does not end in .pth, as the checkpoint to write must.")
     config = output.removesuffix(".pth") + ".yaml"
     for path in (output, config)[: 1 + with_config]:
         if not force:
@@ -152,7 +144,7 @@ def check_output(output: str, force: bool, with_config: bool = True) -> str:
 
 
 def merge(into: Mapping, other: Mapping) -> dict:
-    """Both dicts' keys, nested; ``other``'s values where both have one."""
+    """Merge two nested dicts. Where both have a value, ``other``'s is used."""
     result = dict(into)
     for key, value in other.items():
         both = isinstance(value, Mapping) and isinstance(into.get(key), Mapping)

@@ -1,4 +1,4 @@
-"""What the projects call their weights, and what Detectron2 calls them."""
+"""The names of weights in other projects, and their names in Detectron2."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from .files import ConvertError
 
-# A pattern that matches a whole name, and the name in Detectron2.
+# A pattern for a whole name, and the name in Detectron2.
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
 _PART = r"(weight|bias|running_mean|running_var)"
-_ENDING = {"w": "weight", "b": "bias", "s": "weight"}  # Detectron's, of a convolution or of its norm
+_ENDING = {"w": "weight", "b": "bias", "s": "weight"}  # of Detectron's blobs
 
 
 def rename(weights: Mapping[str, Tensor], rules: Sequence[Rule], ignored: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The weights by Detectron2's names; without those whose whole name one of the patterns ``ignored`` matches.
+    """Return the weights by Detectron2's names, without those whose whole name matches a pattern in ``ignored``.
 
     Raises:
-        ConvertError: no rule knows some of the names, or two of them come to be one.
+        ConvertError: no rule matches a name, or two names become the same.
     """
     renamed, unknown = {}, []
     for name, tensor in weights.items():
@@ -30,7 +30,7 @@ def rename(weights: Mapping[str, Tensor], rules: Sequence[Rule], ignored: Iterab
             continue
         new = new(match) if callable(new) else match.expand(new)
         if new in renamed:
-            raise ConvertError(f"{name} and another of the file's weights both are {new}.")
+            raise ConvertError(f"{name} and another name in the file both become {new}.")
         renamed[new] = tensor
     if unknown:
         raise ConvertError(
@@ -41,7 +41,7 @@ def rename(weights: Mapping[str, Tensor], rules: Sequence[Rule], ignored: Iterab
 
 
 def resnet_rules(theirs: str = "", ours: str = "") -> list[Rule]:
-    """A ResNet of torchvision, timm or MMDetection: ``theirs`` and ``ours`` go before all of its names."""
+    """Return the rules for a ResNet of torchvision, timm or MMDetection, with prefixes ``theirs`` and ``ours``."""
     theirs = re.escape(theirs)
     block = rf"{theirs}layer([1-4])\.(\d+)\."
     return [
@@ -55,19 +55,19 @@ def resnet_rules(theirs: str = "", ours: str = "") -> list[Rule]:
 
 
 BOTTOM_UP = "backbone.bottom_up."
-COUNTERS = (r".*\.num_batches_tracked",)  # of batch norm, that only training without momentum looks at
+COUNTERS = (r".*\.num_batches_tracked",)  # of batch norm, read only in training without momentum
 CLASSIFIER = (r"fc\.(weight|bias)",)  # of ImageNet
 
 _SUBNETS = {"classification_head": "cls", "regression_head": "bbox", "cls_convs": "cls", "reg_convs": "bbox"}
 
 
 def _layer(kind: str, conv: int, layers: int, part: str, is_norm: bool = False) -> str:
-    """The name of a subnet's weights: ``layers`` are the layers for each conv, 2, or 3 with a norm."""
+    """The name of a subnet's weights. ``layers`` is the number of layers for each convolution: 2, or 3 with a norm."""
     return f"head.{_SUBNETS.get(kind, kind)}_subnet.{conv * layers + is_norm}.{part}"
 
 
 def _subnet_rules(conv: str, norm: str, layers: int) -> list[Rule]:
-    """Of the subnets' convs and norms, from patterns whose groups are the subnet and the number of the conv."""
+    """The rules for the subnets' convolutions and norms; the patterns' groups are the subnet and the conv's number."""
     return [
         (rf"{conv}(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3])),
         (rf"{norm}(weight|bias)", lambda m: _layer(m[1], int(m[2]), layers, m[3], is_norm=True)),
@@ -75,12 +75,12 @@ def _subnet_rules(conv: str, norm: str, layers: int) -> list[Rule]:
 
 
 def torchvision_rules(has_norm: bool) -> list[Rule]:
-    """Of ``torchvision.models.detection.RetinaNet`` on a ResNet; ``has_norm``: its subnets have norms (v2)."""
+    """Return the rules for torchvision's ``RetinaNet`` on a ResNet; ``has_norm``: the subnets have norms (v2)."""
     layers = 3 if has_norm else 2
     conv = r"head\.(classification_head|regression_head)\.conv\.(\d+)\."
     return [
         *resnet_rules("backbone.body.", BOTTOM_UP),
-        # Before 0.14 these had no ".0", and the subnets' convs were numbered with the ReLUs between them.
+        # Before 0.14, these had no ".0", and the numbers of the subnets' convolutions counted the ReLUs, too.
         (r"backbone\.fpn\.inner_blocks\.([012])(?:\.0)?\.(weight|bias)", _level("backbone.fpn_lateral")),
         (r"backbone\.fpn\.layer_blocks\.([012])(?:\.0)?\.(weight|bias)", _level("backbone.fpn_output")),
         (r"backbone\.fpn\.extra_blocks\.(p6|p7)\.(weight|bias)", r"backbone.top_block.\1.\2"),
@@ -92,7 +92,7 @@ def torchvision_rules(has_norm: bool) -> list[Rule]:
 
 
 def mmdetection_rules(has_norm: bool) -> list[Rule]:
-    """Of MMDetection's ``RetinaNet`` of a ``ResNet``, an ``FPN`` and a ``RetinaHead``; ``has_norm``: GN in its head."""
+    """Return the rules for MMDetection's ``RetinaNet`` on a ``ResNet``; ``has_norm``: the head has group norms."""
     layers = 3 if has_norm else 2
     conv = r"bbox_head\.(cls_convs|reg_convs)\.(\d+)\."
     return [
@@ -127,5 +127,5 @@ DETECTRON1_RULES: list[Rule] = [
     (r"retnet_cls_pred_fpn3_([wb])", lambda m: f"head.cls_score.{_ENDING[m[1]]}"),
     (r"retnet_bbox_pred_fpn3_([wb])", lambda m: f"head.bbox_pred.{_ENDING[m[1]]}"),
 ]
-# Of the ImageNet model that training began with, and of the solver.
+# Leftovers of the ImageNet model and of the solver.
 DETECTRON1_IGNORED = (r"__preserve__/.*", r"(fc1000|pred)_[wb]", r"conv1_b", r"lr")
