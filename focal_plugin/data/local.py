@@ -74,7 +74,7 @@ def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
         where: the entry, for messages.
 
     Raises:
-        ValueError: see ``register_local_datasets``.
+        ConfigError: see ``register_local_datasets``.
     """
     parsed = _parse(entry, where)
     if parsed.name not in DatasetCatalog:

@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from focal_plugin import train
+from focal_plugin.commands import train
 from focal_plugin.config.load import load_config
 from focal_plugin.deploy import DenseTTA, Predictor, with_tta
 

@@ -108,8 +108,8 @@ def convert_mmdetection(path: str, style: str = "") -> Converted:
         notes.append(f"Its {left_out} buffers ema_* are left out: MMDetection evaluates the weights with plain names.")
     if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
         notes.append(
-            f"Boxes differ by about a pixel: MMDetection {meta['mmdet_version']} rounded anchors and moved them by half "
-            "a pixel."
+            f"Boxes differ by about a pixel: MMDetection {meta['mmdet_version']} rounded anchors and shifted them by "
+            "half a pixel."
         )
     pixels = RGB if style == "pytorch" else {}  # Detectron2's defaults are those of caffe models
     return _finish(weights, [pixels, _CLIPPED, settings], notes)
