@@ -12,13 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..evaluation.style import color as series_color
+from ..evaluation import style
+from ..evaluation.curves import use_log_scale
 from .runs import Run
 
-_COLORS = [to_rgb(series_color(index)) for index in range(14)]
+_COLORS = [to_rgb(style.color(index)) for index in range(14)]
 _DARK = {
     "axes.prop_cycle": cycler(color=[[0.7 * part + 0.3 for part in color] for color in _COLORS]),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#d6d9de"),
@@ -44,8 +45,8 @@ def themed_svgs(summary: dict, runs: Sequence[Run]) -> list[dict[str, str]]:
             figures.append((title, lambda figure, s=series: draw_curves(figure.subplots(), summary, runs, s)))
     pages = [{"title": title} for title, _ in figures]
     for page, (_, draw) in zip(pages, figures):
-        for theme, style in (("light", _LIGHT), ("dark", _DARK)):
-            with _figure(style, 6.2, summary) as figure:
+        for theme, look in (("light", _LIGHT), ("dark", _DARK)):
+            with _figure(look, 6.2, summary) as figure:
                 draw(figure)
                 figure.savefig(buffer := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
             page[theme] = _data_uri("image/svg+xml", buffer.getvalue())
@@ -53,9 +54,9 @@ def themed_svgs(summary: dict, runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def _figure(style: dict, width: float, summary: dict) -> Iterator[Figure]:
-    """A figure of ``width`` inches, as high as the rows need; inside, the style is that of the theme."""
-    with matplotlib.rc_context({**style, "svg.hashsalt": "focal_plugin"}):
+def _figure(look: dict, width: float, summary: dict) -> Iterator[Figure]:
+    """A figure of ``width`` inches, as high as the rows need; inside, ``look`` is the style."""
+    with matplotlib.rc_context({**look, "svg.hashsalt": "focal_plugin"}):
         figure = Figure(figsize=(width, max(3.0, 0.36 * len(summary["rows"]) + 1.2)), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -101,10 +102,7 @@ def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> 
     is_loss = series == "total_loss"
     axes.set(title="Training loss, all seeds" if is_loss else "AP on the test set (%), all seeds", xlabel="step")
     if is_loss and axes.lines:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        use_log_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:
         axes.legend(frameon=False, fontsize=8, ncols=2)
@@ -131,7 +129,7 @@ def detections(runs: Sequence[Run], width: int = 800) -> list[dict]:
 
 
 def _color(index: int) -> str:
-    return f"C{index % len(_COLORS)}"  # the theme's
+    return f"C{index % len(_COLORS)}"  # of the theme
 
 
 def _write(axes: Axes, y: int, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -43,7 +44,7 @@ def read_metrics(path: str) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def save_curves(path: str, metrics_json: str) -> None:
-    """Draw the losses, the learning rate and, if there was an evaluation, the AP of ``metrics_json`` to a PNG."""
+    """Draw the losses, the learning rate and, if there was an evaluation, the AP in ``metrics_json`` to a PNG."""
     series = read_metrics(metrics_json)
     # "bbox/AP", or "<data set>/bbox/AP" if there are several test sets
     metrics = [name for name in series if name.rpartition("/")[2] in _METRICS]
@@ -55,10 +56,8 @@ def save_curves(path: str, metrics_json: str) -> None:
     losses = {name: label for name, label in _LOSSES.items() if name in series}
     for name, label in losses.items():
         panels[0].plot(*series[name], label=label, linewidth=2 if name == "total_loss" else 1.3)
-    panels[0].set(title="Loss", yscale="log")
-    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].set(title="Loss")
+    use_log_scale(panels[0])
     panels[1].plot(*series.get("lr", ([], [])), color="tab:gray", linewidth=2)
     panels[1].set(title="Learning rate", ylim=(0, None))
     for name in metrics:
@@ -74,3 +73,11 @@ def save_curves(path: str, metrics_json: str) -> None:
         if panel.get_legend_handles_labels()[1]:
             panel.legend(frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def use_log_scale(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers at 1, 2 and 5 in each decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())

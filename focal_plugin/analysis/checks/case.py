@@ -1,7 +1,7 @@
 """What the checks share: the run to check, whose parts are made once and only if needed, and their findings."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -41,32 +41,27 @@ class Check:
     needs: Sequence[str] = ()
 
 
+@dataclass
 class Case:
     """A run that is about to start.
 
-    Args:
+    Attributes:
         config_file, opts: the arguments of ``load_config``.
         weights: the weights to start from; ``MODEL.WEIGHTS`` if empty.
         resume: whether the run resumes the one in its ``OUTPUT_DIR``.
         num_images: the number of images to match anchors on, spread over the training set; 0 for all.
     """
 
-    def __init__(
-        self,
-        config_file: str,
-        opts: Sequence[str] = (),
-        *,
-        weights: str = "",
-        resume: bool = False,
-        num_images: int = 1000,
-    ):
-        self.config_file, self.opts = config_file, list(opts)
-        self.weights, self.resume, self.num_images = weights, resume, num_images
+    config_file: str
+    opts: Sequence[str] = ()
+    weights: str = field(default="", kw_only=True)
+    resume: bool = field(default=False, kw_only=True)
+    num_images: int = field(default=1000, kw_only=True)
 
     @cached_property
     def cfg(self) -> CfgNode:
         """The config, with the device set to the CPU."""
-        cfg = load_config(self.config_file, self.opts)
+        cfg = load_config(self.config_file, list(self.opts))
         cfg.MODEL.DEVICE = "cpu"
         cfg.MODEL.WEIGHTS = self.weights or cfg.MODEL.WEIGHTS
         return cfg
