@@ -1,4 +1,4 @@
-"""The program from its command line: what is run, what is left alone, and what becomes of it when it is killed."""
+"""The command line: which runs are started and which are left, and what happens when the program is killed."""
 
 import fcntl
 import json

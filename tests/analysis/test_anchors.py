@@ -1,4 +1,4 @@
-"""Coverage is that of a dense matcher; what is suggested reaches what it says."""
+"""Coverage equals that of a dense matcher; suggested anchors reach as many boxes as reported."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Each check is silent for a run that is right and names the mistake, and the key to change, in one that is not."""
+"""Each check passes for a correct run, and names the mistake and the key to change for a wrong one."""
 
 import json
 import runpy
@@ -35,7 +35,7 @@ def options(*opts):
 
 @pytest.fixture
 def find(tiny_config):
-    """What one check finds: (level, text) of each finding."""
+    """Run one check and return (level, text) of each finding."""
 
     def find(name, *opts, **kwargs):
         (check,) = [check for check in CHECKS if check.name == name]

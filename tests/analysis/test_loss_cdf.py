@@ -75,11 +75,11 @@ def test_examples_of_an_image():
     found = {"positive": WrongnessHistogram(), "negative": WrongnessHistogram()}
     add_image(found, logits, DenseTargets(labels, 3, [torch.zeros(0, dtype=torch.int64)] * 2, empty, empty))
     expected = {"positive": [], "negative": []}
-    for level, codes in zip(logits, labels):
-        for a, y, x in np.ndindex(*codes[0].shape):
-            for k in range(3) if codes[0, a, y, x] != -1 else []:
+    for level, level_labels in zip(logits, labels):
+        for a, y, x in np.ndindex(*level_labels[0].shape):
+            for k in range(3) if level_labels[0, a, y, x] != -1 else []:
                 value = level[0, a, k, y, x].item()
-                positive = codes[0, a, y, x] == k
+                positive = level_labels[0, a, y, x] == k
                 expected["positive" if positive else "negative"].append(-value if positive else value)
     for kind, values in expected.items():
         np.testing.assert_array_equal(found[kind].counts, histogram(np.float32(values)).counts)

@@ -1,4 +1,4 @@
-"""What the user can put right is told in a line, whichever analysis meets it, with an exit code of its own."""
+"""In every analysis, a mistake of the user is one line on stderr and an exit code of 2."""
 
 import json
 import re

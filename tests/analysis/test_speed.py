@@ -1,4 +1,4 @@
-"""Models take turns on the same images; what is drawn says where it comes from."""
+"""Models take turns on the same images; the table names the sources of APs and weights."""
 
 import csv
 import json
@@ -72,7 +72,7 @@ def test_command(tiny_config, folder, faster_rcnn, tmp_path, capsys):
 
 
 class Sleeper(torch.nn.Module):
-    """Notes who was asked, and what it was shown; takes as long on the fake clock as it is told."""
+    """Records its calls, and takes the given time on a fake clock."""
 
     def __init__(self, name, clock, seconds, seen):
         super().__init__()

@@ -21,10 +21,10 @@ def inputs(images, height, width, classes, device, dtype):
         values = torch.randn(images, A * classes, h, w, generator=generator) - 4.6
         logits.append(values.to(device, dtype).requires_grad_())
         draw = torch.rand(images, A, h, w, generator=generator)
-        codes = torch.randint(classes, draw.shape, generator=generator)
-        codes[draw > 0.001] = classes
-        codes[draw > 0.998] = -1
-        labels.append(codes.to(device))
+        level = torch.randint(classes, draw.shape, generator=generator)
+        level[draw > 0.001] = classes
+        level[draw > 0.998] = -1
+        labels.append(level.to(device))
     return logits, labels
 
 
@@ -38,16 +38,16 @@ def rows(images=2, height=800, width=1216, classes=80, device="cpu"):
         return torch.autograd.grad(loss, logits)
 
     def flat(loss_function):
-        """The way of Detectron2's RetinaNet: permute, concatenate, mask, one-hot."""
+        """Compute it as Detectron2's RetinaNet does: permute, concatenate, mask, one-hot."""
 
         def prepare():
             logits, labels = given()
-            codes = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in labels], dim=1)
+            flat_labels = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in labels], dim=1)
 
             def run():
                 predicted = torch.cat([permute_to_N_HWA_K(x, classes) for x in logits], dim=1)
-                valid = codes >= 0
-                onehot = F.one_hot(codes[valid], num_classes=classes + 1)[:, :-1].to(predicted.dtype)
+                valid = flat_labels >= 0
+                onehot = F.one_hot(flat_labels[valid], num_classes=classes + 1)[:, :-1].to(predicted.dtype)
                 loss = loss_function(predicted[valid], onehot, alpha=0.25, gamma=2.0, reduction="sum")
                 return backward(loss, logits)
 

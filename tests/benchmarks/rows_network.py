@@ -100,7 +100,7 @@ def give_it_detections(model, images, candidates=1000):
 
 
 def convolutions(model, images, dtype, training):
-    """Nothing but the model's convolutions, one after another on inputs of their sizes, and their gradients."""
+    """Return a function that runs only the model's convolutions on inputs of their sizes, and their gradients."""
     model, calls = copy.deepcopy(model), []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -111,8 +111,8 @@ def convolutions(model, images, dtype, training):
     work = []
     for module, x in calls:
         learns = training and module.weight.requires_grad
-        place = {"dtype": dtype, "memory_format": torch.channels_last}
-        x, weight = (torch.randn(y.shape, device=y.device).to(**place) for y in (x, module.weight))
+        layout = {"dtype": dtype, "memory_format": torch.channels_last}
+        x, weight = (torch.randn(y.shape, device=y.device).to(**layout) for y in (x, module.weight))
         work.append((x.requires_grad_(learns), weight.requires_grad_(learns), module.stride, module.padding))
 
     def run():
@@ -231,7 +231,7 @@ def inference_rows(height=480, width=640, device="cpu", depth=50):
     variants["ours"] = optimized(torch.float32)
     if best != torch.float32:
         variants[f"ours, {str(best)[6:]}"] = optimized(best)
-    if depth == 50:  # compiling takes longer than all else at the size of a test
+    if depth == 50:  # in a test, compiling would take longest
         variants["ours, compiled"] = optimized(torch.float32, compile=True)
         if best != torch.float32:
             variants[f"ours, {str(best)[6:]}, compiled"] = optimized(best, compile=True)

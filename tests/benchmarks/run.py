@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Speed and memory beside Detectron2's and torchvision's RetinaNet, in one process, in turns, on the same inputs.
+"""Compare speed and memory with Detectron2's and torchvision's RetinaNet, in one process, in turns, on equal inputs.
 
     run.py [--quick] [--rows WORD] [--output output/bench]
 
-prints a table and writes it as Markdown and JSON. "Floor" is what no implementation avoids: a copy of the same bytes,
-or the convolutions alone. Nothing is asserted. Compare ratios, and only within one run.
+prints a table and writes it as Markdown and JSON. "Floor" is the work that no implementation can avoid: a copy of the
+same bytes, or only the convolutions. Nothing is asserted. Compare ratios within one run only.
 """
 
 # ruff: noqa: E402  # the folders come first: neither the package nor this folder need be installed
@@ -34,7 +34,7 @@ GPU_ROWS = ("class loss, forward + backward, CUDA", "train step, CUDA", "inferen
 
 
 def all_rows(tiny: bool) -> Iterator[Row]:
-    """Every row of the table; ``tiny``: at sizes of a test."""
+    """Yield the rows of the table; ``tiny`` ones for a test."""
     if tiny:
         yield from rows_loss.rows(1, 64, 96, classes=3)
         yield from rows_matching.rows(64, 96, counts=(3,))
@@ -52,7 +52,7 @@ def all_rows(tiny: bool) -> Iterator[Row]:
 
 
 def measure(row: Row, repeats: int, peaks: list[str], arguments: list[str]) -> dict:
-    """The row's numbers, ready for JSON; peak memory of the variants ``peaks``."""
+    """Return the numbers of a row for JSON, with the peak memory of the variants ``peaks``."""
     busy, own = _cpu_seconds(), sum(os.times()[:4])
     functions = {name: prepare() for name, prepare in row.variants.items()}
     total = (repeats + 1) * len(functions)
@@ -74,7 +74,7 @@ def measure(row: Row, repeats: int, peaks: list[str], arguments: list[str]) -> d
 
 
 def machine() -> dict:
-    """What the numbers depend on."""
+    """Return the facts that the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -90,7 +90,7 @@ def machine() -> dict:
 
 
 def markdown(facts: dict, rows: list[dict]) -> str:
-    """The table."""
+    """Return the table."""
     lines = [", ".join(f"{key}: {value}" for key, value in facts.items()), ""]
     lines += ["| what | who | times faster | times less CPU | extra memory | target |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -105,7 +105,7 @@ def markdown(facts: dict, rows: list[dict]) -> str:
             title = ""
     if not facts["GPU"]:
         lines += [f"| **{name}** | | | | | |" for name in GPU_ROWS]
-    lines += ["", "Times are against the first line of each row, medians of ratios within a round."]
+    lines += ["", "Times are relative to the first line of each row: medians of the ratios within a round."]
     if any(row["cpu_seconds_of_others"] > 1 for row in rows):
         shares = ", ".join(f"{row['name']}: {row['cpu_seconds_of_others']:.0f} s" for row in rows)
         lines.append(f"Other processes used the processor meanwhile ({shares}): wall-clock ratios are then unreliable.")
@@ -113,7 +113,7 @@ def markdown(facts: dict, rows: list[dict]) -> str:
 
 
 def _cpu_seconds() -> float:
-    """What all processes together have used."""
+    """Return the CPU time that all processes have used."""
     if not Path("/proc/stat").exists():
         return 0.0
     user, nice, system = (int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:4])
@@ -121,12 +121,12 @@ def _cpu_seconds() -> float:
 
 
 def main(words: list[str] | None = None) -> list[dict]:
-    """Run the command line ``words``; the rows' numbers."""
+    """Run the command line ``words`` and return the numbers of the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and memory only where there is a target")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--output", type=Path, default=Path("output/bench"), help="folder for bench.md and bench.json")
-    parser.add_argument("--tiny", action="store_true", help="sizes that mean nothing, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="tiny inputs, to test that it runs")
     parser.add_argument("--peak", nargs=2, metavar=("ROW", "WHO"), help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     warnings.filterwarnings("ignore")
@@ -145,7 +145,7 @@ def main(words: list[str] | None = None) -> list[dict]:
         results.append(measure(row, repeats, wanted, ["--tiny"] if args.tiny else []))
     table = markdown(facts, results)
     folder, number = args.output, 1
-    while (folder / "bench.md").exists():  # an earlier run's
+    while (folder / "bench.md").exists():  # of an earlier run
         number += 1
         folder = args.output.with_name(f"{args.output.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The benchmark runs, at sizes of a test. What it says of speed is not looked at."""
+"""The benchmark runs on tiny inputs, whose speed is not tested."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_functions_take_turns_and_the_first_round_does_not_count(timing):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_is_what_a_call_takes_on_top():
-    """In a process of its own, as in the benchmark: one that has worked before reuses what it has freed."""
+    """In a new process, as in the benchmark, because an older one reuses memory that it has freed."""
     code = """
         import timing, torch
         kept = torch.ones(2_000_000)

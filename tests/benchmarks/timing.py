@@ -1,4 +1,4 @@
-"""Time functions in turns, and measure the peak memory of one in a process of its own."""
+"""Time functions in turns, and measure the peak memory of each in its own process."""
 
 import json
 import statistics
@@ -18,11 +18,11 @@ class Row:
 
     Attributes:
         name: what is measured, unique.
-        size: on what, in words.
-        variants: for each system a function that prepares its inputs and returns what is measured. The first is what
-            the others are compared with.
-        target: what is hoped for, by system.
-        logits_bytes: if given, memory is also told as a multiple of it.
+        size: the size of the inputs, in words.
+        variants: for each system, a function that prepares the inputs and returns the function to measure. The others
+            are compared with the first.
+        target: the goal, by system.
+        logits_bytes: if given, memory is also reported as a multiple of it.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Row:
 
 
 def interleave(functions: dict[str, Callable], repeats: int, tick: Callable[[], object] = lambda: None) -> dict:
-    """Call all functions in turns, ``repeats`` times after one round that does not count.
+    """Call all functions in turns, ``repeats`` times after a warm-up round.
 
     Returns:
-        For each, the medians over rounds: ``seconds`` and ``cpu_seconds`` of a call, and the first function's over its
-        own in the same round, ``times_faster`` and ``times_less_cpu``.
+        For each function, medians over the rounds: ``seconds`` and ``cpu_seconds`` of a call, and their ratios to the
+        first function in the same round, ``times_faster`` and ``times_less_cpu``.
     """
     wall, cpu = ({name: [] for name in functions} for _ in range(2))
     for number in range(repeats + 1):
@@ -64,7 +64,7 @@ def interleave(functions: dict[str, Callable], repeats: int, tick: Callable[[], 
 
 
 def extra_peak_bytes(function: Callable[[], object]) -> int:
-    """How much more memory a first call of ``function`` takes at its peak than there is in use before it."""
+    """Return the peak memory of a first call of ``function`` above the memory in use before it."""
     if torch.cuda.is_available():
         _wait_for_gpu()
         torch.cuda.reset_peak_memory_stats()
@@ -73,14 +73,14 @@ def extra_peak_bytes(function: Callable[[], object]) -> int:
         _wait_for_gpu()
         if peak := torch.cuda.max_memory_allocated() - before:
             return peak
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here: proc(5)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak: proc(5)
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
 
 
 def peak_in_new_process(row: str, variant: str, arguments: list[str]) -> int | None:
-    """``extra_peak_bytes`` of a row's variant in a process that has done nothing else; None if it failed."""
+    """Return ``extra_peak_bytes`` of a variant of a row, measured in a new process; None if it failed."""
     command = [sys.executable, str(Path(__file__).with_name("run.py")), *arguments, "--peak", row, variant]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:

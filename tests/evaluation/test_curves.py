@@ -1,4 +1,4 @@
-"""metrics.json is read as the run went, whatever its restarts, and drawn."""
+"""metrics.json is read in the order of the steps, whatever the restarts, and drawn."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The end of a run names what this run has written, and tells a model that found nothing from one that is unknown."""
+"""The report of a run lists the files that this run has written; no detections differ from unknown ones."""
 
 import logging
 import os
@@ -59,7 +59,7 @@ def test_the_clock_of_a_file_server_is_another(tmp_path, hours):
 
 
 def test_a_report_ends_the_run(tmp_path, caplog):
-    """A run that begins without a note of its own is not taken for the one that has been reported."""
+    """The note of a start is for one report: the next run has a new one."""
     caplog.set_level(logging.INFO)
     write(tmp_path, curves_png="of before")
     note_start(str(tmp_path))
