@@ -23,7 +23,7 @@ STAMP := $(VENV)/.setup-$(shell { echo $(call quote,$(DETECTRON2)); cat $(INPUTS
 help:
 	@echo 'make demo         train on aerial images of trees, evaluate, draw what the detector sees'
 	@echo 'make test         style and tests; make test-slow: the tests that take longer'
-	@echo 'make lint         style only; make format puts right what it can'
+	@echo 'make lint         style and types only; make format puts right what it can'
 	@echo 'make bench        speed and memory beside Detectron2; make bench-quick: in a few minutes'
 	@echo 'make setup        only what the others do first: .venv with all requirements (see the top of the Makefile)'
 
@@ -43,6 +43,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .

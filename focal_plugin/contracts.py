@@ -13,7 +13,7 @@ from torch import Tensor
 from .structures import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
 
 
-def check_head(head: Callable, outputs: Any, targets: DenseTargets, sparse: bool) -> None:
+def check_head(head: Callable[..., Any], outputs: Any, targets: DenseTargets, sparse: bool) -> None:
     """Check what a head gave for a batch.
 
     Args:
@@ -38,7 +38,9 @@ def check_head(head: Callable, outputs: Any, targets: DenseTargets, sparse: bool
         )
 
 
-def _check_levels(head: Callable, what: str, levels: Any, targets: DenseTargets, channels: int, names: str) -> None:
+def _check_levels(
+    head: Callable[..., Any], what: str, levels: Any, targets: DenseTargets, channels: int, names: str
+) -> None:
     if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or len(levels) != len(targets.labels):
         raise TypeError(
             f"The head {_name(head)} gave {what} {_describe(levels)}; expected a list of {len(targets.labels)} "
@@ -53,7 +55,7 @@ def _check_levels(head: Callable, what: str, levels: Any, targets: DenseTargets,
             )
 
 
-def check_match(matcher: Callable, match: Any, anchors: Anchors, instances: Instances, values: bool) -> None:
+def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, instances: Instances, values: bool) -> None:
     """Check what a matcher gave for an image.
 
     Args:
@@ -92,7 +94,7 @@ def check_match(matcher: Callable, match: Any, anchors: Anchors, instances: Inst
         )
 
 
-def check_cls_loss(cls_loss: Callable, loss: Any, logits: Sequence[Tensor], targets: DenseTargets) -> None:
+def check_cls_loss(cls_loss: Callable[..., Any], loss: Any, logits: Sequence[Tensor], targets: DenseTargets) -> None:
     """Check what a classification loss made of ``logits``, one tensor a level.
 
     Raises:
@@ -108,7 +110,7 @@ def check_cls_loss(cls_loss: Callable, loss: Any, logits: Sequence[Tensor], targ
     _check_gradient(what, loss, "logits", logits[0], targets)
 
 
-def checked_elementwise(cls_loss: Callable, loss: Any, logits: Tensor) -> Tensor:
+def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor) -> Tensor:
     """``loss``, which an ``ElementwiseLoss`` made of ``logits`` of any shape.
 
     Raises:
@@ -122,7 +124,7 @@ def checked_elementwise(cls_loss: Callable, loss: Any, logits: Tensor) -> Tensor
     return loss
 
 
-def check_box_loss(box_loss: Callable, loss: Any, deltas: Tensor, targets: DenseTargets) -> None:
+def check_box_loss(box_loss: Callable[..., Any], loss: Any, deltas: Tensor, targets: DenseTargets) -> None:
     """Check what a box loss made of (P, 4) ``deltas``.
 
     Raises:
@@ -150,7 +152,7 @@ def _check_gradient(what: str, loss: Tensor, name: str, predictions: Tensor, tar
         )
 
 
-def _name(component: Callable) -> str:
+def _name(component: Callable[..., Any]) -> str:
     return getattr(component, "__name__", type(component).__name__)
 
 

@@ -63,8 +63,8 @@ def top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
         indices = (row > floor).nonzero().squeeze(1)
         best, order = row[indices].float().topk(min(count, len(indices)))
         rows.append((best, indices[order]))
-    best, indices = zip(*rows)
-    return pad_sequence(best, batch_first=True, padding_value=-math.inf), pad_sequence(indices, batch_first=True)
+    all_values = pad_sequence([best for best, _ in rows], batch_first=True, padding_value=-math.inf)
+    return all_values, pad_sequence([indices for _, indices in rows], batch_first=True)
 
 
 def suppress(

@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
 from .config import ConfigError
@@ -86,13 +88,13 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
     )
 
 
-def _build(registry: Registry, name: str, cfg, *more: Any) -> Any:
+def _build(registry: Registry, name: str, cfg: CfgNode, *more: Any) -> Any:
     """Return the component of that name, built with ``(cfg, *more)``."""
     component = _get(registry, name)
     try:
         return component(cfg, *more)
     except TypeError as error:
-        if error.__traceback__.tb_next is not None:  # it was called, and went wrong inside
+        if getattr(error.__traceback__, "tb_next", None) is not None:  # it was called, and went wrong inside
             raise
         arguments = "cfg, input_shape" if more else "cfg"
         raise TypeError(
@@ -101,7 +103,7 @@ def _build(registry: Registry, name: str, cfg, *more: Any) -> Any:
         ) from error
 
 
-def _chosen_names(cfg) -> dict[Registry, str]:
+def _chosen_names(cfg: CfgNode) -> dict[Registry, str]:
     focal = cfg.MODEL.FOCAL
     return {
         DENSE_HEAD_REGISTRY: focal.HEAD.NAME,
@@ -112,12 +114,12 @@ def _chosen_names(cfg) -> dict[Registry, str]:
     }
 
 
-def chosen_components(cfg) -> list[Callable[..., Any]]:
+def chosen_components(cfg: CfgNode) -> list[Callable[..., Any]]:
     """Return the registered components that ``cfg`` names, without those that are empty or not known."""
     return [registry.get(name) for registry, name in _chosen_names(cfg).items() if name in registry]
 
 
-def check_names(cfg) -> None:
+def check_names(cfg: CfgNode) -> None:
     """Check that the components that ``cfg`` names are registered, before anything is built.
 
     Raises:
@@ -128,7 +130,7 @@ def check_names(cfg) -> None:
             _get(registry, name)
 
 
-def import_user_modules(cfg) -> None:
+def import_user_modules(cfg: CfgNode) -> None:
     """Import every module named in ``MODEL.FOCAL.IMPORTS``, so that the components they define are registered.
 
     Raises:
@@ -149,12 +151,12 @@ def import_user_modules(cfg) -> None:
             ) from error
 
 
-def build_dense_head(cfg, input_shape):
+def build_dense_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> Any:
     """Build the head ``MODEL.FOCAL.HEAD.NAME`` for features of shapes ``input_shape`` (a list of ``ShapeSpec``)."""
     return _build(DENSE_HEAD_REGISTRY, cfg.MODEL.FOCAL.HEAD.NAME, cfg, input_shape)
 
 
-def build_cls_loss(cfg):
+def build_cls_loss(cfg: CfgNode) -> Any:
     """Build the classification loss ``MODEL.FOCAL.CLS_LOSS.NAME``."""
     return _build(CLS_LOSS_REGISTRY, cfg.MODEL.FOCAL.CLS_LOSS.NAME, cfg)
 
@@ -167,7 +169,7 @@ _STOCK_BOX_LOSSES = {
 }
 
 
-def build_box_loss(cfg):
+def build_box_loss(cfg: CfgNode) -> Any:
     """Build the box loss ``MODEL.FOCAL.BOX_LOSS.NAME``; if empty, what ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE`` names."""
     name = cfg.MODEL.FOCAL.BOX_LOSS.NAME
     if not name:
@@ -181,11 +183,11 @@ def build_box_loss(cfg):
     return _build(BOX_LOSS_REGISTRY, name, cfg)
 
 
-def build_matcher(cfg):
+def build_matcher(cfg: CfgNode) -> Any:
     """Build the anchor matcher ``MODEL.FOCAL.MATCHER.NAME``."""
     return _build(ANCHOR_MATCHER_REGISTRY, cfg.MODEL.FOCAL.MATCHER.NAME, cfg)
 
 
-def build_bias_init(cfg):
+def build_bias_init(cfg: CfgNode) -> Any:
     """Build the bias initialisation ``MODEL.FOCAL.BIAS_INIT.NAME``."""
     return _build(BIAS_INIT_REGISTRY, cfg.MODEL.FOCAL.BIAS_INIT.NAME, cfg)

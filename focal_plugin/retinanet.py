@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -63,7 +64,7 @@ class FocalRetinaNet(DenseDetector):
         head: nn.Module,
         head_in_features: Sequence[str],
         anchor_generator: nn.Module,
-        box2box_transform,
+        box2box_transform: Box2BoxTransform,
         anchor_matcher: Matcher,
         num_classes: int,
         cls_loss: ClassLoss,
@@ -107,9 +108,9 @@ class FocalRetinaNet(DenseDetector):
         self.clip_before_nms = clip_before_nms
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         import_user_modules(cfg)
-        backbone = fold_frozen_norms(build_backbone(cfg))  # the same network in fewer passes over its activations
+        backbone: Any = fold_frozen_norms(build_backbone(cfg))  # the same network in fewer passes over its activations
         shapes = backbone.output_shape()
         if unknown := [name for name in cfg.MODEL.RETINANET.IN_FEATURES if name not in shapes]:
             raise ValueError(
@@ -140,7 +141,7 @@ class FocalRetinaNet(DenseDetector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """As ``DenseDetector.forward``: losses by name in training, else a dict with ``instances`` for each image.
 
         In training, an image may have ``ignore_boxes`` beside its ``instances``: the ``Boxes`` of crowds and other
@@ -151,7 +152,7 @@ class FocalRetinaNet(DenseDetector):
         assert "instances" in batched_inputs[0], "The images have no `instances`, the ground truth of training."
         return self.losses(*self.predict(batched_inputs))
 
-    def predict(self, batched_inputs: list[dict]) -> tuple[list[Tensor], Tensor, DenseTargets]:
+    def predict(self, batched_inputs: list[dict[str, Any]]) -> tuple[list[Tensor], Tensor, DenseTargets]:
         """Compute what the losses of a batch are made of. ``losses`` takes all three.
 
         Args:
@@ -176,7 +177,7 @@ class FocalRetinaNet(DenseDetector):
         features = self.backbone(images)
         return [features[name] for name in self.head_in_features]
 
-    def label_batch(self, features: list[Tensor], batched_inputs: list[dict]) -> DenseTargets:
+    def label_batch(self, features: list[Tensor], batched_inputs: list[dict[str, Any]]) -> DenseTargets:
         """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
         anchors = cached_anchors(self.anchor_generator, features)
         gt_instances = [image["instances"].to(self.device) for image in batched_inputs]
@@ -232,7 +233,7 @@ class FocalRetinaNet(DenseDetector):
         """The (P, 4) boxes that the positives' ``deltas`` stand for."""
         return self.box2box_transform.apply_deltas(deltas, targets.anchors)
 
-    def forward_inference(self, images: ImageList, features: list[Tensor], predictions) -> list[Instances]:
+    def forward_inference(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
         """The detections of each image, in the coordinates of the network's input (section 4.1)."""
         return [
             suppress(
@@ -267,7 +268,7 @@ class FocalRetinaNet(DenseDetector):
             )
             for level in zip(logits, deltas, anchors)
         ]
-        values, classes, deltas, anchors = (torch.cat(levels, dim=1) for levels in zip(*best))  # (N, C, ...)
-        boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
+        values, classes, chosen, at = (torch.cat(levels, dim=1) for levels in zip(*best))  # (N, C, ...)
+        boxes = self.box2box_transform.apply_deltas(chosen.flatten(0, 1), at.flatten(0, 1)).view_as(at)  # (N, C, 4)
         wanted = (values.sigmoid() > self.test_score_thresh) & (values > -math.inf)  # (N, C)
         return [(b[kept], v[kept].sigmoid(), c[kept]) for b, v, c, kept in zip(boxes, values, classes, wanted)]

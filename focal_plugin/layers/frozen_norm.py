@@ -1,5 +1,7 @@
 """Frozen batch norm as part of the convolution before it, without passes of its own over the activations."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -38,19 +40,20 @@ def fold_frozen_norms(model: nn.Module) -> nn.Module:
     return replace_modules(model, _frozen_twin)
 
 
-def _frozen_twin(module: nn.Module) -> nn.Module | None:
+def _frozen_twin(module: Any) -> nn.Module | None:
     if type(module) is not Conv2d or type(module.norm) is not FrozenBatchNorm2d:
         return None
     return like_conv(FrozenNormConv2d, module, norm=module.norm, activation=module.activation)
 
 
-def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def folded(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     """The weight and bias of the convolution that is ``conv`` and then ``norm``, a batch norm in evaluation mode.
 
     Args:
         conv: a convolution to C' channels, with a bias or without.
         norm: a ``FrozenBatchNorm2d``, ``BatchNorm2d`` or the like: with running statistics, affine or not.
     """
+    # y = (x − mean) / √(var + ε) · weight + bias is s·x + shift, channel by channel.
     scale = (norm.running_var + norm.eps).rsqrt()  # (C',)
     if norm.weight is not None:
         scale = scale * norm.weight

@@ -1,6 +1,7 @@
 """Replacing modules inside a model: the new ones share the parameters of the old."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def replace_modules(model: nn.Module, make: Callable[[nn.Module], nn.Module | No
     return made.get(model, model)
 
 
-def like_conv(kind: type[nn.Conv2d], conv: nn.Conv2d, **kwargs) -> nn.Conv2d:
+def like_conv(kind: Callable[..., nn.Conv2d], conv: nn.Conv2d, **kwargs: Any) -> nn.Conv2d:
     """Build a convolution of class ``kind`` with the geometry of ``conv`` and its very parameters.
 
     Args:
