@@ -1,4 +1,7 @@
-"""How the classifier's bias starts: the paper's remedy for the flood of easy background (sections 3.3 and 4.1)."""
+"""How the classifier's bias starts: the paper's remedy for the flood of easy background (sections 3.3 and 4.1).
+
+Each is called with the classifier and fills its (A·K,) bias in place. An argument out of range is a ValueError.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +20,6 @@ class PriorBiasInit:
 
     Args:
         prior_prob: π, in (0, 1); .01 in the paper.
-
-    Raises:
-        ValueError: π is not in (0, 1).
     """
 
     @configurable
@@ -31,7 +31,6 @@ class PriorBiasInit:
         return {"prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB}
 
     def __call__(self, conv: nn.Conv2d, num_anchors: int, num_classes: int) -> None:
-        """Fill the (A·K,) bias of ``conv`` in place."""
         # σ(b) = π. At p = .5 the 100,000 background anchors of an image would outweigh everything else in the first
         # steps; at p = .01 the loss of each is 70 times smaller, log .5 / log .99.
         assert conv.bias is not None
@@ -46,7 +45,6 @@ class ZeroBiasInit:
         pass
 
     def __call__(self, conv: nn.Conv2d, num_anchors: int, num_classes: int) -> None:
-        """Fill the (A·K,) bias of ``conv`` in place."""
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
 
@@ -61,9 +59,6 @@ class ClassFrequencyBiasInit:
     Args:
         prior_prob: π, in (0, 1).
         shares: f_k, one number a class, all above 0 and 1 in all; ``MODEL.FOCAL.CLASS_FREQUENCIES`` gives them.
-
-    Raises:
-        ValueError: π is not in (0, 1), or the shares are not as above.
     """
 
     @configurable
@@ -83,7 +78,6 @@ class ClassFrequencyBiasInit:
         return True
 
     def __call__(self, conv: nn.Conv2d, num_anchors: int, num_classes: int) -> None:
-        """Fill the (A·K,) bias of ``conv`` in place; a ValueError for another number of classes than of shares."""
         if num_classes != len(self.shares):
             raise ValueError(f"There are {num_classes} classes and {len(self.shares)} shares; expected one a class.")
         priors = self.prior_prob * torch.tensor(self.shares, dtype=torch.float64)  # (K,)

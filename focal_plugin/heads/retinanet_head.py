@@ -33,11 +33,8 @@ class FocalRetinaNetHead(nn.Module):
         norm: the norm after each of those convs: "" for none, as in the paper, or a name or callable that
             ``detectron2.layers.get_norm`` takes.
         norm_sharing: which parts of a norm the levels share. "shared": all, statistics too; "per_level": none; "auto",
-            as in Detectron2: all, except that "BN" and "SyncBN" keep statistics for each level.
+            as in Detectron2: all, except that "BN" and "SyncBN" keep statistics for each level. Else a ValueError.
         bias_init: fills the classifier's bias; an entry of ``BIAS_INIT_REGISTRY``.
-
-    Raises:
-        ValueError: ``norm_sharing`` is none of these.
     """
 
     takes_targets = True
@@ -98,9 +95,7 @@ class FocalRetinaNetHead(nn.Module):
 
         With ``targets``, the deltas are the positives' alone, (P, 4): the box loss needs no others. The box subnet is
         then computed around the positives only, unless they are nearly everywhere or its norms have to see whole maps.
-
-        Raises:
-            ValueError: not as many levels as the head was built for.
+        A ValueError for another number of levels than the head was built for.
         """
         if len(features) != self.num_levels:
             raise ValueError(f"The head was built for {self.num_levels} levels and was given {len(features)}.")

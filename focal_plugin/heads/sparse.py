@@ -47,10 +47,9 @@ class Cells:
         return (rows[:, :, None] + self.offsets).flatten(1)  # (S, 9)
 
     def collect(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The different cells among ``numbers``, without borders, and the row of each.
+        """The different cells among ``numbers`` without borders, (S,), ascending; and their inverse, (M,).
 
-        Returns:
-            The (S,) cells, ascending; and for each of all M cells its index among these, S for one that is not there.
+        The inverse has for each of all M cells its index among these, S for one that is not there.
         """
         is_wanted = torch.zeros_like(self.inside)
         is_wanted[numbers] = True
@@ -72,8 +71,7 @@ def convs_at(
 
     Args:
         convs: K convs with bias, kernel 3, stride 1, padding 1.
-        features: one (N, C, H, W) tensor a level.
-        cells: the cells of ``features``.
+        features, cells: one (N, C, H, W) tensor a level, and its cells.
         numbers: (P,) which cells, repetitions allowed.
         max_share: give up if the first conv is needed at more than this share of all cells.
 

@@ -18,10 +18,8 @@ class SmoothL1BoxLoss(nn.Module):
     """Smooth L1 between the predicted deltas and those from the anchor to its box (section 4.1), summed over the four.
 
     Args:
-        beta: where the loss turns from quadratic to linear; 0 is L1. Detectron2's default is .1, its configs have 0.
-
-    Raises:
-        ValueError: beta is negative or not finite.
+        beta: where the loss turns from quadratic to linear; 0 is L1, less is a ValueError. Detectron2's default is .1,
+            its configs have 0.
     """
 
     @configurable

@@ -47,10 +47,8 @@ def dense_focal_loss(
         has the logits' dtype, and is finite for every γ.
 
     Raises:
-        TypeError: a dtype other than those above, or levels of several dtypes.
-        ValueError: no level; shapes or devices of logits and labels that don't fit; alpha or gamma outside their range;
-            on the CPU, a label outside [−1, K]. Values that are on a GPU are not checked, because that synchronises: a
-            label > K counts as background there, one < −1 as ignored.
+        TypeError, ValueError: arguments that are not as above or don't fit. Values on a GPU are not checked, because
+            that synchronises: a label > K counts as background there, one < −1 as ignored.
         RuntimeError: from backward with ``create_graph=True``: there is no second derivative.
     """
     logits, labels = list(logits), list(labels)

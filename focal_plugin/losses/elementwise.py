@@ -44,11 +44,7 @@ class ElementwiseLoss(nn.Module, ABC):
         """Return the loss of each element. All are float tensors of one shape, (..., K, H, W)."""
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
-        """Sum over all anchors that are not ignored and all classes; a float32 scalar.
-
-        Args:
-            logits: one (N, A, K, H, W) view a level.
-            targets: of the same anchors.
+        """Sum over all classes and anchors that are not ignored; float32. ``logits``: one (N, A, K, H, W) view a level.
 
         Raises:
             ValueError: the loss needs the positives' quality, and ``targets`` have none.

@@ -1,4 +1,7 @@
-"""The cross entropy of a few chosen anchors of each image: what dense detectors did before the focal loss."""
+"""The cross entropy of a few chosen anchors of each image: what dense detectors did before the focal loss.
+
+A hyper-parameter that is out of range is a ValueError that names its config key.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -17,9 +20,8 @@ class MiniBatchLoss(nn.Module, ABC):
     """The cross entropy of a mini-batch of anchors; the other anchors have neither loss nor gradient.
 
     A subclass defines ``choose``. As with every loss the result is a sum, which the model divides by its normaliser,
-    the number of positives: a positive weighs as much as under the other losses, and the sum is the same whether images
-    are computed together or in micro-batches. RPN and Fast R-CNN divide by the size of the mini-batch instead: for 512
-    anchors and 70 positives an image their loss is 7 times smaller. ``MODEL.FOCAL.CLS_LOSS.WEIGHT`` does that here.
+    the number of positives. RPN and Fast R-CNN divide by the size of the mini-batch instead: for 512 anchors and 70
+    positives an image their loss is 7 times smaller. ``MODEL.FOCAL.CLS_LOSS.WEIGHT`` does that here.
     """
 
     @abstractmethod
@@ -52,9 +54,6 @@ class SampledBCELoss(MiniBatchLoss):
     Args:
         batch_size_per_image: the anchors of an image in the mini-batch, unless fewer are not ignored.
         positive_fraction: at most this fraction of them are positives; negatives fill the rest.
-
-    Raises:
-        ValueError: batch_size_per_image is below 1, or positive_fraction not in [0, 1].
     """
 
     @configurable
@@ -101,9 +100,6 @@ class OHEMLoss(MiniBatchLoss):
             the hardest negatives, as many as the fraction asks for: at .25, 3 for each positive, as in SSD. An image
             without positives then has no loss. NMS is then among positives and among negatives; across them, as in the
             paper, whether an easy positive is left could depend on all anchors harder than it.
-
-    Raises:
-        ValueError: batch_size_per_image is below 1, or one of the others not in [0, 1].
     """
 
     @configurable
@@ -126,11 +122,7 @@ class OHEMLoss(MiniBatchLoss):
         }
 
     def choose(self, labels: Tensor, logits: list[Tensor], targets: DenseTargets) -> Tensor:
-        """Choose the hardest anchors of each image.
-
-        Raises:
-            ValueError: ``targets`` have no ``grid``.
-        """
+        """Choose the hardest anchors of each image; a ValueError if ``targets`` have no ``grid``."""
         if targets.grid is None:
             raise ValueError("OHEMLoss compares anchors with each other: give DenseTargets their grid, an Anchors.")
         order = targets.grid.flatten_levels(torch.arange(len(targets.grid), device=labels.device)[None])  # (R,)

@@ -38,11 +38,7 @@ class ATSSMatcher:
         return {"topk": cfg.MODEL.FOCAL.MATCHER.TOPK}
 
     def __call__(self, anchors: Anchors, instances: Instances | None = None) -> tuple[Tensor, Tensor]:
-        """Match the boxes of one image.
-
-        Args:
-            anchors: R anchors; for a matrix of IoU, a TypeError is raised.
-            instances: the image's ``Instances``, with ``gt_boxes``.
+        """Match the boxes of one image; a TypeError for a matrix of IoU.
 
         Returns:
             ``matched`` (R,) int64, the index of each positive anchor's box, 0 for others, and ``labels`` (R,) int8.

@@ -32,8 +32,7 @@ class IgnoreBandMatcher:
             ``none``: no, as in the paper; ``detectron2``: if that IoU is above 0; ``detectron1``: if it reaches the
             lowest threshold. Such an anchor stays matched to its own best box, which may be another one.
 
-    Raises:
-        ValueError: an argument is not as above.
+    An argument that is not so is a ValueError.
     """
 
     @configurable
@@ -70,23 +69,19 @@ class IgnoreBandMatcher:
         """Match the boxes of one image.
 
         Args:
-            anchors: R anchors; or, without ``instances``, a (G, R) matrix of the IoU of G boxes and R anchors.
+            anchors: R anchors; or, without ``instances``, a (G, R) matrix of the IoU of G boxes and R anchors. A matrix
+                of another shape, or with a value that is negative or NaN, is a ValueError.
             instances: the image's ``Instances``, with ``gt_boxes``.
 
         Returns:
             ``matched`` (R,) int64, the index of each anchor's box, and ``labels`` (R,) int8.
-
-        Raises:
-            TypeError: ``instances`` are missing.
-            ValueError: the matrix has another shape, or a value that is negative or NaN.
         """
         if isinstance(anchors, Tensor):
             if anchors.dim() != 2 or not (anchors >= 0).all():
                 raise ValueError(f"Expected a (G, R) matrix of IoU, each ≥ 0; found shape {tuple(anchors.shape)}.")
             return self._match_rows([anchors] if anchors.numel() else [], anchors.new_zeros(anchors.shape[1]))
 
-        if instances is None:
-            raise TypeError("IgnoreBandMatcher got Anchors alone; expected (Anchors, Instances), or a matrix of IoU.")
+        assert instances is not None, "IgnoreBandMatcher takes (Anchors, Instances), or a matrix of IoU alone."
         boxes = instances.gt_boxes
         if anchors.cell_anchors is None or self.labels[0] == POSITIVE:  # or every anchor's best box is asked for
             return self._match_rows(_iou_rows(boxes, anchors), boxes.tensor.new_zeros(len(anchors)))

@@ -16,13 +16,10 @@ def ignore_covered(labels: Tensor, anchors: Anchors, regions: Boxes, min_ioa: fl
     COCO's evaluation takes a detection in a crowd for neither right nor wrong. Positives stay positive.
 
     Args:
-        labels: (R,), IGNORED, NEGATIVE or POSITIVE for each anchor.
+        labels: (R,), IGNORED, NEGATIVE or POSITIVE for each anchor; left as it is.
         anchors: R anchors.
         regions: M boxes.
         min_ioa: above 0.
-
-    Returns:
-        (R,) of the dtype of ``labels``, which is left as it is.
     """
     boxes = Boxes(anchors.flat)
     covered = torch.zeros_like(labels, dtype=torch.bool)  # (R,)
