@@ -1,7 +1,6 @@
-"""The focal loss over all of a dense detector's logits: loss and gradient in one pass, without a copy of the logits."""
+"""The focal loss over all of a dense detector's logits, without a copy of the logits."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ def dense_focal_loss(
 ) -> Tensor:
     """The sum of FL(p_t) = −α_t (1 − p_t)^γ log p_t (equation 5) over all anchors and classes that are not ignored.
 
-    This equals ``sigmoid_focal_loss`` on one-hot targets, without making them: one pass reads the logits where they lie
-    and writes their gradient; backward only multiplies. On a GPU that is one Triton kernel a level. On a CPU, and
-    without Triton, it is plain PyTorch: blocks that stay in cache, on ``torch.get_num_threads()`` threads, with the few
-    positives and ignored anchors treated by index.
+    This equals ``sigmoid_focal_loss`` on one-hot targets, without making them: the logits are read where they lie. On a
+    GPU one Triton launch computes the loss of all levels, and one their gradients in backward. On a CPU, and without
+    Triton, it is plain PyTorch: forward computes loss and gradients block by block, in cache, on
+    ``torch.get_num_threads()`` threads, with the few positives and ignored anchors treated by index.
 
     Args:
         logits: one (N, A, K, H, W) tensor a level, all of one dtype (float16, bfloat16, float32 or float64) and on one
@@ -59,33 +58,46 @@ def dense_focal_loss(
         if alpha.shape != (num_classes,):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected a number, or ({num_classes},).")
         alpha = alpha.detach().to(dtype).to(logits[0].device, non_blocking=True)
-    if torch.is_grad_enabled() and any(level.requires_grad for level in logits):
-        return _DenseFocalLoss.apply(labels, alpha, gamma, *logits)
-    return _backend(logits[0]).loss_and_gradients(logits, labels, alpha, gamma, [False] * len(logits), 1.0)[0]
+    function = _OnGPU if _uses_triton(logits[0]) else _InBlocks
+    return function.apply(labels, alpha, gamma, *logits)
 
 
-class _DenseFocalLoss(torch.autograd.Function):
-    """The gradients are computed in forward, where the logits are being read, and scaled in backward."""
+class _OnGPU(torch.autograd.Function):
+    """Backward computes the gradients from the logits, and writes each once."""
+
+    @staticmethod
+    def forward(ctx: Any, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
+        ctx.labels, ctx.alpha, ctx.gamma = labels, alpha, gamma
+        ctx.save_for_backward(*(level if need else None for level, need in zip(logits, ctx.needs_input_grad[3:])))
+        return dense_focal_triton.loss(logits, labels, alpha, gamma)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        needed, arguments = ctx.needs_input_grad[3:], (ctx.saved_tensors, ctx.labels, ctx.alpha, ctx.gamma)
+        return None, None, None, *dense_focal_triton.gradients(*arguments, needed, grad_output)
+
+
+class _InBlocks(torch.autograd.Function):
+    """The gradients are computed in forward, where the logits are in cache, and scaled in backward."""
 
     @staticmethod
     def forward(ctx: Any, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
         ctx.headroom = _HEADROOM.get(logits[0].dtype, 1.0)
-        ctx.backend, needed = _backend(logits[0]), ctx.needs_input_grad[3:]
-        loss, gradients = ctx.backend.loss_and_gradients(logits, labels, alpha, gamma, needed, ctx.headroom)
+        needed = ctx.needs_input_grad[3:]
+        loss, gradients = dense_focal_torch.loss_and_gradients(logits, labels, alpha, gamma, needed, ctx.headroom)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "dense_focal_loss has no second derivative, which create_graph=True asks for; use "
-                "focal_plugin.losses.functional.sigmoid_focal_loss on one-hot targets where one is needed."
-            )
+        _refuse_second_derivative()
         gradients = list(ctx.saved_tensors)
         if _graph_is_kept():  # another backward may follow, and needs them as they are
             gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
-        ctx.backend.scale_([gradient for gradient in gradients if gradient is not None], grad_output / ctx.headroom)
+        dense_focal_torch.scale_(
+            [gradient for gradient in gradients if gradient is not None], grad_output / ctx.headroom
+        )
         return None, None, None, *gradients
 
 
@@ -95,9 +107,16 @@ def _graph_is_kept() -> bool:
     return keep_graph is None or keep_graph()
 
 
-def _backend(logits: Tensor) -> ModuleType:
-    """Return the module that computes on the logits' device."""
-    return dense_focal_triton if logits.is_cuda and dense_focal_triton is not None else dense_focal_torch
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "dense_focal_loss has no second derivative, which create_graph=True asks for; use "
+            "focal_plugin.losses.functional.sigmoid_focal_loss on one-hot targets where one is needed."
+        )
+
+
+def _uses_triton(logits: Tensor) -> bool:
+    return logits.is_cuda and dense_focal_triton is not None
 
 
 def _check_levels(logits: list[Tensor], labels: list[Tensor]) -> None:

@@ -1,5 +1,11 @@
-"""The dense focal loss on a GPU: one Triton kernel, which reads each logit once and writes its gradient once."""
+"""The dense focal loss on a GPU: a Triton kernel for the loss, and one for its gradient, each for all levels at once.
 
+Forward keeps nothing but the logits, which the network has anyway. Backward reads them again, and writes each gradient
+once, already times the factor that comes from above: a pass over the logits less than to store the gradients in forward
+and to scale them in backward, and nothing is rounded twice.
+"""
+
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -7,162 +13,245 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dense_focal_torch import memory_order
+from .dense_focal_torch import empty_gradient
 
 _TILE = 2048  # elements a program: 16 for each thread of 4 warps
-_SCALE_BLOCK = 4096
+_MOST_LEVELS = 8  # of one launch
+_FIELDS = 20  # a row of the table that describes a level, see _describe
 
 
-def loss_and_gradients(
-    logits: Sequence[Tensor],
+def loss(logits: Sequence[Tensor], labels: Sequence[Tensor], alpha: float | Tensor, gamma: float) -> Tensor:
+    """Return the loss of ``dense_focal_loss``, without synchronising."""
+    return torch.cat(_launch(logits, labels, [None] * len(logits), alpha, gamma, None)).sum()
+
+
+def gradients(
+    logits: Sequence[Tensor | None],
     labels: Sequence[Tensor],
     alpha: float | Tensor,
     gamma: float,
     needed: Sequence[bool],
-    factor: float,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss of ``dense_focal_loss``, and ``factor`` times the gradient of each level that needs one. No sync."""
-    first = logits[0]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    weights = torch.empty(2, first.shape[2], dtype=dtype, device=first.device)  # of target 1 and of target 0
-    weights[0] = 1.0 if isinstance(alpha, float) and alpha == -1 else alpha
-    weights[1] = 1.0 if isinstance(alpha, float) and alpha == -1 else 1 - alpha
+    factor: Tensor,
+) -> list[Tensor | None]:
+    """Return the loss's gradient times the scalar ``factor`` for each level that needs one, without synchronising.
 
-    gradients = [torch.empty_like(level) if need else None for level, need in zip(logits, needed)]
-    launches = [_Launch(*level) for level in zip(logits, labels, gradients)]
-    partial = torch.empty(sum(launch.programs for launch in launches), dtype=dtype, device=first.device)
-    with torch.cuda.device_of(first):
-        for launch, sums in zip(launches, partial.split([launch.programs for launch in launches])):
-            launch.run(weights, sums, gamma, factor)
-    return partial.sum(), gradients  # in the order of the programs: the same bits each time
-
-
-def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply the gradients, each a dense block of memory, in place. A factor of 1 costs no pass over them."""
-    for gradient in gradients:
-        if count := gradient.numel():
-            with torch.cuda.device_of(gradient):
-                _scale_kernel[(triton.cdiv(count, _SCALE_BLOCK),)](gradient, factor, count, _SCALE_BLOCK, num_warps=8)
-
-
-class _Launch:
-    """How the kernel walks over one level: tiles of neighbouring anchors × neighbouring classes.
-
-    The anchors' dimensions (N, A, H, W) are put in the order in which they lie in memory, and neighbours merged where
-    one stride does for both. The innermost, R, is cut into tiles; a program takes one step of the others (three at
-    most). That makes (N·A, H·W) of channels first, and (N·H·W·A) of channels last.
+    ``logits`` may have None for the others.
     """
+    written = [empty_gradient(level) if need else None for level, need in zip(logits, needed)]
+    rows = [row for row in zip(logits, labels, written) if row[2] is not None]
+    if rows:
+        _launch(*zip(*rows), alpha, gamma, factor)
+    return written
 
-    def __init__(self, logits: Tensor, labels: Tensor, gradient: Tensor | None):
-        self.logits, self.gradient = logits.detach(), gradient
-        written = self.logits if gradient is None else gradient
-        order = [d for d in memory_order(logits) if d != 2]
-        self.labels = labels.permute([d - (d > 2) for d in order]).reshape(-1)  # (outer · R,)
 
-        sides: list[tuple[int, int, int]] = []  # (size, stride in logits, stride in gradient)
-        for d in order:
-            side = (logits.shape[d], logits.stride(d), written.stride(d))
-            if sides and all(outer == side[0] * inner for outer, inner in zip(sides[-1][1:], side[1:])):
-                sides[-1] = (sides[-1][0] * side[0], *side[1:])
-            elif side[0] != 1:
-                sides.append(side)
-        (self.anchors, *self.anchor_strides), outer = (sides[-1], sides[:-1]) if sides else ((1, 1, 1), [])
-        self.outer = [(1, 0, 0)] * (3 - len(outer)) + outer
-        self.classes, self.class_strides = logits.shape[2], (logits.stride(2), written.stride(2))
-
-        # The dimension whose elements are neighbours in memory goes last in a tile, so that a warp reads whole lines.
-        self.classes_last = self.classes > 1 and self.class_strides[0] < self.anchor_strides[0]
-        limit_r, limit_k = (triton.next_power_of_2(max(n, 1)) for n in (self.anchors, self.classes))
-        if self.classes_last:
-            sizes = [size for size in (16, 32, 64, 128) if size <= limit_k] or [limit_k]
-            self.block_k = min(sizes, key=lambda size: (triton.cdiv(self.classes, size) * size, -size))  # least padding
-            self.block_r = min(limit_r, _TILE // self.block_k)
-        else:
-            self.block_r = min(limit_r, 512)
-            self.block_k = min(limit_k, _TILE // self.block_r)
-        tiles = triton.cdiv(self.anchors, self.block_r) * triton.cdiv(self.classes, self.block_k)
-        self.programs = tiles * self.outer[0][0] * self.outer[1][0] * self.outer[2][0] if logits.numel() else 0
-
-    def run(self, weights: Tensor, sums: Tensor, gamma: float, factor: float) -> None:
-        """Write a loss a program to ``sums``, and the gradient."""
-        if not self.programs:
-            return
-        _, (size_1, *_), (size_2, *_) = self.outer
-        _kernel[(self.programs,)](
-            self.logits,
-            self.logits if self.gradient is None else self.gradient,
-            self.labels,
-            weights,
-            sums,
-            self.anchors,
-            self.classes,
-            size_1,
-            size_2,
-            *(side[1] for side in self.outer),
-            self.anchor_strides[0],
-            self.class_strides[0],
-            *(side[2] for side in self.outer),
-            self.anchor_strides[1],
-            self.class_strides[1],
-            GAMMA=gamma,
-            FACTOR=factor,
-            TERMS=17 if weights.dtype == torch.float64 else 8,
-            CLASSES_LAST=self.classes_last,
-            WRITES=self.gradient is not None,
-            BLOCK_R=self.block_r,
-            BLOCK_K=self.block_k,
-            num_warps=4,
+def _launch(
+    logits: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    written: Sequence[Tensor | None],
+    alpha: float | Tensor,
+    gamma: float,
+    factor: Tensor | None,
+) -> list[Tensor]:
+    """Run the kernel over some levels: write the gradients times ``factor``, or return one loss a program if None."""
+    first = logits[0]
+    dtype, num_classes = torch.promote_types(first.dtype, torch.float32), first.shape[2]
+    weights = _class_weights(alpha, num_classes, dtype, first.device)
+    largest = max(logits, key=Tensor.numel)
+    # The dimension whose elements are neighbours in memory goes last in a tile, so that a warp reads whole lines.
+    classes_last = num_classes > 1 and largest.stride(2) < min(largest.stride(3), largest.stride(4))
+    block_r, block_k = _block_sizes(num_classes, classes_last)
+    sums = []
+    rows = list(zip(logits, labels, written))
+    for start in range(0, len(rows), _MOST_LEVELS):
+        levels = rows[start : start + _MOST_LEVELS]
+        keys = tuple(
+            (x.shape, x.stride(), label.stride(), None if gradient is None else gradient.stride())
+            for x, label, gradient in levels
         )
+        table, programs = _table(keys, block_r, block_k, first.device)
+        of_programs = torch.empty(programs, dtype=dtype, device=first.device) if factor is None else weights
+        if programs:
+            pad = [levels[-1]] * (_MOST_LEVELS - len(levels))
+            columns = list(zip(*levels, *pad))
+            with torch.cuda.device_of(first):
+                _kernel[(programs,)](
+                    *(x.detach() for x in columns[0]),
+                    *columns[1],
+                    *(columns[0] if factor is None else columns[2]),
+                    table,
+                    weights,
+                    weights if factor is None else factor,
+                    of_programs,
+                    num_classes,
+                    GAMMA=gamma,
+                    LEVELS=len(levels),
+                    HALF=first.dtype in (torch.float16, torch.bfloat16),
+                    TERMS=17 if dtype == torch.float64 else 8,
+                    CLASSES_LAST=classes_last,
+                    WRITES=factor is not None,
+                    BLOCK_R=block_r,
+                    BLOCK_K=block_k,
+                    FIELDS=_FIELDS,
+                    num_warps=4,
+                )
+        sums.append(of_programs)
+    return sums
+
+
+def _class_weights(alpha: float | Tensor, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the (2, K) weights of target 1 and of target 0."""
+    if isinstance(alpha, Tensor):
+        return torch.stack([alpha, 1 - alpha])
+    return _constant_weights(alpha, num_classes, dtype, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _constant_weights(alpha: float, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    weights = torch.ones(2, num_classes, dtype=dtype, device=device)
+    if alpha != -1:
+        weights[0], weights[1] = alpha, 1 - alpha
+    return weights
+
+
+def _block_sizes(num_classes: int, classes_last: bool) -> tuple[int, int]:
+    """Return how many anchors and how many classes a program takes; both are powers of 2."""
+    limit = triton.next_power_of_2(max(num_classes, 1))
+    if not classes_last:
+        return 512, min(limit, _TILE // 512)
+    sizes = [size for size in (16, 32, 64, 128) if size <= limit] or [limit]
+    block_k = min(sizes, key=lambda size: (triton.cdiv(num_classes, size) * size, -size))  # the least padding
+    return _TILE // block_k, block_k
+
+
+@functools.lru_cache(maxsize=64)  # a few sizes of images; multi-scale training has some tens
+def _table(keys: tuple, block_r: int, block_k: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return the (L, _FIELDS) table that describes some levels to the kernel, and how many programs they take."""
+    rows, programs = [], 0
+    for shape, strides, label_strides, gradient_strides in keys:
+        rows.append([programs, *_describe(shape, strides, label_strides, gradient_strides or strides)])
+        num_anchors = rows[-1][1]
+        programs += triton.cdiv(num_anchors, block_r) * triton.cdiv(shape[2], block_k)
+    return torch.tensor(rows, dtype=torch.int64).to(device), programs
+
+
+def _describe(shape: torch.Size, strides: Sequence, label_strides: Sequence, gradient_strides: Sequence) -> list[int]:
+    """Describe a level: its number of anchors, the inner sizes of their dimensions, and all strides.
+
+    The anchors' dimensions (N, A, H, W) are in the order in which the logits lie in memory, so that anchors of
+    neighbouring numbers are neighbours.
+    """
+    order = sorted((0, 1, 3, 4), key=lambda d: -strides[d])
+    sizes = [shape[d] for d in order]
+    num_anchors = sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    return [
+        num_anchors,
+        *sizes[1:],
+        *(strides[d] for d in order),
+        strides[2],
+        *(label_strides[d - (d > 2)] for d in order),
+        *(gradient_strides[d] for d in order),
+        gradient_strides[2],
+        0,
+    ]
+
+
+@triton.jit
+def _pick(level, p0, p1, p2, p3, p4, p5, p6, p7):
+    """The pointer of a level."""
+    p = p0
+    if level == 1:
+        p = p1
+    if level == 2:
+        p = p2
+    if level == 3:
+        p = p3
+    if level == 4:
+        p = p4
+    if level == 5:
+        p = p5
+    if level == 6:
+        p = p6
+    if level == 7:
+        p = p7
+    return p
+
+
+@triton.jit
+def _offsets(strides_ptr, i_0, i_1, i_2, i_3):
+    """Where the anchors of these four indices lie."""
+    at = i_0 * tl.load(strides_ptr) + i_1 * tl.load(strides_ptr + 1)
+    return at + i_2 * tl.load(strides_ptr + 2) + i_3 * tl.load(strides_ptr + 3)
+
+
+@triton.jit
+def _log1p(e, HALF: tl.constexpr, TERMS: tl.constexpr):
+    """log(1 + e) of e in [0, 1], also where 1 + e has lost the bits of e."""
+    if HALF:  # logits of 11 bits or less: what the logarithm loses below 2^-6 does not show in them
+        result = tl.where(e < 0.015625, e * (1.0 - e * (0.5 - e * (0.33333334 - 0.25 * e))), tl.log(1.0 + e))
+    else:  # 2 artanh(e / (2 + e)), by its series, whose terms shrink by 9 at least
+        t = e / (2.0 + e)
+        result = tl.zeros_like(t)
+        for i in tl.static_range(TERMS):
+            result = result * (t * t) + 1.0 / (2 * (TERMS - i) - 1)
+        result = 2.0 * t * result
+    return result
 
 
 @triton.jit
 def _kernel(
-    logits_ptr,
-    gradient_ptr,
-    labels_ptr,  # (outer · R,)
+    x0, x1, x2, x3, x4, x5, x6, x7,  # logits of up to 8 levels
+    t0, t1, t2, t3, t4, t5, t6, t7,  # their labels
+    g0, g1, g2, g3, g4, g5, g6, g7,  # their gradients
+    table_ptr,  # (LEVELS, FIELDS), see _describe
     weights_ptr,  # (2, K)
+    factor_ptr,  # a scalar
     sums_ptr,  # (programs,)
-    R,
     K,
-    size_1,
-    size_2,
-    x_0,
-    x_1,
-    x_2,
-    x_r,
-    x_k,  # strides of the logits
-    g_0,
-    g_1,
-    g_2,
-    g_r,
-    g_k,  # strides of the gradient
     GAMMA: tl.constexpr,
-    FACTOR: tl.constexpr,
+    LEVELS: tl.constexpr,
+    HALF: tl.constexpr,
     TERMS: tl.constexpr,
     CLASSES_LAST: tl.constexpr,
     WRITES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+    FIELDS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
-    blocks_r, blocks_k = tl.cdiv(R, BLOCK_R), tl.cdiv(K, BLOCK_K)
-    outer = (program // blocks_k // blocks_r).to(tl.int64)  # offsets are 64 bits wide: a level can pass 2^31 elements
-    r = (program // blocks_k % blocks_r).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = program % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    if CLASSES_LAST:
-        r, k = r[:, None], k[None, :]  # tiles of (BLOCK_R, BLOCK_K)
-    else:
-        r, k = r[None, :], k[:, None]  # tiles of (BLOCK_K, BLOCK_R)
-    inside = (r < R) & (k < K)
-
-    i_0, i_1, i_2 = outer // size_2 // size_1, outer // size_2 % size_1, outer % size_2
-    x_at = i_0 * x_0 + i_1 * x_1 + i_2 * x_2 + r * x_r + k.to(tl.int64) * x_k
-    x = tl.load(logits_ptr + x_at, mask=inside, other=0.0).to(weights_ptr.dtype.element_ty)
-    label = tl.load(labels_ptr + outer * R + r, mask=r < R, other=-1)
-    positive = label == k
-    counts = inside & (label >= 0)
+    level = 0
+    for i in tl.static_range(1, LEVELS):
+        if program >= tl.load(table_ptr + i * FIELDS):
+            level = i
+    row = table_ptr + level * FIELDS
+    tile = program - tl.load(row).to(tl.int32)
+    num_anchors = tl.load(row + 1).to(tl.int32)
+    size_1, size_2, size_3 = (
+        tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32),
+    )  # fmt: skip
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    r = tile // blocks_k * BLOCK_R + tl.arange(0, BLOCK_R)  # anchors
+    k = tile % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)  # classes
+    # Offsets have 64 bits: a level can have more than 2^31 logits.
+    i_3, i_2 = (r % size_3).to(tl.int64), (r // size_3 % size_2).to(tl.int64)
+    i_1, i_0 = (r // size_3 // size_2 % size_1).to(tl.int64), (r // size_3 // size_2 // size_1).to(tl.int64)
+    x_at = _offsets(row + 5, i_0, i_1, i_2, i_3)
+    g_at = _offsets(row + 14, i_0, i_1, i_2, i_3)
+    labels_ptr = _pick(level, t0, t1, t2, t3, t4, t5, t6, t7)
+    label = tl.load(labels_ptr + _offsets(row + 10, i_0, i_1, i_2, i_3), mask=r < num_anchors, other=-1)
     weight_1 = tl.load(weights_ptr + k, mask=k < K, other=0.0)
     weight_0 = tl.load(weights_ptr + K + k, mask=k < K, other=0.0)
+    if CLASSES_LAST:  # tiles of (BLOCK_R, BLOCK_K)
+        r, x_at, g_at, label = r[:, None], x_at[:, None], g_at[:, None], label[:, None]
+        k, weight_1, weight_0 = k[None, :], weight_1[None, :], weight_0[None, :]
+    else:  # tiles of (BLOCK_K, BLOCK_R)
+        r, x_at, g_at, label = r[None, :], x_at[None, :], g_at[None, :], label[None, :]
+        k, weight_1, weight_0 = k[:, None], weight_1[:, None], weight_0[:, None]
+    inside = (r < num_anchors) & (k < K)
+    logits_ptr = _pick(level, x0, x1, x2, x3, x4, x5, x6, x7)
+    x = tl.load(logits_ptr + x_at + k.to(tl.int64) * tl.load(row + 9), mask=inside, other=0.0)
+    x = x.to(weights_ptr.dtype.element_ty)
+    positive = label == k
+    counts = inside & (label >= 0)
     weight = tl.where(positive, weight_1, weight_0)
 
     x = tl.where(positive, -x, x)  # target 1 is target 0 of −x
@@ -170,12 +259,7 @@ def _kernel(
     larger = 1.0 / (1.0 + e)
     p = tl.where(x >= 0, larger, e * larger)  # σ(x) and 1 − σ(x), neither by subtraction
     q = tl.where(x >= 0, e * larger, larger)
-    # log(1 + e) = 2 artanh(e / (2 + e)), by its series, whose terms shrink by 9 at least; 1 + e has lost bits of e.
-    t = e / (2.0 + e)
-    log1p = tl.zeros_like(t)
-    for i in tl.static_range(TERMS):
-        log1p = log1p * (t * t) + 1.0 / (2 * (TERMS - i) - 1)
-    log1p = 2.0 * t * log1p
+    log1p = _log1p(e, HALF, TERMS)
     softplus = tl.maximum(x, 0.0) + log1p
     if GAMMA == 0.0:
         w = weight
@@ -185,19 +269,11 @@ def _kernel(
         w = weight * p * p
     else:  # p^γ through log p, whose derivative is finite where that of a power is not
         w = weight * tl.exp(GAMMA * (tl.minimum(x, 0.0) - log1p))
-    tl.store(sums_ptr + program, tl.sum(tl.where(counts, w * softplus, 0.0)))
-
-    if WRITES:
-        slope = w * (GAMMA * q * softplus + p) * FACTOR
+    if WRITES:  # appendix B
+        slope = w * (GAMMA * q * softplus + p) * tl.load(factor_ptr)
         slope = tl.where(counts, tl.where(positive, -slope, slope), 0.0)
-        g_at = i_0 * g_0 + i_1 * g_1 + i_2 * g_2 + r * g_r + k.to(tl.int64) * g_k
-        tl.store(gradient_ptr + g_at, slope.to(gradient_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _scale_kernel(gradient_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    factor = tl.load(factor_ptr)  # the host does not know it, and does not wait to
-    if factor != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        gradient = tl.load(gradient_ptr + at, mask=at < count).to(factor_ptr.dtype.element_ty)
-        tl.store(gradient_ptr + at, (gradient * factor).to(gradient_ptr.dtype.element_ty), mask=at < count)
+        gradient_ptr = _pick(level, g0, g1, g2, g3, g4, g5, g6, g7)
+        at = gradient_ptr + g_at + k.to(tl.int64) * tl.load(row + 18)
+        tl.store(at, slope.to(gradient_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(sums_ptr + program, tl.sum(tl.where(counts, w * softplus, 0.0)))

@@ -32,7 +32,7 @@ TOLERANCES = {
 @pytest.fixture(params=BACKENDS)
 def device(request, monkeypatch):
     if request.param == "triton":
-        monkeypatch.setattr(dense_focal, "_backend", lambda logits: dense_focal.dense_focal_triton)
+        monkeypatch.setattr(dense_focal, "_uses_triton", lambda logits: True)
     if request.param == "cuda without triton":
         monkeypatch.setattr(dense_focal, "dense_focal_triton", None)
     return "cuda" if request.param.startswith("cuda") else "cpu"
@@ -261,13 +261,22 @@ def test_backward_twice_through_one_graph(device):
         torch.autograd.grad(loss, logits)
 
 
-def test_the_gradient_is_not_copied_for_a_single_backward(device):
-    """What forward wrote is what the leaf's .grad becomes."""
+def test_the_gradient_is_written_once_for_a_single_backward(device):
+    """Forward keeps the logits themselves, or the gradient that the leaf's .grad becomes."""
     logits = draw((N, A, K, H, W), device=device).requires_grad_()
     loss = dense_focal_loss([logits], [draw_labels(logits)])
-    written = loss.grad_fn.saved_tensors[0].data_ptr()
+    (kept,) = {tensor.data_ptr() for tensor in loss.grad_fn.saved_tensors}
     (loss / 7).backward()
-    assert logits.grad.data_ptr() == written
+    assert kept == (logits if dense_focal._uses_triton(logits) else logits.grad).data_ptr()
+
+
+@pytest.mark.parametrize("number", [1, 8, 9, 17])
+def test_any_number_of_levels(device, number):
+    """A launch of the GPU's kernel takes eight."""
+    sizes = [(1 + i % 3, 2 + i % 4) for i in range(number)]
+    logits = [draw((N, A, K, *size), seed=i, device=device) for i, size in enumerate(sizes)]
+    loss, _ = check(logits, [draw_labels(level) for level in logits])
+    assert loss > 0
 
 
 def test_there_is_no_second_derivative(device):
@@ -437,13 +446,15 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, clas
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     wide = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"GAMMA": gamma, "FACTOR": 4096.0, "TERMS": 8, "CLASSES_LAST": classes_last, "WRITES": True}
-    constants |= {"BLOCK_R": 16, "BLOCK_K": 128, "BLOCK": 4096}
-    types = {"logits_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}", "labels_ptr": "*i64"}
-    types |= dict.fromkeys(("weights_ptr", "sums_ptr", "factor_ptr"), f"*{wide}")
-    types |= dict.fromkeys(constants, "constexpr")
-    for kernel in (dense_focal.dense_focal_triton._kernel, dense_focal.dense_focal_triton._scale_kernel):
+    constants = {"GAMMA": gamma, "LEVELS": 5, "HALF": dtype in ("fp16", "bf16"), "TERMS": 8}
+    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 16, "BLOCK_K": 128, "FIELDS": 20}
+    kernel = dense_focal.dense_focal_triton._kernel
+    for writes in (False, True):
+        types = {f"{kind}{i}": f"*{dtype}" for kind in "xg" for i in range(8)} | {f"t{i}": "*i64" for i in range(8)}
+        types |= dict.fromkeys(("weights_ptr", "sums_ptr", "factor_ptr"), f"*{wide}") | {"table_ptr": "*i64"}
+        types |= dict.fromkeys({**constants, "WRITES": writes}, "constexpr")
         signature = {name: types.get(name, sizes) for name in kernel.arg_names}
-        values = {(i,): constants.get(name, 1) for i, name in enumerate(signature) if signature[name] == "constexpr"}
+        constant = {**constants, "WRITES": writes}
+        values = {(i,): constant.get(name, 1) for i, name in enumerate(signature) if signature[name] == "constexpr"}
         compiled = compile_kernel(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
         assert compiled.asm["cubin"]
