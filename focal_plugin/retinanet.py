@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import Backbone, build_backbone
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
@@ -19,9 +18,8 @@ from .anchors.cache import cached_anchors
 from .class_loss import ClassLoss, class_loss
 from .contracts import check_box_loss, check_head
 from .inference import best_of_level, suppress
-from .layers.frozen_norm import fold_frozen_norms
-from .matchers.batch import Matcher, match_images
-from .matchers.ignore_regions import ignore_covered
+from .layers import AnchorDeltas, fold_frozen_norms
+from .matchers.batch import Matcher, match_images, to_device
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
 from .structures import Anchors, DenseTargets
@@ -85,6 +83,9 @@ class FocalRetinaNet(DenseDetector):
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
+        self.feature_sizes: dict[
+            tuple[int, ...], list[tuple[int, ...]]
+        ] = {}  # of the levels, by the size of the images
         self.matcher_seen = False  # whether it has matched boxes, and its first indices and labels were right
         self.num_classes = num_classes
 
@@ -123,7 +124,7 @@ class FocalRetinaNet(DenseDetector):
             "head": build_dense_head(cfg, input_shape),
             "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, input_shape),
-            "box2box_transform": Box2BoxTransform(weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS),
+            "box2box_transform": AnchorDeltas(weights=cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS),
             "anchor_matcher": build_matcher(cfg),
             "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
             "cls_loss": build_cls_loss(cfg),
@@ -164,8 +165,19 @@ class FocalRetinaNet(DenseDetector):
             targets: what each anchor should predict.
         """
         images = self.preprocess_image(batched_inputs)
+        size = tuple(images.tensor.shape[-2:])
+        # Decide first, then compute: once the sizes of the features are known for a size of images, the targets are
+        # made before the backbone is launched, and the GPU never waits for the host to match anchors.
+        targets = None
+        if size in self.feature_sizes:
+            targets = self.label_batch(
+                [images.tensor.new_empty(1, 0, *s) for s in self.feature_sizes[size]], batched_inputs
+            )
         features = self.features(images.tensor)
-        targets = self.label_batch(features, batched_inputs)
+        sizes = [tuple(level.shape[-2:]) for level in features]
+        if targets is None or sizes != self.feature_sizes[size]:
+            self.feature_sizes[size] = sizes
+            targets = self.label_batch(features, batched_inputs)
         takes_targets = getattr(self.head, "takes_targets", False)
         outputs = self.head(features, targets) if takes_targets else self.head(features)
         check_head(self.head, outputs, targets, sparse=takes_targets)
@@ -180,7 +192,7 @@ class FocalRetinaNet(DenseDetector):
     def label_batch(self, features: list[Tensor], batched_inputs: list[dict[str, Any]]) -> DenseTargets:
         """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
         anchors = cached_anchors(self.anchor_generator, features)
-        gt_instances = [image["instances"].to(self.device) for image in batched_inputs]
+        gt_instances = [to_device(image["instances"], self.device) for image in batched_inputs]
         return self.label_anchors(anchors, gt_instances, [image.get("ignore_boxes") for image in batched_inputs])
 
     @torch.no_grad()
@@ -194,12 +206,15 @@ class FocalRetinaNet(DenseDetector):
             gt_instances: of each image, with ``gt_boxes`` and ``gt_classes``.
             ignore_boxes: of each image, or None where it has none; empty, no image has any.
         """
-        matches = match_images(self.anchor_matcher, anchors, gt_instances, check_values=not self.matcher_seen)
+        matches = match_images(
+            self.anchor_matcher,
+            anchors,
+            gt_instances,
+            ignore_boxes,
+            min_ioa=self.ignore_ioa,
+            check_values=not self.matcher_seen,
+        )
         self.matcher_seen |= any(map(len, gt_instances))
-        for image, regions in enumerate(ignore_boxes):
-            if regions is not None and self.ignore_ioa > 0:
-                matched, labels = matches[image]
-                matches[image] = matched, ignore_covered(labels, anchors, regions.to(labels.device), self.ignore_ioa)
         return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)
 
     def losses(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:

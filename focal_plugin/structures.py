@@ -26,6 +26,11 @@ def unravel(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
     return indices, *reversed(coordinates)
 
 
+def read_counts(counts: Tensor) -> list[int]:
+    """Copy the (L,) numbers of positives to the host: the one synchronisation from a batch to its losses."""
+    return counts.tolist()
+
+
 @dataclass(frozen=True, eq=False)
 class Anchors:
     """The anchors of one image size, R in all, and the grid they stand on if there is one. Not to be changed in place.
@@ -166,7 +171,7 @@ class DenseTargets:
         shapes = [(n, a, h, w) for a, (h, w) in zip(anchors.num_cell_anchors, anchors.grid_sizes)]
         sizes = [n * len(boxes) for boxes in anchors.boxes]
         is_positive = (flat == POSITIVE).split(sizes)  # L × (N·R_l,)
-        counts = torch.stack([level.count_nonzero() for level in is_positive]).tolist()  # the one synchronisation
+        counts = read_counts(torch.stack([level.count_nonzero() for level in is_positive]))
         positives = [
             level.nonzero_static(size=count).squeeze(1) for level, count in zip(is_positive, counts)
         ]  # L × (P_l,)

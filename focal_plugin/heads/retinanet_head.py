@@ -93,16 +93,18 @@ class FocalRetinaNetHead(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor] | Tensor]:
         """Logits (N, A·K, H, W) and deltas (N, A·4, H, W) of each level, from its (N, C, H, W) features.
 
-        With ``targets``, the deltas are the positives' alone, (P, 4): the box loss needs no others. The box subnet is
-        then computed around the positives only, unless they are nearly everywhere or its norms have to see whole maps.
-        A ValueError for another number of levels than the head was built for.
+        With ``targets``, the deltas are the positives' alone, (P, 4): the box loss needs no others. On a CPU the box
+        subnet is then computed around the positives only, unless they are nearly everywhere or its norms have to see
+        whole maps. A ValueError for another number of levels than the head was built for.
         """
         if len(features) != self.num_levels:
             raise ValueError(f"The head was built for {self.num_levels} levels and was given {len(features)}.")
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]
         if targets is None:
             return logits, self._deltas(features)
-        deltas = None if self.has_norm else self._deltas_around_positives(features, targets)
+        # On a GPU whole maps are cheaper than finding the cells that matter, which also depends on the positives.
+        whole = self.has_norm or features[0].is_cuda
+        deltas = None if whole else self._deltas_around_positives(features, targets)
         return logits, targets.gather(self._deltas(features)) if deltas is None else deltas
 
     def _deltas(self, features: Sequence[Tensor]) -> list[Tensor]:

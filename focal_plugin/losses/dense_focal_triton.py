@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dense_focal_torch import empty_gradient
-
 _TILE = 2048  # elements a program: 16 for each thread of 4 warps
 _MOST_LEVELS = 8  # of one launch
 _FIELDS = 20  # a row of the table that describes a level, see _describe
@@ -37,7 +35,7 @@ def gradients(
 
     ``logits`` may have None for the others.
     """
-    written = [empty_gradient(level) if need else None for level, need in zip(logits, needed)]
+    written = [torch.empty_like(level) if need else None for level, need in zip(logits, needed)]
     rows = [row for row in zip(logits, labels, written) if row[2] is not None]
     if rows:
         _launch(*zip(*rows), alpha, gamma, factor)

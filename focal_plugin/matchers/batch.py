@@ -3,24 +3,36 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..contracts import check_match
 from ..structures import NEGATIVE, Anchors
+from .ignore_regions import ignore_covered
 
 Matcher = Callable[[Anchors, Instances], tuple[Tensor, Tensor]]
 
 
 def match_images(
-    matcher: Matcher, anchors: Anchors, gt_instances: Sequence[Instances], *, check_values: bool
+    matcher: Matcher,
+    anchors: Anchors,
+    gt_instances: Sequence[Instances],
+    ignore_boxes: Sequence[Boxes | None] = (),
+    *,
+    min_ioa: float = 0.0,
+    check_values: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Match each image's boxes with the anchors, and check what the matcher gives against its contract.
+    """Match each image's boxes with the anchors.
+
+    On a GPU, a matcher with a method ``match_batch`` gets all images at once. Others are called image by image, and
+    what they give is checked against their contract.
 
     Args:
         matcher: an entry of ``ANCHOR_MATCHER_REGISTRY``.
         anchors: R anchors.
-        gt_instances: of each image, with ``gt_boxes``.
+        gt_instances: of each image, with ``gt_boxes``, on the anchors' device.
+        ignore_boxes: of each image its ignore regions, or None; empty if no image has any.
+        min_ioa: a background anchor is ignored if at least this share of its area lies in one region; 0, none is.
         check_values: whether to check indices and labels too, for which a GPU is synchronised.
 
     Returns:
@@ -30,10 +42,28 @@ def match_images(
     Raises:
         TypeError, ValueError: the matcher breaks its contract.
     """
+    regions = [None] * len(gt_instances) if min_ioa == 0 or not ignore_boxes else list(ignore_boxes)
+    if anchors.device.type == "cuda" and hasattr(matcher, "match_batch"):
+        return list(zip(*matcher.match_batch(anchors, gt_instances, regions, min_ioa)))
     matches = []
-    for instances in gt_instances:
+    for instances, areas in zip(gt_instances, regions):
         match = matcher(anchors, instances)
         check_match(matcher, match, anchors, instances, values=check_values)
         matched, labels = match
-        matches.append((matched, labels if len(instances) else torch.full_like(labels, NEGATIVE)))
+        labels = labels if len(instances) else torch.full_like(labels, NEGATIVE)
+        if areas is not None:
+            labels = ignore_covered(labels, anchors, areas.to(labels.device), min_ioa)
+        matches.append((matched, labels))
     return matches
+
+
+def to_device(instances: Instances, device: torch.device) -> Instances:
+    """Return ``instances`` on a device, copied without synchronising, which ``Instances.to`` does."""
+    moved = Instances(instances.image_size)
+    for name, value in instances.get_fields().items():
+        if isinstance(value, Boxes):
+            value = Boxes(value.tensor.to(device, non_blocking=True))
+        else:
+            value = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        moved.set(name, value)
+    return moved

@@ -12,6 +12,11 @@ from ..registry import ANCHOR_MATCHER_REGISTRY
 from ..structures import IGNORED, NEGATIVE, POSITIVE, Anchors
 from .grid_pairs import GridPairs, elementwise_iou, pack_pairs, unpack_pairs
 
+try:
+    from . import ignore_band_triton
+except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without Triton
+    ignore_band_triton = None
+
 _LOW_QUALITY = ("none", "detectron1", "detectron2")
 _IOUS_AT_ONCE = 2**19  # of a dense chunk: about 30 MB of temporaries
 
@@ -86,6 +91,24 @@ class IgnoreBandMatcher:
         if anchors.cell_anchors is None or self.labels[0] == POSITIVE:  # or every anchor's best box is asked for
             return self._match_rows(_iou_rows(boxes, anchors), boxes.tensor.new_zeros(len(anchors)))
         return self._match_grid(anchors.derived(GridPairs), boxes.tensor)
+
+    def match_batch(
+        self,
+        anchors: Anchors,
+        gt_instances: Sequence[Instances],
+        regions: Sequence[Boxes | None],
+        min_ioa: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Match the boxes of all images of a batch on a GPU, and ignore what their ``regions`` cover.
+
+        Returns:
+            ``matched`` (N, R) int64 and ``labels`` (N, R) int8, bit for bit those of image after image.
+        """
+        boxes = [instances.gt_boxes.tensor for instances in gt_instances]
+        areas = [anchors.flat.new_zeros(0, 4) if area is None else area.tensor.to(anchors.device) for area in regions]
+        return ignore_band_triton.match_batch(
+            anchors, boxes, areas, min_ioa, self.thresholds, self.labels, self.low_quality
+        )
 
     def _match_rows(self, rows: Iterable[Tensor], best: Tensor) -> tuple[Tensor, Tensor]:
         """Match by the IoU matrix, given as some rows at a time. ``best`` is (R,) zeros."""

@@ -7,15 +7,43 @@ which anchors have that best IoU. The arithmetic is that of Detectron2's ``pairw
 the compiler may not contract a product and a sum into one rounding.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ..structures import IGNORED, NEGATIVE, POSITIVE
+from ..structures import IGNORED, NEGATIVE, POSITIVE, Anchors
 
 _BLOCK = 256  # anchors a program
 _MODES = {"none": 0, "detectron1": 1, "detectron2": 2}
+
+
+def match_batch(
+    anchors: Anchors,
+    boxes: Sequence[Tensor],
+    regions: Sequence[Tensor],
+    min_ioa: float,
+    thresholds: Sequence[float],
+    band_labels: Sequence[int],
+    low_quality: str,
+) -> tuple[Tensor, Tensor]:
+    """Match (G_i, 4) boxes and ignore (M_i, 4) regions of N images: ``matched`` and ``labels``, both (N, R).
+
+    ``min_ioa`` and what follows are as of ``match_ignore_bands``.
+    """
+    bands = torch.tensor(thresholds), torch.tensor(band_labels, dtype=torch.int32)
+    bands = [band.to(anchors.device, non_blocking=True) for band in bands]
+    tensors = anchors.flat, *_padded(boxes, anchors.device), *_padded(regions, anchors.device), *bands
+    return match_ignore_bands(*tensors, low_quality, min_ioa)
+
+
+def _padded(boxes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (N, G, 4) and the (N,) int32 numbers of boxes, of N tensors (G_i, 4)."""
+    counts = torch.tensor([len(image) for image in boxes], dtype=torch.int32)
+    return pad_sequence(list(boxes), batch_first=True).float(), counts.to(device, non_blocking=True)
 
 
 @torch.library.custom_op("focal_plugin::match_ignore_bands", mutates_args=())

@@ -1,0 +1,91 @@
+"""What a training step asks of a GPU, proven without one: on fake tensors, which have shapes and devices but no values.
+
+An operator whose result has a shape that depends on values raises there, and so does reading a value: on a GPU both
+make the host wait.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from detectron2.structures import Boxes, ImageList, Instances
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from focal_plugin import FocalRetinaNet, structures
+from tests.small_retinanet import small_config
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+COUNTS = [3, 0, 2, 1, 0]  # of positives, what the one reading says
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that launch something: views and allocations do not."""
+
+    FREE = ("view", "expand", "slice", "select", "split", "unbind", "permute", "transpose", "unsqueeze", "squeeze")
+    FREE += ("empty", "detach", "alias", "as_strided", "t.", "_unsafe_view", "lift_fresh", "device")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2]
+        if not name.startswith(self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """A model on a fake GPU, and a batch of two sizes of images, one without boxes and one with a crowd."""
+    from focal_plugin.losses import dense_focal_triton
+
+    readings = []
+    monkeypatch.setattr(structures, "read_counts", lambda counts: readings.append(counts.shape) or COUNTS)
+    # Kernels launched by hand do not run on fake tensors. Theirs is one float for each of a number of programs.
+    launch = lambda logits, *args: [torch.empty(7, device=logits[0].device)]  # noqa: E731
+    monkeypatch.setattr(dense_focal_triton, "_launch", launch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = FocalRetinaNet(small_config()).train()
+        # Detectron2's computes the size of the padded batch with tensors on the CPU, whose values are not there.
+        padded = ImageList(torch.empty(3, 3, 96, 96, device="cuda"), [(64, 96), (96, 64), (64, 64)])
+        monkeypatch.setattr(model, "preprocess_image", lambda batch: padded)
+        yield model, [image(64, 96, boxes=3), image(96, 64, boxes=0), image(64, 64, boxes=1, crowds=1)], readings
+
+
+def image(height, width, boxes, crowds=0):
+    instances = Instances((height, width))
+    instances.gt_boxes, instances.gt_classes = Boxes(torch.empty(boxes, 4)), torch.empty(boxes, dtype=torch.int64)
+    pixels = torch.empty(3, height, width, dtype=torch.uint8)
+    return {"image": pixels, "instances": instances, "ignore_boxes": Boxes(torch.empty(crowds, 4)) if crowds else None}
+
+
+def test_a_step_reads_the_counts_of_positives_and_nothing_else(step):
+    """Forward. Labels come from the sizes alone, before the backbone, from the second batch of a size on."""
+    model, batch, readings = step
+    order = []
+    model.backbone.register_forward_pre_hook(lambda *_: order.append("backbone"))
+    label = model.label_anchors
+    model.label_anchors = lambda *args: order.append("labels") or label(*args)
+    for _ in range(2):
+        logits, deltas, targets = model.predict(batch)
+        losses = model.losses(logits, deltas, targets)
+    assert order == ["backbone", "labels", "labels", "backbone"]
+    assert readings == [(5,)] * 2
+    assert deltas.shape == (sum(COUNTS), 4) and deltas.device.type == "cuda"
+    assert [len(level) for level in targets.positives] == COUNTS
+    assert {name: loss.shape for name, loss in losses.items()} == {"loss_cls": (), "loss_box_reg": ()}
+
+
+def test_labels_take_few_launches(step):
+    """Their number does not depend on the number of boxes. It was 3,300 a step, nearly all of them here."""
+    model, batch, _ = step
+    features = model.features(model.preprocess_image(batch).tensor)
+    with Operators() as operators:
+        model.label_batch(features, batch)
+    assert operators.names.count("match_ignore_bands") == 1
+    assert len(operators.names) < 150, operators.names
