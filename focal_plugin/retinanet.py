@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import Backbone, build_backbone
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances

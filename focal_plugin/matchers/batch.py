@@ -43,8 +43,9 @@ def match_images(
         TypeError, ValueError: the matcher breaks its contract.
     """
     regions = [None] * len(gt_instances) if min_ioa == 0 or not ignore_boxes else list(ignore_boxes)
-    if anchors.device.type == "cuda" and hasattr(matcher, "match_batch"):
-        return list(zip(*matcher.match_batch(anchors, gt_instances, regions, min_ioa)))
+    batched = getattr(matcher, "match_batch", None) if anchors.device.type == "cuda" else None
+    if batched is not None and (found := batched(anchors, gt_instances, regions, min_ioa)) is not None:
+        return list(zip(*found))
     matches = []
     for instances, areas in zip(gt_instances, regions):
         match = matcher(anchors, instances)

@@ -15,7 +15,7 @@ from .grid_pairs import GridPairs, elementwise_iou, pack_pairs, unpack_pairs
 try:
     from . import ignore_band_triton
 except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without Triton
-    ignore_band_triton = None
+    ignore_band_triton = None  # type: ignore[assignment]
 
 _LOW_QUALITY = ("none", "detectron1", "detectron2")
 _IOUS_AT_ONCE = 2**19  # of a dense chunk: about 30 MB of temporaries
@@ -93,22 +93,19 @@ class IgnoreBandMatcher:
         return self._match_grid(anchors.derived(GridPairs), boxes.tensor)
 
     def match_batch(
-        self,
-        anchors: Anchors,
-        gt_instances: Sequence[Instances],
-        regions: Sequence[Boxes | None],
-        min_ioa: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Match the boxes of all images of a batch on a GPU, and ignore what their ``regions`` cover.
+        self, anchors: Anchors, gt_instances: Sequence[Instances], regions: Sequence[Boxes | None], min_ioa: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """Match a batch on a GPU, and ignore what its ``regions`` cover; None where there is no Triton.
 
         Returns:
             ``matched`` (N, R) int64 and ``labels`` (N, R) int8, bit for bit those of image after image.
         """
+        if ignore_band_triton is None:
+            return None
         boxes = [instances.gt_boxes.tensor for instances in gt_instances]
-        areas = [anchors.flat.new_zeros(0, 4) if area is None else area.tensor.to(anchors.device) for area in regions]
-        return ignore_band_triton.match_batch(
-            anchors, boxes, areas, min_ioa, self.thresholds, self.labels, self.low_quality
-        )
+        areas = [anchors.flat[:0] if area is None else area.tensor.to(anchors.device) for area in regions]
+        rule = self.thresholds, self.labels, self.low_quality
+        return ignore_band_triton.match_batch(anchors, boxes, areas, min_ioa, *rule)
 
     def _match_rows(self, rows: Iterable[Tensor], best: Tensor) -> tuple[Tensor, Tensor]:
         """Match by the IoU matrix, given as some rows at a time. ``best`` is (R,) zeros."""
