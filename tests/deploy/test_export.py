@@ -29,7 +29,7 @@ from focal_plugin.deploy.export_check import Candidates, ExportError, compare_de
 from focal_plugin.deploy.export_formats import FORMATS, quiet
 from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
 
-SERVING = Path(__file__).parents[2] / "docs" / "serving.md"
+SERVING = Path(__file__).parents[2] / "docs" / "export.md"
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
