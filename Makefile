@@ -18,12 +18,13 @@ INPUTS := setup.cfg setup.py pyproject.toml $(wildcard requirements/*)
 STAMP := $(VENV)/.setup-$(shell { echo $(call quote,$(DETECTRON2)); cat $(INPUTS); } | sha256sum | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench bench-quick
+.PHONY: help setup demo test test-slow lint format docs bench bench-quick
 
 help:
 	@echo 'make demo         train on aerial images of trees, evaluate, draw what the detector sees'
 	@echo 'make test         style and tests; make test-slow: the tests that take longer'
 	@echo 'make lint         style and types only; make format puts right what it can'
+	@echo 'make docs         the site of docs/, in site/'
 	@echo 'make bench        speed and memory beside Detectron2; make bench-quick: in a few minutes'
 	@echo 'make setup        only what the others do first: .venv with all requirements (see the top of the Makefile)'
 
@@ -57,6 +58,9 @@ test: lint
 
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: setup
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)

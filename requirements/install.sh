@@ -53,7 +53,7 @@ else
     rm -f "$VENV"/.setup-*
 fi
 pip install $quiet -r requirements/build.txt
-pip install $quiet --no-build-isolation -r requirements/base.txt -r requirements/dev.txt
+pip install $quiet --no-build-isolation -r requirements/base.txt -r requirements/dev.txt -r requirements/docs.txt
 large_part=whole
 
 say "Installing Detectron2: $DETECTRON2"

@@ -1,9 +1,15 @@
-"""What the README prints does what it says."""
+"""What the README and the pages print does what they say."""
 
+import ast
+import importlib
+import pkgutil
 import re
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -12,9 +18,10 @@ from detectron2.utils.events import EventStorage
 import focal_plugin
 from focal_plugin import CLS_LOSS_REGISTRY, add_focal_config
 from focal_plugin.registry import _CONFIG_KEYS as CONFIG_KEYS
+from tests.docs.pages import PAGES, ROOT, anchors, blocks, commands, links, section
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = PAGES["README.md"]
+COMMANDS = {"train", "eval", "predict", "export", "convert", "doctor", "analysis", "ablation", "replay"}
 
 
 def small_config():
@@ -30,16 +37,24 @@ def small_config():
     return cfg
 
 
-def test_the_example_of_an_own_component_trains(tmp_path, monkeypatch):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "REGISTRY.register" in block]
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/components.md"])
+def test_the_example_of_an_own_component_trains(page, tmp_path, monkeypatch):
+    (code,) = [block for block in blocks(PAGES[page], "python") if "REGISTRY.register" in block]
     assert len([line for line in code.splitlines() if line.strip()]) < 15
     (name,) = re.findall(r"^class (\w+)", code, re.MULTILINE)
+    (words,) = [words for words in commands(PAGES[page]) if name in words]
     (tmp_path / "my_losses.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     cfg = small_config()
-    cfg.merge_from_list(["MODEL.FOCAL.IMPORTS", "['my_losses']", "MODEL.FOCAL.CLS_LOSS.NAME", name])
+    cfg.merge_from_list(words[words.index("MODEL.FOCAL.IMPORTS") :])
+    assert (["my_losses"], name) == (cfg.MODEL.FOCAL.IMPORTS, cfg.MODEL.FOCAL.CLS_LOSS.NAME)
 
     monkeypatch.setattr(CLS_LOSS_REGISTRY, "_obj_map", dict(CLS_LOSS_REGISTRY._obj_map))  # registered for this test
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
     model = build_model(cfg)
     assert type(model.cls_loss).__name__ == name
     instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40]])), gt_classes=torch.tensor([1]))
@@ -51,7 +66,8 @@ def test_the_example_of_an_own_component_trains(tmp_path, monkeypatch):
 
 def test_every_shipped_component_is_listed():
     for registry_name, key in CONFIG_KEYS.items():
-        (row,) = [line for line in README.splitlines() if line.startswith(f"| `{registry_name}_REGISTRY`")]
+        rows = PAGES["docs/components.md"].splitlines()
+        (row,) = [line for line in rows if line.startswith(f"| `{registry_name}_REGISTRY`")]
         registry = getattr(focal_plugin, f"{registry_name}_REGISTRY")
         shipped = [name for name, item in registry if item.__module__.startswith("focal_plugin.")]
         assert f"`{key}`" in row
@@ -68,12 +84,110 @@ def test_every_own_key_is_in_the_reference():
 
     ours = get_cfg()
     add_focal_config(ours)
-    listed = re.findall(r"^\| `([A-Z0-9_]+(?:\.[A-Z0-9_]+)+)` \|", README, re.MULTILINE)
+    listed = re.findall(r"^\| `([A-Z0-9_]+(?:\.[A-Z0-9_]+)+)` \|", PAGES["docs/configuration.md"], re.MULTILINE)
     assert sorted(listed) == sorted(keys(ours, get_cfg()))
 
 
-def test_named_files_exist():
-    for path in re.findall(r"configs/[\w./-]+\.(?:yaml|py)", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_named_keys_exist(page):
+    """Every key that a page names is one of ours or of Detectron2's: ``A.B.C``, ``A.{B, C}`` and ``A.B.*``."""
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    first = "|".join(key for key, value in cfg.items() if isinstance(value, dict))
+    for name in re.findall(rf"\b((?:{first})(?:\.[A-Z0-9_]+)*\.(?:[A-Z0-9_]+|\{{[A-Z0-9_, ]+\}}|\*))", PAGES[page]):
+        *path, last = name.split(".", name.partition("{")[0].count("."))
+        for key in re.findall(r"\w+", last) or [None]:
+            node = cfg
+            for part in [*path, *([key] if key else [])]:
+                assert part in node, name
+                node = node[part]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    for path in re.findall(
+        r"\b(?:configs|docs|focal_plugin|tests|requirements)/[\w./-]+\.(?:yaml|py|csv|md|txt)\b", PAGES[page]
+    ):
         assert (ROOT / path).is_file(), path
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in links(PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if target.name == "own_loss.md":
+            continue  # the site makes it from the notebook
+        assert target.resolve().exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_imports_in_the_code_work(page):
+    for code in blocks(PAGES[page], "python"):
+        if "focal_plugin" not in code or code.startswith((" ", "@")):
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.startswith("focal_plugin"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])  # it names old paths too
+def test_dotted_names_in_the_text_exist(page):
+    for name in set(re.findall(r"`(focal_plugin(?:\.\w+)+)", PAGES[page])):
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_known(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in commands(PAGES[page]):
+        assert words[0] in {"focal", "make", "pip", "git", "python"}, words
+        if words[0] == "focal":
+            assert words[1] in COMMANDS | {"--help"}, words
+        if words[0] == "make":
+            assert words[1] in targets, words
+        if words[0] == "python":
+            assert (ROOT / words[1]).is_file() or words[1:3] == ["-m", "focal_plugin"] or words[1] == "serve.py", words
+    for name in re.findall(r"`focal (\w+)", PAGES[page]):
+        assert name in COMMANDS, name
+
+
+OWN = {"my.yaml", "my_retinanet.yaml", "retinanet_tv.yaml", "output/quickstart/config.yaml"}  # of the reader
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_configs_of_commands_exist(page):
+    text = PAGES[page].replace("\\\n", " ")
+    for name in re.findall(r"--config-file ([\w./-]+\.(?:yaml|py))", text):
+        if name not in OWN and not (ROOT / "configs" / name).is_file():
+            assert Path(model_zoo.get_config_file(name)).is_file()
+
+
+def test_the_lines_of_python_run(tiny_config, tmp_path, monkeypatch, loggers, capsys):
+    """As printed, on four steps of another data set."""
+    (code,) = blocks(section(README, "In ten lines of Python"), "python")
+    body = [line for line in code.splitlines() if line and not line.startswith(("from", "import"))]
+    assert len(body) <= 10
+    monkeypatch.chdir(tmp_path)
+    Path("survey.png").symlink_to(tmp_path / "shapes_test/0.png")
+    assert '"quickstart/trees.yaml"' in code
+    exec(code.replace('"quickstart/trees.yaml"', repr(tiny_config)), {"__name__": "lines"})
+    output = capsys.readouterr().out
+    assert "'AP50'" in output and "pred_boxes" in output
+    assert (tmp_path / "output/python/model_final.pth").is_file()
+
+
+def test_the_options_of_the_table_in_training_are_shown():
+    """Every flag of training is in the table; of Detectron2's parser, but for the two that are commands here."""
+    from detectron2.engine import default_argument_parser
+
+    flags = {option for action in default_argument_parser()._actions for option in action.option_strings}
+    listed = set(re.findall(r"`(--[\w-]+)`", section(PAGES["docs/training.md"], "Commands")))
+    assert flags - {"-h", "--help"} <= listed

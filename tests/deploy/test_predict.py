@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shlex
 from pathlib import Path
 
 import cv2
@@ -13,8 +12,9 @@ from pycocotools.coco import COCO
 from focal_plugin.deploy import DenseTTA, Predictor, media, predict
 from focal_plugin.deploy.inputs import ImageError, find_sources
 from focal_plugin.deploy.predict import main
+from tests.docs.pages import PAGES, blocks, commands
 
-README = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Prediction\n")[1].split("\n## ")[0]
+PAGE = PAGES["docs/prediction.md"]
 
 
 @pytest.fixture
@@ -292,12 +292,12 @@ def test_what_the_words_stand_for(tmp_path, monkeypatch):
         find_sources(["a", "b"])
 
 
-# The README
+# The page on prediction
 
 
 @pytest.fixture
 def after_the_demo(tiny_config, weights, video, tmp_path, monkeypatch):
-    """A folder with what README's lines name."""
+    """A folder with what the page's lines name."""
     monkeypatch.chdir(tmp_path)
     for path, source in {
         "output/quickstart/config.yaml": tiny_config,
@@ -312,19 +312,17 @@ def after_the_demo(tiny_config, weights, video, tmp_path, monkeypatch):
 
 
 def test_the_commands_run_as_printed(after_the_demo, tmp_path):
-    (block,) = [block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "deploy.predict" in block]
-    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
-    assert len(commands) == 2
-    for command in commands:
-        assert command[:3] == ["python", "-m", "focal_plugin.deploy.predict"]
+    assert len(commands(PAGE)) == 2
+    for command in commands(PAGE):
+        assert command[:2] == ["focal", "predict"]
         small = ["TEST.AUG.MIN_SIZES", "(48,)"] if "TEST.AUG.MIN_SIZES" in command else []  # overrides, to save time
-        assert main([*command[3:], *small]) == 0
+        assert main([*command[2:], *small]) == 0
     out = tmp_path / "output/found"
     assert [len(load(out, name)["images"]) for name in ("images.json", "images-2.json")] == [1, 14]
 
 
 def test_the_lines_of_python_run_as_printed(after_the_demo):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = blocks(PAGE, "python")
     assert len([line for line in code.splitlines() if line]) == 3
     variables = {}
     exec(code, variables)
@@ -334,5 +332,5 @@ def test_the_lines_of_python_run_as_printed(after_the_demo):
 def test_the_options_are_listed():
     parser = predict.build_parser()
     options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
-    listed = set(re.findall(r"^\| `(--[\w-]+)", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.MULTILINE))
     assert listed == options - {"--help", "--config-file", "--weights", "--output"}

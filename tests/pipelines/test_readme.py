@@ -1,7 +1,6 @@
-"""The lines of README's "Inside stock models" do what they say, as printed."""
+"""The lines of the page "Inside stock models" do what they say, as printed."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,14 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 
 import focal_plugin
 from focal_plugin.files.safe_yaml import merge_from_file
+from tests.docs.pages import PAGES, blocks, commands
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = README.split("## Inside stock models\n")[1].split("\n## ")[0]
+PAGE = PAGES["docs/stock_models.md"]
 REGISTRIES = {
     "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
 }
-
-
-def block(language):
-    """The one block of code in a language, of the section; "" for a command."""
-    blocks = [code.split("\n", 1) for code in SECTION.split("```")[1::2]]
-    (code,) = [code for name, code in blocks if name == language]
-    return code
 
 
 def losses(model, images):
@@ -39,7 +31,7 @@ def losses(model, images):
 
 
 def test_the_table_lists_them_all():
-    listed = set(re.findall(r"`(MODEL\.[A-Z_.]+): (\w+)`", SECTION))
+    listed = set(re.findall(r"`(MODEL\.[A-Z_.]+): (\w+)`", PAGE))
     ours = {
         (key, name)
         for key, registry in REGISTRIES.items()
@@ -54,7 +46,8 @@ def test_the_table_lists_them_all():
     "base", ["COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"]
 )
 def test_the_yaml_lines(small_config, draw_images, tmp_path, base):
-    (tmp_path / "lines.yaml").write_text("VERSION: 2\n" + block("yaml"))
+    (lines,) = blocks(PAGE, "yaml")
+    (tmp_path / "lines.yaml").write_text("VERSION: 2\n" + lines)
     cfg = small_config(base)
     merge_from_file(cfg, str(tmp_path / "lines.yaml"))
     model = build_model(cfg)
@@ -64,8 +57,8 @@ def test_the_yaml_lines(small_config, draw_images, tmp_path, base):
 
 
 def test_the_command(train_net, tiny_config, small_words, tmp_path):
-    command = [word for line in block("").splitlines() for word in shlex.split(line.rstrip("\\"))]
-    assert command[:3] == ["python", "train_net.py", "--config-file"]
+    (command,) = commands(PAGE)
+    assert command[:3] == ["focal", "train", "--config-file"]
     data = yaml.safe_load(Path(tiny_config).read_text())
     words = [*small_words(command[3]), "DATASETS.LOCAL", str(data["DATASETS"]["LOCAL"])]
     words += ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_test',)", "SOLVER.MAX_ITER", 2]
@@ -79,7 +72,8 @@ def test_the_command(train_net, tiny_config, small_words, tmp_path):
 
 def test_the_lazy_config(draw_images):
     names = {}
-    exec(block("python"), names)
+    (code,) = blocks(PAGE, "python")
+    exec(code, names)
     model = names["model"]
     model.backbone.bottom_up.stages = {"_target_": ResNet.make_default_stages, "depth": 18, "norm": "GN"}
     model = instantiate(model)
