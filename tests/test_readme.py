@@ -1,7 +1,10 @@
 """What the README and the pages print does what they say."""
 
 import ast
+import contextlib
+import functools
 import importlib
+import io
 import pkgutil
 import re
 import sys
@@ -17,11 +20,13 @@ from detectron2.utils.events import EventStorage
 
 import focal_plugin
 from focal_plugin import CLS_LOSS_REGISTRY, add_focal_config
+from focal_plugin.__main__ import COMMANDS
+from focal_plugin.__main__ import main as focal
+from focal_plugin.analysis import __main__ as analysis
 from focal_plugin.registry import _CONFIG_KEYS as CONFIG_KEYS
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, commands, links, section
 
 README = PAGES["README.md"]
-COMMANDS = {"train", "eval", "predict", "export", "convert", "doctor", "analysis", "ablation", "replay"}
 
 
 def small_config():
@@ -150,13 +155,40 @@ def test_commands_are_known(page):
     for words in commands(PAGES[page]):
         assert words[0] in {"focal", "make", "pip", "git", "python"}, words
         if words[0] == "focal":
-            assert words[1] in COMMANDS | {"--help"}, words
+            assert words[1] in {*COMMANDS, "--help"}, words
         if words[0] == "make":
             assert words[1] in targets, words
         if words[0] == "python":
             assert (ROOT / words[1]).is_file() or words[1:3] == ["-m", "focal_plugin"] or words[1] == "serve.py", words
     for name in re.findall(r"`focal (\w+)", PAGES[page]):
         assert name in COMMANDS, name
+
+
+@functools.cache
+def help_of(*words):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+        focal([*words, "--help"], "focal")
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_of_commands_are_known(page):
+    for words in commands(PAGES[page]):
+        if words[0] == "focal" and words[1] in COMMANDS:
+            command = ["anchors" if word == "<what>" else word for word in words[1:3]]
+            command = command if command[0] in ("analysis", "convert") else command[:1]
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in help_of(*command), f"{flag} of {' '.join(words)}"
+
+
+def test_the_analyses_and_their_flags_are_known():
+    rows = re.findall(r"^\| `([a-z][\w-]+[^`]*)` \|(.*)", PAGES["docs/analysis.md"], re.MULTILINE)
+    rows = [(words.split(), words + text) for words, text in rows if words.split()[0] in analysis._WHAT]
+    assert {words[0] for words, _ in rows} == set(analysis._WHAT)
+    for words, text in rows:
+        for flag in re.findall(r"--[\w-]+", text):
+            assert flag in help_of("analysis", words[0]), f"{flag} of {words[0]}"
 
 
 OWN = {"my.yaml", "my_retinanet.yaml", "retinanet_tv.yaml", "output/quickstart/config.yaml"}  # of the reader
@@ -182,6 +214,14 @@ def test_the_lines_of_python_run(tiny_config, tmp_path, monkeypatch, loggers, ca
     output = capsys.readouterr().out
     assert "'AP50'" in output and "pred_boxes" in output
     assert (tmp_path / "output/python/model_final.pth").is_file()
+
+
+def test_the_two_halves_of_a_step_run(tiny_config, loggers):
+    (code,) = blocks(PAGES["docs/analysis.md"], "python")
+    names = {}
+    exec(code.replace('"quickstart/trees.yaml"', repr(tiny_config)), names)
+    assert set(names["losses"]) == {"loss_cls", "loss_box_reg"} and len(names["logits"]) == 5
+    assert names["deltas"].shape == (names["targets"].num_positives, 4)
 
 
 def test_the_options_of_the_table_in_training_are_shown():
