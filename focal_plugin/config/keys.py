@@ -103,12 +103,12 @@ def _defaults() -> CN:
     # What P6 and P7 are computed from, with the builders of this package, `build_focal_resnet_fpn_backbone` and
     # `build_timm_fpn_backbone`: `c5` as in the paper and Detectron2, the encoder's last feature, or `p5`, the pyramid's
     # last (`c4` or `p4` where `MODEL.FPN.IN_FEATURES` ends a level earlier). Empty: there are no levels above the
-    # pyramid. `c5-linear` and the like leave out the ReLU between P6 and P7, as MMDetection does.
+    # pyramid. `c5-linear` and `p5-linear` leave out the ReLU between P6 and P7, as MMDetection does.
     cfg.MODEL.FOCAL.TOP_BLOCK = "c5"
 
     cfg.MODEL.FOCAL.ANCHORS = CN()
-    # OctaveAnchorGenerator: the number of anchor sizes per octave. Each level has this many, beginning with the first
-    # of its `MODEL.ANCHOR_GENERATOR.SIZES` (in pixels).
+    # With `MODEL.ANCHOR_GENERATOR.NAME: OctaveAnchorGenerator`, the number n of anchor sizes per octave. The sizes of a
+    # level are the first of its `MODEL.ANCHOR_GENERATOR.SIZES` (in pixels) times 2^(k/n), for k from 0 to n − 1.
     cfg.MODEL.FOCAL.ANCHORS.SCALES_PER_OCTAVE = 3
 
     cfg.MODEL.FOCAL.TIMM = CN()
