@@ -29,6 +29,7 @@ class ElementwiseLoss(nn.Module, ABC):
     """
 
     needs_quality = False
+    _hyperparameters: tuple[str, ...] = ()
 
     def __init__(self, **hyperparameters: float | Tensor):
         super().__init__()
