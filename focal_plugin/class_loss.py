@@ -4,10 +4,8 @@ The sum over all anchors is divided by a normaliser, the number of anchors assig
 the number of anchors: nearly all of these are easy background, whose loss the focal loss has made negligible.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .contracts import check_cls_loss
@@ -51,19 +49,3 @@ def class_loss(
 def with_quality(cls_loss: ClassLoss, targets: DenseTargets, boxes: Callable[[], Tensor]) -> DenseTargets:
     """``targets`` as ``cls_loss`` wants them: with the IoU of each positive's predicted box if it ``needs_quality``."""
     return targets.with_quality(boxes().detach()) if getattr(cls_loss, "needs_quality", False) else targets
-
-
-@torch.no_grad()
-def loss_of_positives(cls_loss: ClassLoss, logits: Sequence[Tensor], targets: DenseTargets) -> Tensor:
-    """The positive anchors' part of a loss that is a sum over anchors, an ``ElementwiseLoss``: a scalar.
-
-    The rest is the background's. There are few positives, so this costs next to nothing.
-
-    Args:
-        cls_loss, logits, targets: as ``class_loss`` calls it with them.
-    """
-    rows = targets.gather([level.detach() for level in logits])  # (P, K)
-    labels = torch.cat([level.flatten()[index] for level, index in zip(targets.labels, targets.positives)])  # (P,)
-    indices = torch.arange(len(rows), device=rows.device)
-    alone = replace(targets, labels=[labels.view(1, 1, -1, 1)], positives=[indices], grid=None)
-    return cls_loss([rows.t()[None, None, :, :, None]], alone)  # of (1, 1, K, P, 1)

@@ -1,6 +1,7 @@
 """Whether components keep the contracts of ``registry.py``. Their mistakes would show later, or in the AP alone.
 
-Shapes and dtypes are known without waiting for a GPU, so every step looks at them; at values, only a first one.
+Each check raises a TypeError or a ValueError that names the component, what it gave and what was expected. Shapes and
+dtypes are known on the host, so every step checks them; values, which a GPU would have to be read for, only a first one.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +15,7 @@ from .structures import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
 
 
 def check_head(head: Callable[..., Any], outputs: Any, targets: DenseTargets, sparse: bool) -> None:
-    """Check what a head gave for a batch.
-
-    Args:
-        head: names itself in the error.
-        outputs: what it returned.
-        targets: of that batch, whose labels have the number of anchors and the size of each level.
-        sparse: whether the deltas are the positives' alone.
-
-    Raises:
-        TypeError, ValueError: they are not the logits and deltas of the targets' anchors.
-    """
+    """Check that ``outputs`` are logits and deltas of the targets' anchors, with ``sparse`` the positives' deltas."""
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise TypeError(f"The head {_name(head)} gave {_describe(outputs)}; expected (logits, deltas).")
     logits, deltas = outputs
@@ -56,17 +47,7 @@ def _check_levels(
 
 
 def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, instances: Instances, values: bool) -> None:
-    """Check what a matcher gave for an image.
-
-    Args:
-        matcher: names itself in the error.
-        match: what it returned.
-        anchors, instances: what it was given.
-        values: whether to look at the numbers too, which waits for a GPU.
-
-    Raises:
-        TypeError, ValueError: it is not an index of a box and a label for each anchor.
-    """
+    """Check that ``match`` is an index of a box and a label for each anchor; ``values``, that these are possible."""
     name = f"The anchor matcher {_name(matcher)}"
     if not isinstance(match, (tuple, list)) or len(match) != 2:
         raise TypeError(f"{name} gave {_describe(match)}; expected (matched, labels).")
@@ -95,12 +76,7 @@ def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, insta
 
 
 def check_cls_loss(cls_loss: Callable[..., Any], loss: Any, logits: Sequence[Tensor], targets: DenseTargets) -> None:
-    """Check what a classification loss made of ``logits``, one tensor a level.
-
-    Raises:
-        TypeError: it is not one float32 number (or float64, for logits of float64).
-        ValueError: nothing can be learnt from it.
-    """
+    """Check that ``loss`` is one float32 number (float64 for such logits) that something can be learnt from."""
     what = f"The class loss {_name(cls_loss)}"
     if not isinstance(loss, Tensor) or loss.shape != () or not _is_float32(loss, logits[0]):
         raise TypeError(
@@ -111,11 +87,7 @@ def check_cls_loss(cls_loss: Callable[..., Any], loss: Any, logits: Sequence[Ten
 
 
 def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor) -> Tensor:
-    """``loss``, which an ``ElementwiseLoss`` made of ``logits`` of any shape.
-
-    Raises:
-        ValueError: it is not one number for each of them.
-    """
+    """Return ``loss``, which an ``ElementwiseLoss`` made of ``logits``, if it is one number for each of them."""
     if not isinstance(loss, Tensor) or loss.shape != logits.shape:
         raise ValueError(
             f"The class loss {_name(cls_loss)} gave {_describe(loss)} for logits of shape {tuple(logits.shape)}; "
@@ -125,12 +97,7 @@ def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor)
 
 
 def check_box_loss(box_loss: Callable[..., Any], loss: Any, deltas: Tensor, targets: DenseTargets) -> None:
-    """Check what a box loss made of (P, 4) ``deltas``.
-
-    Raises:
-        TypeError: it is not one float32 number a positive (or float64, for deltas of float64).
-        ValueError: nothing can be learnt from it.
-    """
+    """Check that ``loss`` is one float32 number a positive (float64 for such deltas), to be learnt from."""
     what = f"The box loss {_name(box_loss)}"
     if not isinstance(loss, Tensor) or loss.shape != (len(deltas),) or not _is_float32(loss, deltas):
         raise TypeError(

@@ -78,7 +78,7 @@ _CONFIG_KEYS = {
 }
 
 
-def _get(registry: Registry, name: str) -> Callable[..., Any]:
+def get_component(registry: Registry, name: str) -> Callable[..., Any]:
     """Return ``registry.get(name)``, or raise a ConfigError that lists the names and says how to add one."""
     if name in registry:
         return registry.get(name)
@@ -92,7 +92,7 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
 
 def _build(registry: Registry, name: str, cfg: CfgNode, *more: Any) -> Any:
     """Return the component of that name, built with ``(cfg, *more)``."""
-    component = _get(registry, name)
+    component = get_component(registry, name)
     try:
         return component(cfg, *more)
     except TypeError as error:
@@ -103,33 +103,6 @@ def _build(registry: Registry, name: str, cfg: CfgNode, *more: Any) -> Any:
             f"{_CONFIG_KEYS[registry._name]} {name} is built with ({arguments}), which it does not take: {error}. Give "
             f"it __init__(self, {arguments}), or Detectron2's @configurable and from_config(cls, {arguments})."
         ) from error
-
-
-def _chosen_names(cfg: CfgNode) -> dict[Registry, str]:
-    focal = cfg.MODEL.FOCAL
-    return {
-        DENSE_HEAD_REGISTRY: focal.HEAD.NAME,
-        CLS_LOSS_REGISTRY: focal.CLS_LOSS.NAME,
-        BOX_LOSS_REGISTRY: focal.BOX_LOSS.NAME,
-        ANCHOR_MATCHER_REGISTRY: focal.MATCHER.NAME,
-        BIAS_INIT_REGISTRY: focal.BIAS_INIT.NAME,
-    }
-
-
-def chosen_components(cfg: CfgNode) -> list[Callable[..., Any]]:
-    """Return the registered components that ``cfg`` names, without those that are empty or not known."""
-    return [registry.get(name) for registry, name in _chosen_names(cfg).items() if name in registry]
-
-
-def check_names(cfg: CfgNode) -> None:
-    """Check that the components that ``cfg`` names are registered, before anything is built.
-
-    Raises:
-        ConfigError: one is not registered.
-    """
-    for registry, name in _chosen_names(cfg).items():
-        if name:  # of the box loss; the others' names are never empty
-            _get(registry, name)
 
 
 def import_user_modules(cfg: CfgNode) -> None:

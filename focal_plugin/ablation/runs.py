@@ -18,12 +18,13 @@ from detectron2.data import DatasetCatalog
 
 from ..config import ConfigError
 from ..config.explain import flatten
+from ..config.components import check_names
 from ..data import check_registered, register_local_datasets
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
 from ..files.safe_yaml import parse_yaml
 from ..files.write import replace_file
-from ..registry import check_names, import_user_modules
+from ..registry import import_user_modules
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
 from .rows import METRICS, Row, as_yaml, compose
 

@@ -19,10 +19,11 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..class_loss import loss_of_positives, with_quality
+from ..class_loss import with_quality
 from ..config import ConfigError
 from ..data import check_num_classes
 from ..engine import Trainer
+from ..engine.balance import loss_of_positives
 from ..losses import AlphaBalancedBCELoss, BCELoss, ElementwiseLoss, SigmoidFocalLoss
 from ..registry import build_bias_init
 from ..retinanet import FocalRetinaNet

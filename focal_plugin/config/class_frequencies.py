@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from ..registry import chosen_components
+from .components import chosen_components
 
 
 def fill_class_frequencies(cfg: CfgNode) -> None:

@@ -1,6 +1,8 @@
 """What a dense detector learns from, beside the losses: positives by level, background's share, gradients by part."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from detectron2.engine import HookBase
@@ -9,7 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..class_loss import ClassLoss, loss_of_positives
+from ..class_loss import ClassLoss
 from ..losses import ElementwiseLoss
 from ..structures import DenseTargets
 
@@ -100,6 +102,22 @@ class LossObserver:
             return 0, [], [0.0, 0.0]
         images, positives, losses = zip(*calls)
         return sum(images), [sum(level) for level in zip(*positives)], torch.stack(losses).sum(dim=0).tolist()
+
+
+@torch.no_grad()
+def loss_of_positives(cls_loss: ClassLoss, logits: Sequence[Tensor], targets: DenseTargets) -> Tensor:
+    """The positive anchors' part of a loss that is a sum over anchors, an ``ElementwiseLoss``: a scalar.
+
+    The rest is the background's. There are few positives, so this costs next to nothing.
+
+    Args:
+        cls_loss, logits, targets: as ``class_loss`` calls it with them.
+    """
+    rows = targets.gather([level.detach() for level in logits])  # (P, K)
+    labels = torch.cat([level.flatten()[index] for level, index in zip(targets.labels, targets.positives)])  # (P,)
+    indices = torch.arange(len(rows), device=rows.device)
+    alone = replace(targets, labels=[labels.view(1, 1, -1, 1)], positives=[indices], grid=None)
+    return cls_loss([rows.t()[None, None, :, :, None]], alone)  # of (1, 1, K, P, 1)
 
 
 @torch.no_grad()
