@@ -1,7 +1,7 @@
 """Whether components keep the contracts of ``registry.py``. Their mistakes would show later, or in the AP alone.
 
 Each check raises a TypeError or a ValueError that names the component, what it gave and what was expected. Shapes and
-dtypes are known on the host, so every step checks them; values, which a GPU would have to be read for, only a first one.
+dtypes are known on the host, so every step checks them; values, which are read from a GPU, only a first one.
 """
 
 from collections.abc import Callable, Sequence

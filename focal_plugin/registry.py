@@ -53,8 +53,8 @@ Rules that assign ground truth to anchors, built with ``(cfg)`` and called with 
 and an int8 label, ``focal_plugin.IGNORED``, ``NEGATIVE`` or ``POSITIVE``. ``matched`` is meaningful where the label is
 POSITIVE.
 Crowds are no concern of a matcher: ``FocalRetinaNet`` then ignores the negatives in them (``ignore_regions``). But for
-a GPU it may offer ``match_batch(anchors, gt_instances, regions, min_ioa)`` as well, which does that too: ``matched`` and
-``labels`` of all images, (N, R), without synchronising; or None if it cannot.
+a GPU it may offer ``match_batch(anchors, gt_instances, regions, min_ioa)`` as well, which does that too and gives
+``matched`` and ``labels`` of all images, (N, R), without synchronising; or None if it cannot.
 A matcher that needs nothing but IoU is also callable with one (G, R) matrix of it, as Detectron2's ``Matcher`` is, so
 that it serves stock models; another raises a TypeError that says so.
 """

@@ -40,7 +40,7 @@ class Operators(TorchDispatchMode):
 @pytest.fixture
 def step(monkeypatch):
     """A model on a fake GPU, and a batch of two sizes of images, one without boxes and one with a crowd."""
-    from focal_plugin.losses import dense_focal_triton
+    from focal_plugin.kernels import dense_focal_triton
 
     readings = []
     monkeypatch.setattr(structures, "read_counts", lambda counts: readings.append(counts.shape) or COUNTS)

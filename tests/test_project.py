@@ -75,31 +75,19 @@ def part(name):
 # What each part of the package may import from the others. Nothing is above `__init__`, which is not listed: it imports
 # what it offers.
 PAPER = {
-    **{name: set() for name in ("_detectron2", "config.keys", "structures")},
-    "layers": set(),
+    **{name: set() for name in ("_detectron2", "config.keys", "layers", "structures")},
     "anchors": {"config.keys", "structures"},
     "normalizer": {"config.keys"},
     "registry": {"config.keys"},
     "contracts": {"structures"},
     "class_loss": {"contracts", "structures"},
     "inference": {"structures"},
-    "matchers": {"contracts", "registry", "structures"},
-    "losses": {"config.keys", "contracts", "registry", "structures"},
-    "heads": {"losses", "registry", "structures"},
-    "retinanet": {
-        *{
-            "anchors",
-            "class_loss",
-            "config.keys",
-            "contracts",
-            "inference",
-            "layers",
-            "matchers",
-            "normalizer",
-            "registry",
-        },
-        "structures",
-    },
+    "kernels": {"structures"},
+    "matchers": {"contracts", "kernels", "registry", "structures"},
+    "losses": {"config.keys", "contracts", "kernels", "registry", "structures"},
+    "heads": {"kernels", "losses", "registry", "structures"},
+    "retinanet": {"anchors", "class_loss", "config.keys", "contracts", "inference", "layers", "matchers", "normalizer"}
+    | {"registry", "structures"},
 }
 # The components by name and what builds them, for the tools to use.
 BASE = {"config.keys", "registry", "structures", "layers"}
@@ -141,8 +129,9 @@ def test_the_paper_imports_nothing_of_the_tools():
 
 
 def test_the_paper_can_be_read_in_an_hour():
-    paper = [path for path in SOURCES if part(module_name(path)) in PAPER and not path.name.endswith("_triton.py")]
-    assert sum(len(path.read_text().splitlines()) for path in paper) <= 3_900
+    """Without ``kernels``, which make it fast."""
+    paper = [path for path in SOURCES if part(module_name(path)) in set(PAPER) - {"kernels"}]
+    assert sum(len(path.read_text().splitlines()) for path in paper) <= 3_400
 
 
 def test_the_functional_losses_need_torch_alone():

@@ -17,8 +17,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from ..config import ConfigError
-from ..config.explain import flatten
 from ..config.components import check_names
+from ..config.explain import flatten
 from ..data import check_registered, register_local_datasets
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing

@@ -9,9 +9,9 @@ from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
+from ..kernels.sparse import Cells, convs_at
 from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
 from ..structures import DenseTargets, unravel
-from .sparse import Cells, convs_at
 
 # Of all cells: if the box subnet is needed at more, computing whole maps is about as cheap.
 _MAX_SHARE = 0.5

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dense_focal_torch
+from ..kernels import dense_focal_torch
 from .functional import GAMMA, checked_alpha
 
 try:
-    from . import dense_focal_triton
+    from ..kernels import dense_focal_triton
 except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without Triton
     dense_focal_triton = None  # type: ignore[assignment]
 

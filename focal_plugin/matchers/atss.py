@@ -5,9 +5,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
+from ..kernels.grid_pairs import elementwise_iou, pack_pairs, unpack_pairs
 from ..registry import ANCHOR_MATCHER_REGISTRY
 from ..structures import NEGATIVE, POSITIVE, Anchors
-from .grid_pairs import elementwise_iou, pack_pairs, unpack_pairs
 
 _BOXES_AT_ONCE = 256
 _DISTANCES_AT_ONCE = 2**19  # of anchors without a grid

@@ -8,12 +8,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
+from ..kernels.grid_pairs import GridPairs, elementwise_iou, pack_pairs, unpack_pairs
 from ..registry import ANCHOR_MATCHER_REGISTRY
 from ..structures import IGNORED, NEGATIVE, POSITIVE, Anchors
-from .grid_pairs import GridPairs, elementwise_iou, pack_pairs, unpack_pairs
 
 try:
-    from . import ignore_band_triton
+    from ..kernels import ignore_band_triton
 except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without Triton
     ignore_band_triton = None  # type: ignore[assignment]
 

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from focal_plugin import Anchors, TorchvisionAnchorGenerator
 from focal_plugin.anchors import cache
 from focal_plugin.anchors.cache import cached_anchors
-from focal_plugin.matchers.grid_pairs import GridPairs
+from focal_plugin.kernels.grid_pairs import GridPairs
 from tests.small_retinanet import small_config
 
 SIZES = {"sizes": [[16, 20], [32, 40]], "aspect_ratios": [[0.5, 2.0]]}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focal_plugin import IgnoreBandMatcher, add_focal_config, build_matcher
-from focal_plugin.matchers import grid_pairs, ignore_band
+from focal_plugin.kernels import grid_pairs
+from focal_plugin.matchers import ignore_band
 from tests.matchers.grid_cases import (
     ODD_BOXES,
     anchors_and_boxes,

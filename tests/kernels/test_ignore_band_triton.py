@@ -36,7 +36,7 @@ EMPTY = torch.zeros(0, 4)
 
 def match(anchors, images, thresholds, labels, low_quality="detectron2", regions=(), min_ioa=0.0, device="cpu"):
     """Match (G_i, 4) boxes of some images, with padding that must not matter."""
-    from focal_plugin.matchers.ignore_band_triton import match_ignore_bands
+    from focal_plugin.kernels.ignore_band_triton import match_ignore_bands
 
     def padded(boxes):
         most = max(map(len, boxes), default=0)
@@ -133,7 +133,7 @@ def test_ignore_regions(min_ioa, device):
 
 def test_shapes_do_not_depend_on_the_boxes():
     """On fake tensors, which know no values."""
-    from focal_plugin.matchers.ignore_band_triton import match_ignore_bands
+    from focal_plugin.kernels.ignore_band_triton import match_ignore_bands
 
     with FakeTensorMode():
         integers = torch.empty(2, dtype=torch.int32)
@@ -163,7 +163,7 @@ def test_no_product_and_sum_are_rounded_as_one(kernel, capability, tmp_path, mon
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from focal_plugin.matchers import ignore_band_triton
+    from focal_plugin.kernels import ignore_band_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(ignore_band_triton, kernel)

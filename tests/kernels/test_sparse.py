@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from focal_plugin import DenseTargets, FocalRetinaNetHead, PriorBiasInit
-from focal_plugin.heads.sparse import Cells, convs_at
+from focal_plugin.kernels.sparse import Cells, convs_at
 
 SHAPES = [(2, 8, 12, 9), (2, 8, 5, 7), (2, 8, 1, 1)]
 

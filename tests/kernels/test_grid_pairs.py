@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from focal_plugin.matchers import grid_pairs
-from focal_plugin.matchers.grid_pairs import GridPairs, elementwise_iou
+from focal_plugin.kernels import grid_pairs
+from focal_plugin.kernels.grid_pairs import GridPairs, elementwise_iou
 from tests.matchers.grid_cases import ODD_BOXES, anchors_and_boxes, iou_matrix, make_anchors, square_anchors
 
 
