@@ -11,9 +11,8 @@ Such a part of a page stands between two comments, the first of which says what 
     <!-- generated: keys -->
     <!-- end -->
 
-``code`` is the source of a function, method, class or constant without its docstring; after the ``|``, only the lines
-from the one that contains the first text to the first one from there that contains the second. Nothing is imported: the
-code is read as text.
+``code`` is the body of a function or class without its docstring, or a constant. After a ``|`` stand two texts: only the
+lines from the first that contains the one to the next that contains the other. Code is read as text, never imported.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def code_lines(path: str, symbol: str, between: str = "") -> tuple[str, int]:
     if not (ROOT / path).is_file():
         raise StaleError(f"There is no {path}.")
     source = (ROOT / path).read_text()
-    start, end = _extent(ast.parse(source), symbol, path)
+    start, end = _extent(source, symbol, path)
     lines = source.splitlines()[start - 1 : end]
     if between:
         first_text, _, last_text = (text.strip() for text in between.partition("..."))
@@ -68,17 +67,22 @@ def code_lines(path: str, symbol: str, between: str = "") -> tuple[str, int]:
     return textwrap.dedent("\n".join(lines)) + "\n", start
 
 
-def _extent(tree: ast.Module, symbol: str, path: str) -> tuple[int, int]:
-    """The first and the last line of a symbol; of a function or class, from below its docstring on."""
-    node: ast.AST = tree
+def _extent(source: str, symbol: str, path: str) -> tuple[int, int]:
+    """The first and the last line of a symbol; of a function or class, of its body without the docstring."""
+    node: ast.AST = ast.parse(source)
     for name in symbol.split("."):
         found = [child for child in ast.iter_child_nodes(node) if name in _names(child)]
         if not found:
             raise StaleError(f"{path} has no {symbol}.")
         node = found[0]
-    if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.lineno, node.end_lineno
+    if ast.get_docstring(node):
         return node.body[0].end_lineno + 1, node.end_lineno
-    return node.lineno, node.end_lineno
+    lines, start = source.splitlines(), node.body[0].lineno
+    while lines[start - 2].lstrip().startswith("#"):  # comments above the first statement belong to the body
+        start -= 1
+    return start, node.end_lineno
 
 
 def _names(node: ast.AST) -> list[str]:

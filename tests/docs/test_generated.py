@@ -5,14 +5,12 @@ import inspect
 import pkgutil
 import re
 import shutil
-import textwrap
 
 import pytest
 from detectron2.config import get_cfg
 
 import focal_plugin
 from focal_plugin import add_focal_config
-from focal_plugin.heads.bias_init import PriorBiasInit
 from tests.docs.pages import PAGES, ROOT, section
 
 
@@ -39,13 +37,44 @@ def test_the_tour_shows_every_room_of_the_paper():
     assert {"anchors", "heads", "losses", "matchers", "normalizer", "retinanet"} <= places
 
 
-def test_the_lines_of_a_symbol():
-    lines, number = generate.code_lines("focal_plugin/heads/bias_init.py", "PriorBiasInit.__call__")
-    source, first = inspect.getsourcelines(PriorBiasInit.__call__)
-    count = len(lines.splitlines())
-    assert lines == textwrap.dedent("".join(source[-count:]))
-    assert number == first + len(source) - count
-    assert PriorBiasInit.__call__.__doc__.splitlines()[-1] in source[-count - 1]
+_SOURCE = '''
+LIMIT = 3
+
+
+class Thing:
+    """A thing."""
+
+    def documented(self):
+        """Return
+
+        one.
+        """
+        # why
+        return 1
+
+    def bare(self, a,
+             b):
+        # why
+        # so
+        x = a + b
+        return x
+'''
+
+
+@pytest.mark.parametrize(
+    "symbol, between, expected, number",
+    [
+        ("LIMIT", "", "LIMIT = 3", 2),
+        ("Thing.documented", "", "# why\nreturn 1", 13),
+        ("Thing.bare", "", "# why\n# so\nx = a + b\nreturn x", 18),
+        ("Thing.bare", "# so ... x =", "# so\nx = a + b", 19),
+        ("Thing", "return 1", "return 1", 14),
+    ],
+)
+def test_the_lines_of_a_symbol(symbol, between, expected, number, tmp_path, monkeypatch):
+    (tmp_path / "thing.py").write_text(_SOURCE)
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    assert generate.code_lines("thing.py", symbol, between) == (expected + "\n", number)
 
 
 @pytest.mark.parametrize(
