@@ -11,8 +11,8 @@ Such a part of a page stands between two comments, the first of which says what 
     <!-- generated: keys -->
     <!-- end -->
 
-``code`` is the body of a function or class without its docstring, or a constant. After a ``|`` stand two texts: only the
-lines from the first that contains the one to the next that contains the other. Code is read as text, never imported.
+``code`` is the body of a function or class without its docstring, or a constant. The texts after a ``|`` are in the
+first and in the last line of what is quoted of it. Code is read as text, never imported.
 """
 
 import argparse
