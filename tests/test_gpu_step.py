@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from focal_plugin import FocalRetinaNet, structures
+from focal_plugin import FocalRetinaNet, IgnoreBandMatcher, structures
 from tests.small_retinanet import small_config
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -37,8 +37,8 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def step(monkeypatch):
+@pytest.fixture(params=["IgnoreBandMatcher", "ATSSMatcher"])
+def step(request, monkeypatch):
     """A model on a fake GPU, and a batch of two sizes of images, one without boxes and one with a crowd."""
     from focal_plugin.kernels import dense_focal_triton
 
@@ -50,7 +50,9 @@ def step(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     with FakeTensorMode():
         with torch.device("cuda"):
-            model = FocalRetinaNet(small_config()).train()
+            cfg = small_config()
+            cfg.MODEL.FOCAL.MATCHER.NAME = request.param
+            model = FocalRetinaNet(cfg).train()
         # Detectron2's computes the size of the padded batch with tensors on the CPU, whose values are not there.
         padded = ImageList(torch.empty(3, 3, 96, 96, device="cuda"), [(64, 96), (96, 64), (64, 64)])
         monkeypatch.setattr(model, "preprocess_image", lambda batch: padded)
@@ -87,5 +89,6 @@ def test_labels_take_few_launches(step):
     features = model.features(model.preprocess_image(batch).tensor)
     with Operators() as operators:
         model.label_batch(features, batch)
-    assert operators.names.count("match_ignore_bands") == 1
-    assert len(operators.names) < 150, operators.names
+    assert operators.names.count("match_ignore_bands") == (type(model.anchor_matcher) is IgnoreBandMatcher)
+    # ATSS looks for the nearest locations level by level.
+    assert len(operators.names) < (150 if type(model.anchor_matcher) is IgnoreBandMatcher else 400), operators.names

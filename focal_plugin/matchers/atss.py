@@ -1,15 +1,18 @@
 """A matching rule without IoU thresholds to tune: each box sets its own (Zhang et al., CVPR 2020)."""
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..kernels.grid_pairs import elementwise_iou, pack_pairs, unpack_pairs
 from ..registry import ANCHOR_MATCHER_REGISTRY
 from ..structures import NEGATIVE, POSITIVE, Anchors
+from .ignore_regions import ignore_covered
 
-_BOXES_AT_ONCE = 256
+_BOXES_AT_ONCE = 4096  # about 200 MB of temporaries
 _DISTANCES_AT_ONCE = 2**19  # of anchors without a grid
 
 
@@ -48,20 +51,43 @@ class ATSSMatcher:
                 "ATSSMatcher chooses anchors by where they are, which a matrix of IoU does not tell: call it with "
                 "(Anchors, Instances). For Detectron2's own RPN and RetinaNet, use IgnoreBandMatcher."
             )
-        boxes, flat = instances.gt_boxes.tensor, anchors.flat
-        keys = torch.zeros(len(flat), dtype=torch.int64, device=boxes.device)
-        for start in range(0, len(boxes), _BOXES_AT_ONCE):
-            chunk = boxes[start : start + _BOXES_AT_ONCE]  # (G, 4)
-            candidates = self._candidates(chunk, anchors)  # (G, C)
+        ((matched, labels),) = zip(*self._match(anchors, [instances.gt_boxes.tensor]))
+        return matched, labels
+
+    def match_batch(
+        self, anchors: Anchors, gt_instances: Sequence[Instances], regions: Sequence[Boxes | None], min_ioa: float
+    ) -> tuple[Tensor, Tensor]:
+        """Match a batch without a loop over its boxes, and ignore what its ``regions`` cover.
+
+        Returns:
+            ``matched`` (N, R) int64 and ``labels`` (N, R) int8, those of image after image.
+        """
+        matched, labels = self._match(anchors, [instances.gt_boxes.tensor for instances in gt_instances])
+        for image, areas in enumerate(regions):
+            if areas is not None:
+                labels[image] = ignore_covered(labels[image], anchors, areas.to(labels.device), min_ioa)
+        return matched, labels
+
+    def _match(self, anchors: Anchors, images: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Match (G_i, 4) boxes of N images: ``matched`` and ``labels``, both (N, R)."""
+        n, r, device = len(images), len(anchors), anchors.device
+        # Of each box its image, and its index there: made on the host, which knows the numbers of boxes.
+        owners = [(i, g) for i, boxes in enumerate(images) for g in range(len(boxes))]
+        image, index = torch.tensor(owners, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True).unbind(1)
+        keys = torch.zeros(n * r, dtype=torch.int64, device=device)
+        chunks = (part.split(_BOXES_AT_ONCE) for part in (torch.cat(images), image, index))
+        for boxes, of_image, of_box in zip(*chunks):
+            candidates = self._candidates(boxes, anchors)  # (G, C)
             num_candidates = candidates.shape[1]
             candidates = candidates.flatten()  # (G·C,), as all that follows
-            box = torch.arange(len(chunk), device=boxes.device).repeat_interleave(num_candidates)
-            iou = elementwise_iou(chunk.index_select(0, box), flat.index_select(0, candidates))
-            reaches = _reaches_threshold(iou.view(len(chunk), num_candidates)).flatten()
-            is_positive = reaches & _center_is_inside(flat.index_select(0, candidates), chunk.index_select(0, box))
-            found = torch.where(is_positive, pack_pairs(iou, box + start), 0)
-            keys.scatter_reduce_(0, candidates, found, "amax")
-        return unpack_pairs(keys)[1], torch.where(keys > 0, POSITIVE, NEGATIVE).to(torch.int8)
+            box = torch.arange(len(boxes), device=device).repeat_interleave(num_candidates)
+            iou = elementwise_iou(boxes.index_select(0, box), anchors.flat.index_select(0, candidates))
+            reaches = _reaches_threshold(iou.view(len(boxes), num_candidates)).flatten()
+            inside = _center_is_inside(anchors.flat.index_select(0, candidates), boxes.index_select(0, box))
+            found = torch.where(reaches & inside, pack_pairs(iou, of_box.index_select(0, box)), 0)
+            keys.scatter_reduce_(0, of_image.index_select(0, box) * r + candidates, found, "amax")
+        labels = torch.where(keys > 0, POSITIVE, NEGATIVE).to(torch.int8)
+        return unpack_pairs(keys)[1].view(n, r), labels.view(n, r)
 
     def _candidates(self, boxes: Tensor, anchors: Anchors) -> Tensor:
         """The (G, C) indices of the anchors at the ``topk`` locations of each level nearest to each box's centre."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from focal_plugin import add_focal_config, build_matcher
 from focal_plugin.matchers import ATSSMatcher, atss
+from focal_plugin.matchers.ignore_regions import ignore_covered
 from tests.matchers.grid_cases import (
     ODD_BOXES,
     anchors_and_boxes,
@@ -186,3 +187,19 @@ def test_a_detector_trains_on_its_matches():
     chosen = torch.cat(targets.grid.boxes)[ATSSMatcher()(targets.grid, instances)[1] == 1]
     assert sorted(targets.anchors.tolist()) == sorted(chosen.tolist()) != []
     assert model.head.bbox_pred.weight.grad.abs().sum() > 0
+
+
+@settings(max_examples=50)
+@given(anchors_and_boxes())
+def test_a_batch_is_its_images(case):
+    """Of different numbers of boxes, one without any, and one with a region to ignore."""
+    anchors, boxes = case
+    instances = [make_instances(part) for part in (boxes, boxes[:0], boxes[1:])]
+    region = Boxes(torch.tensor([[-50.0, -50, 60, 60]]))
+    matcher = ATSSMatcher(topk=3)
+    matched, labels = matcher.match_batch(anchors, instances, [None, None, region], 0.5)
+    for i, image in enumerate(instances):
+        expected, expected_labels = matcher(anchors, image)
+        if i == 2:
+            expected_labels = ignore_covered(expected_labels, anchors, region, 0.5)
+        assert matched[i].equal(expected) and labels[i].equal(expected_labels)
