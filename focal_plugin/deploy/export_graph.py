@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from ..anchors.foreign import TorchvisionAnchorGenerator
+from ..layers.replace import like_conv, replace_modules
 from ..retinanet import FocalRetinaNet
 
 # (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the indices of the boxes that NMS keeps, best first,
@@ -69,9 +69,7 @@ class ExportedHeads(nn.Module):
         super().__init__()
         self.model = model
         self.image_input = image_input
-        for module in model.backbone.modules():
-            if type(module).__name__ == "Conv2dSame":  # timm's
-                module.forward = partial(_convolve_to_same_size, module)
+        replace_modules(model.backbone, _same_size_twin)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         logits, deltas = self.predict(self.image_input.unpack(image))
@@ -81,8 +79,7 @@ class ExportedHeads(nn.Module):
         """Return the logits and the deltas of each level for a (C, H, W) image."""
         model = self.model
         image = (image.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
-        features = model.backbone(self._pad(image)[None])
-        return model.head([features[name] for name in model.head_in_features])
+        return model.head(model.features(self._pad(image)[None]))
 
     def _pad(self, image: Tensor) -> Tensor:
         constraints = self.model.backbone.padding_constraints or {}
@@ -186,17 +183,26 @@ def _(boxes, scores, classes, num_classes, threshold, count):
     return classes.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
-def _convolve_to_same_size(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply timm's ``Conv2dSame`` to ``x``, whose sides are multiples of the stride, with a constant padding.
+class ConvToSameSize(nn.Conv2d):
+    """timm's ``Conv2dSame`` for images whose sides are multiples of its stride: the padding is then constant.
 
-    timm computes the padding for any size, in expressions that grow from layer to layer where sizes are symbolic: too
-    much for an exporter. Here images are padded to a multiple of all strides before.
+    timm computes the padding from the size of its input. Where sizes are symbols, these terms multiply from layer to
+    layer, too many for an exporter.
     """
-    pads = []
-    for size, stride, dilation in zip(conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1]):  # x, y
-        total = max((size - 1) * dilation + 1 - stride, 0)
-        pads += [total // 2, total - total // 2]
-    return F.conv2d(F.pad(x, pads), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H/stride, W/stride)."""
+        pads = []
+        for size, stride, dilation in zip(self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1]):  # x, y
+            total = max((size - 1) * dilation + 1 - stride, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+def _same_size_twin(module: nn.Module) -> nn.Module | None:
+    if type(module).__name__ != "Conv2dSame":  # timm's, which need not be installed
+        return None
+    return like_conv(ConvToSameSize, module)
 
 
 def _divmod(indices: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
