@@ -1,7 +1,7 @@
-"""Whether components keep the contracts of ``registry.py``. Their mistakes would show later, or in the AP alone.
+"""Checks that components keep the contracts of ``registry.py``. Unchecked, a mistake may show as a lower AP alone.
 
 Each check raises a TypeError or a ValueError that names the component, what it gave and what was expected. Shapes and
-dtypes are known on the host, so every step checks them; values, which are read from a GPU, only a first one.
+dtypes are known on the host and checked in every step. Values are checked once: reading them synchronises a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from .structures import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
 
 
 def check_head(head: Callable[..., Any], outputs: Any, targets: DenseTargets, sparse: bool) -> None:
-    """Check that ``outputs`` are logits and deltas of the targets' anchors, with ``sparse`` the positives' deltas."""
+    """Check that ``outputs`` are logits and deltas of all anchors; if ``sparse``, deltas of the positives alone."""
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise TypeError(f"The head {_name(head)} gave {_describe(outputs)}; expected (logits, deltas).")
     logits, deltas = outputs
@@ -47,7 +47,7 @@ def _check_levels(
 
 
 def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, instances: Instances, values: bool) -> None:
-    """Check that ``match`` is an index of a box and a label for each anchor; ``values``, that these are possible."""
+    """Check that ``match`` has a box index and a label for each anchor; if ``values``, that they are in range."""
     name = f"The anchor matcher {_name(matcher)}"
     if not isinstance(match, (tuple, list)) or len(match) != 2:
         raise TypeError(f"{name} gave {_describe(match)}; expected (matched, labels).")
@@ -76,7 +76,7 @@ def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, insta
 
 
 def check_cls_loss(cls_loss: Callable[..., Any], loss: Any, logits: Sequence[Tensor], targets: DenseTargets) -> None:
-    """Check that ``loss`` is one float32 number (float64 for such logits) that something can be learnt from."""
+    """Check that ``loss`` is a float32 scalar (float64 for float64 logits) and has a gradient."""
     what = f"The class loss {_name(cls_loss)}"
     if not isinstance(loss, Tensor) or loss.shape != () or not _is_float32(loss, logits[0]):
         raise TypeError(
@@ -87,7 +87,7 @@ def check_cls_loss(cls_loss: Callable[..., Any], loss: Any, logits: Sequence[Ten
 
 
 def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor) -> Tensor:
-    """Return ``loss``, which an ``ElementwiseLoss`` made of ``logits``, if it is one number for each of them."""
+    """Return ``loss``, the result of ``ElementwiseLoss.elementwise``, after checking that it has the logits' shape."""
     if not isinstance(loss, Tensor) or loss.shape != logits.shape:
         raise ValueError(
             f"The class loss {_name(cls_loss)} gave {_describe(loss)} for logits of shape {tuple(logits.shape)}; "
@@ -97,7 +97,7 @@ def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor)
 
 
 def check_box_loss(box_loss: Callable[..., Any], loss: Any, deltas: Tensor, targets: DenseTargets) -> None:
-    """Check that ``loss`` is one float32 number a positive (float64 for such deltas), to be learnt from."""
+    """Check that ``loss`` is (P,) float32 (float64 for float64 deltas) and has a gradient."""
     what = f"The box loss {_name(box_loss)}"
     if not isinstance(loss, Tensor) or loss.shape != (len(deltas),) or not _is_float32(loss, deltas):
         raise TypeError(
@@ -112,6 +112,7 @@ def _is_float32(loss: Tensor, predictions: Tensor) -> bool:
 
 
 def _check_gradient(what: str, loss: Tensor, name: str, predictions: Tensor, targets: DenseTargets) -> None:
+    # Without positives a loss may be a constant, such as a sum over no anchors.
     if predictions.requires_grad and not loss.requires_grad and targets.num_positives:
         raise ValueError(
             f"{what} gave a loss without a gradient; expected one that is computed from the {name} by differentiable "

@@ -1,4 +1,4 @@
-"""From a dense detector's logits and deltas to detections (section 4.1, inference)."""
+"""Detections from the logits and deltas of a dense detector (section 4.1, inference)."""
 
 import math
 from collections.abc import Callable
@@ -15,28 +15,28 @@ from .structures import unravel
 def best_of_level(
     logits: Tensor, deltas: Tensor, anchors: Tensor, *, num_classes: int, count: int, score_thresh: float
 ) -> tuple[Tensor, ...]:
-    """Choose each image's best (anchor, class) pairs of a level, best first; nothing else is decoded.
+    """Choose the best (anchor, class) pairs of a level for each image, best first.
 
-    The paper takes at most 1,000 predictions of a level whose score is above .05.
+    Only these are decoded: in the paper at most 1,000 a level, of those with a score above .05.
 
     Args:
         logits: (N, A·K, H, W). deltas: (N, A·4, H, W). anchors: (H·W·A, 4).
         num_classes: K.
-        count: how many pairs of an image at most.
-        score_thresh: pairs with a score clearly below it may be left out.
+        count: the largest number of pairs of an image.
+        score_thresh: pairs with a score clearly below it may be left out; the caller has to compare exactly.
 
     Returns:
-        logits (N, C), −∞ where an image has fewer; classes (N, C); deltas and anchors (N, C, 4).
+        logits (N, C), −∞ where an image has fewer than C; classes (N, C); deltas and anchors (N, C, 4) each.
     """
     n, _, h, w = logits.shape
     logits = logits.view(n, -1, num_classes, h, w)  # (N, A, K, H, W)
     a = logits.shape[1]
-    # Either order is that of the memory in one of the two formats, where flattening copies nothing.
+    # Flatten in the order of the memory, channels first or last: that copies nothing.
     channels_last = logits.stride(2) == 1
     if channels_last:
         logits = logits.permute(0, 3, 4, 1, 2)  # (N, H, W, A, K)
-    # A threshold on the logits spares the sigmoid of the rest. Its margin is for rounding, bfloat16's too: the scores
-    # decide in the end.
+    # The sigmoid is monotonic, so a threshold on the logits spares computing it for all. The margin of .1 allows for
+    # rounding, also that of bfloat16: the caller compares the scores.
     floor = _logit(score_thresh) - 0.1
     values, indices = top(logits.flatten(1), count, floor)  # (N, C)
     if channels_last:
@@ -49,17 +49,17 @@ def best_of_level(
 
 
 def top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row of (N, M) ``values`` in descending order, and their indices: (N, C) both.
+    """Return the ``count`` largest of each row of (N, M) ``values``, in descending order, and their indices.
 
-    Values up to ``floor`` may be missing. A row with fewer than C is filled up with −∞.
+    Both are (N, C). Values of at most ``floor`` may be missing; rows with fewer than C are padded with −∞.
     """
-    # Picking out what is above the floor would synchronise with a GPU, and leave its number in a trace.
+    # How many values are above the floor depends on the data: a GPU would synchronise to tell, a trace would fix it.
     if values.is_cuda or torch.jit.is_tracing():
         size = values.shape[1]  # a tensor while PyTorch traces
         best, indices = values.topk(size.clamp(max=count) if isinstance(size, Tensor) else min(count, size))
         return best.float(), indices
     rows = []
-    for row in values:  # a CPU is slow to order millions of values
+    for row in values:  # on a CPU: millions of values are slow to sort, the few above the floor are not
         indices = (row > floor).nonzero().squeeze(1)
         best, order = row[indices].float().topk(min(count, len(indices)))
         rows.append((best, indices[order]))
@@ -78,28 +78,29 @@ def suppress(
     clip: bool = False,
     nms: Callable[[Tensor, Tensor, Tensor, float], Tensor] = batched_nms,
 ) -> Instances:
-    """Non-maximum suppression, class by class: drop what overlaps a better box of its class by more than a threshold.
+    """Non-maximum suppression, class by class: drop each box that overlaps a better one of its class too much.
 
     Args:
         image_size: (height, width) of the network's input.
         boxes: (C, 4), XYXY in pixels. scores, classes: (C,).
-        iou_thresh: the IoU; .5 in the paper.
-        max_detections: how many of the best are kept.
-        clip: whether NMS sees boxes cut at the image's border, or, as in Detectron2, as they were predicted.
-        nms: called with boxes, scores, classes and the threshold; gives the indices that are kept, best first.
+        iou_thresh: the largest IoU that is not too much; .5 in the paper.
+        max_detections: at most this many are kept, the best ones.
+        clip: clip boxes to the image before NMS; Detectron2 does so only after it.
+        nms: called with boxes, scores, classes and the threshold; returns the indices to keep, best first.
 
-    Returns:
-        The detections, best first, with ``pred_boxes``, ``scores`` and ``pred_classes``.
+    Returns the detections, best first, with ``pred_boxes``, ``scores`` and ``pred_classes``.
     """
+    # Levels are merged first: an object found on two of them is one detection (section 4.1).
     candidates = Boxes(boxes)
     if clip:
+        # At the border this changes IoUs, and so which boxes are dropped.
         candidates.clip(image_size)
     keep = nms(candidates.tensor, scores, classes, iou_thresh)[:max_detections]
     return Instances(image_size, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep])
 
 
 def _logit(probability: float) -> float:
-    """log(p / (1 − p)), also at 0 and 1."""
+    """log(p / (1 − p)), and −∞ or ∞ where p is not in (0, 1)."""
     if probability <= 0:
         return -math.inf
     return math.inf if probability >= 1 else math.log(probability / (1 - probability))

@@ -1,4 +1,4 @@
-"""What the sums of the losses are divided by, so that they do not grow with the number of objects."""
+"""Normalisers: divisors of the summed losses, so that these do not grow with the number of objects (section 4.1)."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ class NumPositives(nn.Module):
     """The number of positives of this batch, at least 1: the paper's normaliser (section 4.1).
 
     Args:
-        sync: take the mean over all processes, so that many GPUs compute the loss of their joint batch.
-            (The mean, not the sum: DistributedDataParallel averages the gradients.)
+        sync: take the mean over all processes, so that several GPUs minimise the loss of their joint batch.
+            (The mean and not the sum, because DistributedDataParallel averages the gradients.)
     """
 
     def __init__(self, *, sync: bool = False):
@@ -23,7 +23,7 @@ class NumPositives(nn.Module):
         self.sync = sync
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:
-        """The scalar float32 normaliser on ``device``. With ``sync``, waits for the other processes."""
+        """Return the normaliser, a float32 scalar on ``device``. With ``sync``, waits for the other processes."""
         # Not the number of all anchors: the vast majority are easy negatives, whose focal loss is next to nothing.
         count = torch.full((), float(num_positives), device=device)  # no copy to the device, which would synchronise
         world_size = comm.get_world_size()
@@ -37,12 +37,12 @@ class NumPositives(nn.Module):
 class EMANumPositives(nn.Module):
     """Detectron2's normaliser: a running mean of the number of positives, here kept in the checkpoint.
 
-    The loss of a batch with few positives stays moderate. As in Detectron2 each process has its own mean; unlike there,
-    it survives ``--resume``.
+    A batch with very few positives then does not get a huge loss. As in Detectron2 each process has its own mean;
+    unlike there, the mean survives ``--resume``.
 
     Args:
-        initial: where the mean starts. 100 in Detectron2.
-        momentum: the weight of the past. 0.9 in Detectron2.
+        initial: the mean before the first batch; 100 in Detectron2.
+        momentum: the weight of the old mean in the new one; 0.9 in Detectron2.
     """
 
     mean: Tensor
@@ -50,6 +50,7 @@ class EMANumPositives(nn.Module):
     def __init__(self, *, initial: float = 100.0, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
+        # A buffer: it is in checkpoints, so that a resumed run divides by what the interrupted one would have.
         self.register_buffer("mean", torch.tensor(float(initial)))
 
     def forward(self, num_positives: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The registries whose entries a config chooses by name; each registry's doc is the contract of what it holds."""
+"""The registries whose entries a config chooses by name. A registry's docstring is the contract of its entries."""
 
 import importlib
 from collections.abc import Callable
@@ -17,10 +17,10 @@ Heads of a dense detector: the two subnets of the paper's section 4.
 Built with ``(cfg, input_shape)``, where ``input_shape`` is a list of ``ShapeSpec``, one a level. Called with the
 features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: one (N, A·K, H, W) and one
 (N, A·4, H, W) tensor a level, channel ``a·K + k``. This is the contract of Detectron2's ``RetinaNetHead``.
-A, of each level, is ``build_anchor_generator(cfg, input_shape).num_anchors``, K ``cfg.MODEL.RETINANET.NUM_CLASSES``;
-``build_bias_init(cfg)`` gives what fills the classifier's bias.
-A head with the class attribute ``takes_targets = True`` is called with ``(features, targets)`` in training, the second
-being the batch's ``DenseTargets``; its deltas are then those of the positives alone, (P, 4), in the order of
+``build_anchor_generator(cfg, input_shape).num_anchors`` lists A of each level, K is
+``cfg.MODEL.RETINANET.NUM_CLASSES``, and ``build_bias_init(cfg)`` builds what fills the classifier's bias.
+A head with the class attribute ``takes_targets = True`` is called with ``(features, targets)`` in training, where
+``targets`` is the batch's ``DenseTargets``. It then returns the deltas of the positives alone, (P, 4), in the order of
 ``targets.gt_boxes``.
 """
 
@@ -30,8 +30,8 @@ Classification losses: modules built with ``(cfg)`` and called with ``(logits, t
 
 ``logits``: one (N, A, K, H, W) view a level, of any strides and floating dtype. ``targets``: a ``DenseTargets``.
 The result is the scalar float32 sum over every anchor that is not ignored; the meta-architecture normalises it.
-An element-by-element loss derives from ``ElementwiseLoss`` and defines only ``elementwise(logits, targets)``; one over
-a sample of the anchors derives from ``MiniBatchLoss`` and defines only ``choose``.
+A loss of each logit by itself derives from ``ElementwiseLoss`` and defines only ``elementwise(logits, targets)``; a
+loss over a sample of the anchors derives from ``MiniBatchLoss`` and defines only ``choose``.
 A loss with the class attribute ``needs_quality = True`` finds in ``targets.quality`` the IoU of each positive's
 predicted box with its ground truth.
 """
@@ -52,11 +52,12 @@ Rules that assign ground truth to anchors, built with ``(cfg)`` and called with 
 ``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box,
 and an int8 label, ``focal_plugin.IGNORED``, ``NEGATIVE`` or ``POSITIVE``. ``matched`` is meaningful where the label is
 POSITIVE.
-Crowds are no concern of a matcher: ``FocalRetinaNet`` then ignores the negatives in them (``ignore_regions``). But for
-a GPU it may offer ``match_batch(anchors, gt_instances, regions, min_ioa)`` as well, which does that too and gives
-``matched`` and ``labels`` of all images, (N, R), without synchronising; or None if it cannot.
-A matcher that needs nothing but IoU is also callable with one (G, R) matrix of it, as Detectron2's ``Matcher`` is, so
-that it serves stock models; another raises a TypeError that says so.
+A matcher need not handle crowds: ``FocalRetinaNet`` ignores the negatives in them afterwards (``ignore_regions``).
+For GPUs a matcher may also have a method ``match_batch(anchors, gt_instances, regions, min_ioa)``. It matches all
+images and ignores the negatives in ``regions``, without synchronising, and returns ``matched`` and ``labels``, both
+(N, R); or None if it cannot.
+A matcher that needs only IoU can also be called with a (G, R) matrix of IoU, like Detectron2's ``Matcher``, so that
+Detectron2's own models can use it. Any other matcher raises a TypeError for a matrix.
 """
 
 BIAS_INIT_REGISTRY = Registry("BIAS_INIT")
@@ -66,8 +67,8 @@ Initialisations of the classifier's bias (section 3.3), built with ``(cfg)`` and
 ``nn.init``, channel ``a·K + k``.
 """
 
-# Any component that wants to know how many boxes each class has (class_weights.class_shares) says so with a class
-# method needs_class_frequencies(cfg) → bool; where the config does not tell, they are then counted before training.
+# A component that reads the class frequencies (class_weights.class_shares) has a class method
+# needs_class_frequencies(cfg) → bool. If it returns True and the config has none, load_config counts the boxes.
 
 _CONFIG_KEYS = {
     "DENSE_HEAD": "MODEL.FOCAL.HEAD.NAME",
@@ -96,7 +97,7 @@ def _build(registry: Registry, name: str, cfg: CfgNode, *more: Any) -> Any:
     try:
         return component(cfg, *more)
     except TypeError as error:
-        if getattr(error.__traceback__, "tb_next", None) is not None:  # it was called, and went wrong inside
+        if getattr(error.__traceback__, "tb_next", None) is not None:  # raised inside the constructor
             raise
         arguments = "cfg, input_shape" if more else "cfg"
         raise TypeError(
@@ -119,7 +120,7 @@ def import_user_modules(cfg: CfgNode) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-                raise  # the module is there, and something that it imports is not
+                raise  # the module exists; one of its own imports is missing
             raise ImportError(
                 f"MODEL.FOCAL.IMPORTS names {module!r}, which is not found. Expected a dotted name that "
                 "`python -c 'import NAME'` accepts from this folder; put its folder on PYTHONPATH."
@@ -136,6 +137,7 @@ def build_cls_loss(cfg: CfgNode) -> Any:
     return _build(CLS_LOSS_REGISTRY, cfg.MODEL.FOCAL.CLS_LOSS.NAME, cfg)
 
 
+# Detectron2's names for its box losses, so that its configs work unchanged.
 _STOCK_BOX_LOSSES = {
     "smooth_l1": "SmoothL1BoxLoss",
     "giou": "GIoUBoxLoss",

@@ -42,17 +42,14 @@ class FocalRetinaNet(DenseDetector):
         box_loss: an entry of ``BOX_LOSS_REGISTRY``.
         normalizer: called with the batch's number of positives and the device; both sums are divided by its result.
         cls_loss_weight, box_loss_weight: what the two losses are multiplied by.
-        ignore_ioa: a background anchor is ignored if so much of its area, in (0, 1], lies in a box of ``ignore_boxes``
-            (see ``forward``); 0, none is.
-        test_score_thresh: detections with a score of at most this are dropped.
-        test_topk_candidates: how many of the best (anchor, class) pairs of a level go on to NMS.
-        test_nms_thresh: boxes of one class that overlap a better one by more than this IoU are dropped.
-        max_detections_per_image: how many of the best detections an image keeps.
-        clip_before_nms: whether NMS sees boxes cut at the image's border, or, as in Detectron2, as they were predicted.
+        ignore_ioa: a background anchor is ignored if at least this share of its area, in (0, 1], lies in one of the
+            ``ignore_boxes`` (see ``forward``); 0 ignores none. Other numbers are a ValueError.
+        test_score_thresh: detections with a score of at most this are dropped; .05 in the paper.
+        test_topk_candidates: NMS gets at most this many (anchor, class) pairs of a level; 1,000 in the paper.
+        test_nms_thresh: boxes that overlap a better one of their class by more than this IoU are dropped.
+        max_detections_per_image: at most this many detections of an image are kept, the best ones.
+        clip_before_nms: clip boxes to the image before NMS, and not only after it as Detectron2 does.
         pixel_mean, pixel_std: one number a channel, in the order of ``INPUT.FORMAT``; see ``DenseDetector``.
-
-    Raises:
-        ValueError: ``ignore_ioa`` is not in [0, 1].
     """
 
     @configurable
@@ -84,14 +81,13 @@ class FocalRetinaNet(DenseDetector):
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
-        self.feature_sizes: dict[
-            tuple[int, ...], list[tuple[int, ...]]
-        ] = {}  # of the levels, by the size of the images
-        self.matcher_seen = False  # whether it has matched boxes, and its first indices and labels were right
+        # By the size of the images, (H, W) of each level's features; see predict.
+        self.feature_sizes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self.matcher_seen = False  # whether the matcher has matched boxes, and its values were checked then
         self.num_classes = num_classes
 
         self.cls_loss = cls_loss
-        self.loss_observer = None  # called in training with what the class loss gets and gives, see class_loss
+        self.loss_observer = None  # called in training with the class loss's arguments and sum, see class_loss
         self.box_loss = box_loss
         self.normalizer = normalizer
         self.cls_loss_weight = cls_loss_weight
@@ -155,20 +151,17 @@ class FocalRetinaNet(DenseDetector):
         return self.losses(*self.predict(batched_inputs))
 
     def predict(self, batched_inputs: list[dict[str, Any]]) -> tuple[list[Tensor], Tensor, DenseTargets]:
-        """Compute what the losses of a batch are made of. ``losses`` takes all three.
-
-        Args:
-            batched_inputs: images with ``instances``, as ``forward`` takes them in training.
+        """Compute the logits, deltas and targets of a batch: the arguments of ``losses``.
 
         Returns:
             logits: one (N, A·K, H, W) tensor a level.
-            deltas: (P, 4), those of the positives alone, in the order of ``targets.gt_boxes``.
-            targets: what each anchor should predict.
+            deltas: (P, 4), of the positives alone, in the order of ``targets.gt_boxes``.
+            targets: the class of each anchor and the box of each positive.
         """
         images = self.preprocess_image(batched_inputs)
         size = tuple(images.tensor.shape[-2:])
-        # Decide first, then compute: once the sizes of the features are known for a size of images, the targets are
-        # made before the backbone is launched, and the GPU never waits for the host to match anchors.
+        # Targets depend only on the features' sizes, which are known once a batch of this size was seen. They are then
+        # made before the backbone: matching synchronises, and after it the host would wait for the whole forward pass.
         targets = None
         if size in self.feature_sizes:
             targets = self.label_batch(
@@ -179,6 +172,7 @@ class FocalRetinaNet(DenseDetector):
         if targets is None or sizes != self.feature_sizes[size]:
             self.feature_sizes[size] = sizes
             targets = self.label_batch(features, batched_inputs)
+        # Only positives have a box loss (section 4), so a head may compute their deltas and no others.
         takes_targets = getattr(self.head, "takes_targets", False)
         outputs = self.head(features, targets) if takes_targets else self.head(features)
         check_head(self.head, outputs, targets, sparse=takes_targets)
@@ -186,12 +180,12 @@ class FocalRetinaNet(DenseDetector):
         return logits, deltas if takes_targets else targets.gather(deltas), targets
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The features that the head sees, one (N, C, H, W) map a level, of (N, 3, H, W) normalised images."""
+        """Return the head's inputs, one (N, C, H, W) map a level, for normalised (N, 3, H, W) images."""
         features = self.backbone(images)
         return [features[name] for name in self.head_in_features]
 
     def label_batch(self, features: list[Tensor], batched_inputs: list[dict[str, Any]]) -> DenseTargets:
-        """What each anchor of a batch should predict. ``features``: one (N, C, H, W) map a level."""
+        """Return the targets of a batch. ``features``: one (N, C, H, W) map a level; only their sizes matter."""
         anchors = cached_anchors(self.anchor_generator, features)
         gt_instances = [to_device(image["instances"], self.device) for image in batched_inputs]
         return self.label_anchors(anchors, gt_instances, [image.get("ignore_boxes") for image in batched_inputs])
@@ -200,12 +194,12 @@ class FocalRetinaNet(DenseDetector):
     def label_anchors(
         self, anchors: Anchors, gt_instances: list[Instances], ignore_boxes: Sequence[Boxes | None] = ()
     ) -> DenseTargets:
-        """What each anchor of each image should predict.
+        """Match the anchors with the boxes of each image, and return the targets of the batch.
 
         Args:
             anchors: R anchors.
-            gt_instances: of each image, with ``gt_boxes`` and ``gt_classes``.
-            ignore_boxes: of each image, or None where it has none; empty, no image has any.
+            gt_instances: one ``Instances`` an image, with ``gt_boxes`` and ``gt_classes``.
+            ignore_boxes: one ``Boxes`` an image, or None where it has none; empty if no image has any.
         """
         matches = match_images(
             self.anchor_matcher,
@@ -219,15 +213,16 @@ class FocalRetinaNet(DenseDetector):
         return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)
 
     def losses(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
-        """``loss_cls`` and ``loss_box_reg``, scalars, normalised and weighted (equation 5 and section 4.1).
+        """Compute ``loss_cls`` and ``loss_box_reg``, scalars, normalised and weighted (section 4.1).
 
         Args:
             logits: one (N, A·K, H, W) tensor a level.
             deltas: (P, 4), the positives'.
-            targets: what each anchor should predict.
+            targets: the class of each anchor and the box of each positive.
         """
         if has_event_storage():  # not in a training loop of the user's own
             get_event_storage().put_scalar("num_pos_anchors", targets.num_positives / len(targets.labels[0]))
+        # One divisor for both sums, so that their ratio does not depend on how many anchors an image has.
         normalizer = self.normalizer(targets.num_positives, logits[0].device)
         loss_cls = class_loss(
             self.cls_loss,
@@ -242,15 +237,15 @@ class FocalRetinaNet(DenseDetector):
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg.sum() * (self.box_loss_weight / normalizer)}
 
     def by_class(self, logits: list[Tensor]) -> list[Tensor]:
-        """The (N, A·K, H, W) logits of each level as the (N, A, K, H, W) views that a class loss takes."""
+        """Return views (N, A, K, H, W), which a class loss takes, of each level's (N, A·K, H, W) logits."""
         return [level.view(len(level), -1, self.num_classes, *level.shape[-2:]) for level in logits]
 
     def decode(self, deltas: Tensor, targets: DenseTargets) -> Tensor:
-        """The (P, 4) boxes that the positives' ``deltas`` stand for."""
+        """Decode the positives' (P, 4) ``deltas`` into boxes, (P, 4)."""
         return self.box2box_transform.apply_deltas(deltas, targets.anchors)
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
-        """The detections of each image, in the coordinates of the network's input (section 4.1)."""
+        """Return each image's detections, in the coordinates of the network's input (section 4.1)."""
         return [
             suppress(
                 size,
@@ -265,7 +260,7 @@ class FocalRetinaNet(DenseDetector):
     def candidates(
         self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Decode each image's best predictions, for NMS: those of each level, of all images at once.
+        """Decode the candidates for NMS: the best predictions of each level, for all images at once.
 
         Args:
             features: one (N, C, H, W) map a level.
@@ -286,5 +281,6 @@ class FocalRetinaNet(DenseDetector):
         ]
         values, classes, chosen, at = (torch.cat(levels, dim=1) for levels in zip(*best))  # (N, C, ...)
         boxes = self.box2box_transform.apply_deltas(chosen.flatten(0, 1), at.flatten(0, 1)).view_as(at)  # (N, C, 4)
+        # The sigmoid is the score: each class is a detector of its own, and scores of an anchor need not add up to 1.
         wanted = (values.sigmoid() > self.test_score_thresh) & (values > -math.inf)  # (N, C)
         return [(b[kept], v[kept].sigmoid(), c[kept]) for b, v, c, kept in zip(boxes, values, classes, wanted)]

@@ -1,4 +1,4 @@
-"""The two things that flow between components: the anchors of an image size, and what a batch asks of each of them."""
+"""The two structures that components exchange: the anchors of an image size, and the targets of a batch for them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +12,13 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# A matcher's label of an anchor. In DenseTargets.labels a class index k ≥ 0 stands for POSITIVE and K (the number of
-# classes) for NEGATIVE; IGNORED is the same in both.
+# The labels that a matcher gives to anchors (section 4): neither object nor background, background, object.
+# DenseTargets.labels have a class index in [0, K) instead of POSITIVE, K instead of NEGATIVE, and the same IGNORED.
 IGNORED, NEGATIVE, POSITIVE = -1, 0, 1
 
 
 def unravel(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """As ``torch.unravel_index``, which synchronises on a GPU: it copies the shape there."""
+    """Return the coordinates of flat ``indices``, without the synchronisation of ``torch.unravel_index``."""
     coordinates = []
     for size in reversed(shape[1:]):
         coordinates.append(indices % size)
@@ -27,13 +27,13 @@ def unravel(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def read_counts(counts: Tensor) -> list[int]:
-    """Copy the (L,) numbers of positives to the host: the one synchronisation from a batch to its losses."""
+    """Copy the (L,) numbers of positives to the host: the only synchronisation between a batch and its losses."""
     return counts.tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """The anchors of one image size, R in all, and the grid they stand on if there is one. Not to be changed in place.
+    """The R anchors of one image size, and their regular grid if there is one. Cached, so never change them in place.
 
     Attributes:
         boxes: one (H·W·A, 4) float32 tensor a level, XYXY in pixels of the network's input.
@@ -54,7 +54,8 @@ class Anchors:
 
     @classmethod
     def from_generator(cls, generator: Any, features: Sequence[Tensor]) -> "Anchors":
-        """Anchors for ``features``, one (N, C, H, W) map a level, from one of Detectron2's anchor generators."""
+        """Build the anchors for ``features``, one (N, C, H, W) map a level, with one of Detectron2's generators."""
+        # Section 4: the same A anchors at every location of a level, in the order of the locations, row by row.
         boxes = [level.tensor for level in generator(features)]  # L × (H·W·A, 4)
         grid_sizes = [(int(feature.shape[-2]), int(feature.shape[-1])) for feature in features]
         num_cell_anchors = [len(b) // max(h * w, 1) for b, (h, w) in zip(boxes, grid_sizes)]
@@ -76,13 +77,13 @@ class Anchors:
         return torch.cat(self.boxes)
 
     def derived(self, make: Callable[["Anchors"], T]) -> T:
-        """Return ``make(self)``, computed once: for what a matcher needs of the anchors, whatever the ground truth."""
+        """Return ``make(self)``, computed once: what a matcher can prepare from the anchors alone."""
         if make not in self._derived:
             self._derived[make] = make(self)
         return self._derived[make]
 
     def flatten_levels(self, values: Tensor) -> Tensor:
-        """Reorder (N, R) values of the anchors into one vector: level after level, each in (N, A, H, W) order."""
+        """Reorder (N, R) values of the anchors into (N·R,): level after level, each in (N, A, H, W) order."""
         n, levels = len(values), values.split([len(boxes) for boxes in self.boxes], dim=1)
         return torch.cat(
             [
@@ -99,16 +100,16 @@ class Anchors:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """What a batch asks of each anchor.
+    """The targets of a batch: a class, background or "ignored" for each anchor, and a box for each positive.
 
     Attributes:
-        labels: one (N, A, H, W) int64 tensor a level: a class in [0, K), K for background, IGNORED for neither.
+        labels: one (N, A, H, W) int64 tensor a level: a class in [0, K), K for background, or IGNORED.
         num_classes: K.
         positives: one (P_l,) int64 tensor a level: flat indices of the positives into that level's ``labels``.
         anchors: (P, 4) float32, the positives' anchors, levels one after another in the order of ``positives``.
         gt_boxes: (P, 4) float32, the boxes matched to them.
-        grid: all the anchors that the labels are of, for a loss that compares them with each other; None if unknown.
-        quality: (P,) float32 in [0, 1], how well each positive's box is predicted; None unless the loss asks for it.
+        grid: the R anchors, for a loss that compares them with each other, as NMS does; None if unknown.
+        quality: (P,) float32 in [0, 1], the IoU of each predicted box with ``gt_boxes``; None unless a loss needs it.
     """
 
     labels: list[Tensor]
@@ -125,12 +126,12 @@ class DenseTargets:
         return len(self.gt_boxes)
 
     def gather(self, dense: Sequence[Tensor], indices: Sequence[Tensor] | None = None) -> Tensor:
-        """The rows of some anchors of per-level (N, A·C, H, W) or (N, A, C, H, W) predictions, as (P, C).
+        """Collect the predictions of some anchors, the positives by default, as (P, C).
 
         Args:
-            dense: the predictions, one tensor a level.
-            indices: for each level, flat indices into its ``labels``; by default those of the positives, whose rows
-                come in the order of ``gt_boxes``.
+            dense: one (N, A·C, H, W) or (N, A, C, H, W) tensor a level.
+            indices: for each level, flat indices into its ``labels``; the rows come in this order. By default
+                ``positives``, in the order of ``gt_boxes``.
         """
         rows = []
         for level, labels, chosen in zip(dense, self.labels, self.positives if indices is None else indices):
@@ -141,10 +142,9 @@ class DenseTargets:
         return torch.cat(rows)
 
     def with_quality(self, boxes: Tensor) -> "DenseTargets":
-        """The same targets, and as each positive's quality the IoU of its predicted box with ``gt_boxes``.
+        """Return these targets with ``quality``, the IoU of each positive's predicted box with its ground truth.
 
-        Args:
-            boxes: (P, 4), the predicted boxes; no gradient goes through them. Two boxes of no size have IoU 0.
+        ``boxes`` are (P, 4); no gradient goes through them. Two boxes without area have IoU 0.
         """
         iou = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(self.gt_boxes))  # (P,), NaN for 0 / 0
         return replace(self, quality=iou.nan_to_num(nan=0.0).clamp(0, 1))
@@ -157,7 +157,7 @@ class DenseTargets:
         instances: Sequence[Instances],
         num_classes: int,
     ) -> "DenseTargets":
-        """Targets of a batch from a matcher's ``(matched, labels)`` of each image. Synchronises once.
+        """Build the targets of a batch from the ``(matched, labels)`` of each image. Synchronises once.
 
         Args:
             anchors: the anchors that were matched, R in all.
@@ -176,7 +176,8 @@ class DenseTargets:
             level.nonzero_static(size=count).squeeze(1) for level, count in zip(is_positive, counts)
         ]  # L × (P_l,)
 
-        images, indices, start = [], [], 0  # of the positives' images and anchors, which lie in (H, W, A) order
+        # Which image and which anchor each positive is. Anchors are in (H, W, A) order, the labels in (N, A, H, W).
+        images, indices, start = [], [], 0
         for level, (_, a, h, w) in zip(positives, shapes):
             image, anchor, location = unravel(level, (n, a, h * w))  # (P_l,) each
             images.append(image)
@@ -188,6 +189,7 @@ class DenseTargets:
         first = torch.tensor([0, *(len(gt) for gt in instances)][:-1]).cumsum(0).to(device, non_blocking=True)  # (N,)
         matched = torch.stack([boxes for boxes, _ in matches])[image, index] + first[image]  # (P,)
         classes = torch.cat([gt.gt_classes for gt in instances])[matched]  # (P,)
+        # Background is label K and not a class of its own: all K sigmoids of such an anchor have target 0 (section 4).
         labels = torch.where(flat == IGNORED, IGNORED, num_classes).split(sizes)  # L × (N·R_l,) int64
         for level, positive, wanted in zip(labels, positives, classes.split(counts)):
             level[positive] = wanted

@@ -16,12 +16,12 @@ from ..structures import Anchors
 
 _SIZES_KEPT = 4  # of each generator; 7 MB each for images of 800 × 1333 pixels
 
-# By generator, and not in it: its copies and pickles have none of this, and it goes with the generator.
+# Beside the generator and not in it, so that copies and pickles of it have no anchors. Freed with the generator.
 _cache: WeakKeyDictionary[nn.Module, dict[Hashable, Anchors]] = WeakKeyDictionary()
 
 
 def cached_anchors(generator: Any, features: Sequence[Tensor]) -> Anchors:
-    """Return the anchors for ``features``, as ``Anchors.from_generator``, but the same object for the same sizes.
+    """Return ``Anchors.from_generator(generator, features)``, but the same object for the same sizes.
 
     They are built anew whenever they could differ: after the generator's cell anchors, strides or offset have changed
     or moved to another device; for a generator with another ``forward`` than ``DefaultAnchorGenerator``; while PyTorch
@@ -41,7 +41,7 @@ def cached_anchors(generator: Any, features: Sequence[Tensor]) -> Anchors:
 
 
 def _key(generator: Any, features: Sequence[Tensor]) -> Hashable | None:
-    """All that the anchors depend on; None if that is not known."""
+    """Return everything that the anchors depend on; None if that is not known."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return None
     # A class that overrides one of these, an object whose `forward` was replaced or a hook may do anything.

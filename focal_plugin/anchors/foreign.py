@@ -1,7 +1,7 @@
 """The anchors of torchvision and Detectron, for weights that were trained with them.
 
-Both round numbers that Detectron2 does not. Sizes and aspect ratios are ``MODEL.ANCHOR_GENERATOR``'s; the anchors of a
-location are in Detectron2's order: sizes outside, ratios inside. Numbers that make no such anchors are a ValueError.
+Both round numbers that Detectron2 does not. Sizes and aspect ratios are ``MODEL.ANCHOR_GENERATOR``'s. The anchors of a
+location are in Detectron2's order: all ratios of one size, then of the next. Impossible numbers are a ValueError.
 """
 
 import math
@@ -22,14 +22,14 @@ _Levels = Sequence[float] | Sequence[Sequence[float]]  # numbers for all levels,
 class TorchvisionAnchorGenerator(nn.Module):
     """The anchors of torchvision's ``AnchorGenerator``.
 
-    Their corners are rounded to whole pixels. Locations are not the feature's stride apart but the whole pixels of the
-    batch's width over the feature's: 61, not 64, for a feature of 13 columns over 800 pixels.
+    Their corners are rounded to whole pixels. Their locations are not a feature's nominal stride apart, but the batch's
+    size over the feature's, rounded down: for 13 columns over 800 pixels 61, not 64.
 
     Args:
         sizes: square roots of the anchors' areas in pixels, a list for each feature, or one list for all.
         aspect_ratios: height / width, the same way.
         strides: of the features, finest first; the first feature times its stride is the size of the batch's images.
-        offset: of the first location from the corner; torchvision's is 0.
+        offset: of the first location from the image's corner; has to be 0, torchvision's.
     """
 
     box_dim: int = 4
@@ -79,13 +79,13 @@ class TorchvisionAnchorGenerator(nn.Module):
 class Detectron1AnchorGenerator(DefaultAnchorGenerator):
     """The anchors of Detectron's RetinaNet.
 
-    The sides of an anchor are, in whole pixels, those of its aspect ratio with the area of stride × stride; times its
-    size over the stride. In Detectron a box from x1 to x2 is x2 − x1 + 1 pixels wide; here, as in all of Detectron2,
-    it ends at x2 + 1. So the centres are half a stride from the corner.
+    The sides of an anchor have its aspect ratio and an area of stride², are rounded to whole pixels, and are then
+    multiplied by size / stride. In Detectron a box from x1 to x2 is x2 − x1 + 1 pixels wide; here, as in all of
+    Detectron2, it ends at x2 + 1. So the first centre is half a stride from the image's corner.
 
     Args:
         sizes, aspect_ratios, strides: see ``DefaultAnchorGenerator``.
-        offset: of the first location from the corner in strides; Detectron's is .5.
+        offset: of the first location from the image's corner, in strides; has to be .5, Detectron's.
     """
 
     @configurable

@@ -1,4 +1,4 @@
-"""Anchors by their number of scales an octave, as table 1c counts them."""
+"""Anchors by the number of scales per octave, as table 1c counts them."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -12,8 +12,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
     """Detectron2's anchor generator with sizes s, s·2^(1/n), ..., s·2^((n − 1)/n) on each level (section 4).
 
     s is the first of the level's ``MODEL.ANCHOR_GENERATOR.SIZES`` and n is ``MODEL.FOCAL.ANCHORS.SCALES_PER_OCTAVE``:
-    one key changes how dense the scales are, whatever their range. In Python, ``DefaultAnchorGenerator`` does the same
-    with these sizes. A ConfigError for n below 1.
+    one key sets how dense the scales are, independently of their range. A ConfigError for n below 1.
     """
 
     @classmethod

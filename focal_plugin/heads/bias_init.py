@@ -1,6 +1,6 @@
-"""How the classifier's bias starts: the paper's remedy for the flood of easy background (sections 3.3 and 4.1).
+"""Initial values of the classifier's bias: the paper's remedy for the flood of easy background (sections 3.3 and 4.1).
 
-Each is called with the classifier and fills its (A·K,) bias in place. An argument out of range is a ValueError.
+Each is called with the classifier and fills its (A·K,) bias in place. An argument out of range raises a ValueError.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..registry import BIAS_INIT_REGISTRY
 
 @BIAS_INIT_REGISTRY.register()
 class PriorBiasInit:
-    """Bias b = −log((1 − π)/π), so that at the start every anchor is of each class with probability about π.
+    """Bias b = −log((1 − π)/π), so that at the start the score of every class at every anchor is about π.
 
     Args:
         prior_prob: π, in (0, 1); .01 in the paper.
@@ -39,7 +39,7 @@ class PriorBiasInit:
 
 @BIAS_INIT_REGISTRY.register()
 class ZeroBiasInit:
-    """Bias 0, so that every anchor starts with probability .5 of each class: diverges in the paper (section 5.1)."""
+    """Bias 0, so that all scores start at about .5. In the paper training then diverges (section 5.1)."""
 
     def __init__(self, cfg: CfgNode | None = None):
         pass
@@ -53,12 +53,11 @@ class ZeroBiasInit:
 class ClassFrequencyBiasInit:
     """A prior for each class: π_k = π f_k, with f_k the class's share of all boxes, and bias −log((1 − π_k)/π_k).
 
-    π is divided among the classes: at the start an anchor is foreground of any class with probability about π, which
-    ``PriorBiasInit`` gives each class. With K·π in its place the mean over the classes is as there.
+    The priors add up to π, where ``PriorBiasInit`` gives each class a prior of π: with K·π, both have the same mean.
 
     Args:
         prior_prob: π, in (0, 1).
-        shares: f_k, one number a class, all above 0 and 1 in all; ``MODEL.FOCAL.CLASS_FREQUENCIES`` gives them.
+        shares: f_k, one a class, all above 0; they add up to 1. A config gives ``MODEL.FOCAL.CLASS_FREQUENCIES``.
     """
 
     @configurable
@@ -74,7 +73,7 @@ class ClassFrequencyBiasInit:
 
     @classmethod
     def needs_class_frequencies(cls, cfg: CfgNode) -> bool:
-        """Return True: their shares are needed always."""
+        """Return True: the shares are always needed."""
         return True
 
     def __call__(self, conv: nn.Conv2d, num_anchors: int, num_classes: int) -> None:

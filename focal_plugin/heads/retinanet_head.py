@@ -13,7 +13,7 @@ from ..kernels.sparse import Cells, convs_at
 from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
 from ..structures import DenseTargets, unravel
 
-# Of all cells: if the box subnet is needed at more, computing whole maps is about as cheap.
+# If the box subnet is needed at more than this share of all cells, whole maps are about as cheap.
 _MAX_SHARE = 0.5
 
 Norm = str | Callable[[int], nn.Module]  # what detectron2.layers.get_norm takes
@@ -21,7 +21,7 @@ Norm = str | Callable[[int], nn.Module]  # what detectron2.layers.get_norm takes
 
 @DENSE_HEAD_REGISTRY.register()
 class FocalRetinaNetHead(nn.Module):
-    """A class subnet and a box subnet of one shape and separate weights, shared by all levels.
+    """A class subnet and a box subnet of the same shape with separate weights, both shared by all levels.
 
     Its parameters have the names, the shapes and, from one seed, the initial values of Detectron2's ``RetinaNetHead``.
 
@@ -32,8 +32,8 @@ class FocalRetinaNetHead(nn.Module):
         conv_dims: the channels of each 3×3 conv of a subnet; four of 256 in the paper.
         norm: the norm after each of those convs: "" for none, as in the paper, or a name or callable that
             ``detectron2.layers.get_norm`` takes.
-        norm_sharing: which parts of a norm the levels share. "shared": all, statistics too; "per_level": none; "auto",
-            as in Detectron2: all, except that "BN" and "SyncBN" keep statistics for each level. Else a ValueError.
+        norm_sharing: what the levels share of each norm. "shared": everything, its statistics too; "per_level":
+            nothing; "auto", as in Detectron2: everything, except that "BN" and "SyncBN" have statistics for each level.
         bias_init: fills the classifier's bias; an entry of ``BIAS_INIT_REGISTRY``.
     """
 
@@ -59,7 +59,8 @@ class FocalRetinaNetHead(nn.Module):
         # Two subnets of one shape that share no parameters, each applied to all levels (section 4).
         self.cls_subnet = _subnet(dims, norm)
         self.bbox_subnet = _subnet(dims, norm)
-        # K·A outputs a location and no background: each is a sigmoid of its own. Deltas are the same for all classes.
+        # K·A outputs a location, each a sigmoid of its own, with none for background. The 4·A deltas serve all classes:
+        # fewer parameters than deltas for each class, and as good (section 4).
         self.cls_score = nn.Conv2d(dims[-1], num_anchors * num_classes, kernel_size=3, padding=1)
         self.bbox_pred = nn.Conv2d(dims[-1], num_anchors * 4, kernel_size=3, padding=1)
 
@@ -91,18 +92,18 @@ class FocalRetinaNetHead(nn.Module):
     def forward(
         self, features: Sequence[Tensor], targets: DenseTargets | None = None
     ) -> tuple[list[Tensor], list[Tensor] | Tensor]:
-        """Logits (N, A·K, H, W) and deltas (N, A·4, H, W) of each level, from its (N, C, H, W) features.
+        """Return logits (N, A·K, H, W) and deltas (N, A·4, H, W) of each level, from its (N, C, H, W) features.
 
-        With ``targets``, the deltas are the positives' alone, (P, 4): the box loss needs no others. On a CPU the box
-        subnet is then computed around the positives only, unless they are nearly everywhere or its norms have to see
-        whole maps. A ValueError for another number of levels than the head was built for.
+        With ``targets``, the deltas are those of the positives alone, (P, 4): the box loss needs no others. On a CPU
+        the box subnet is then computed only around the positives, unless it has norms, which need whole maps, or the
+        positives are nearly everywhere. Another number of levels than the head was built for is a ValueError.
         """
         if len(features) != self.num_levels:
             raise ValueError(f"The head was built for {self.num_levels} levels and was given {len(features)}.")
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]
         if targets is None:
             return logits, self._deltas(features)
-        # On a GPU whole maps are cheaper than finding the cells that matter, which also depends on the positives.
+        # On a GPU whole maps are cheaper than finding the cells, whose number also depends on the data.
         whole = self.has_norm or features[0].is_cuda
         deltas = None if whole else self._deltas_around_positives(features, targets)
         return logits, targets.gather(self._deltas(features)) if deltas is None else deltas
@@ -111,7 +112,7 @@ class FocalRetinaNetHead(nn.Module):
         return [self.bbox_pred(self.bbox_subnet(x)) for x in features]
 
     def _deltas_around_positives(self, features: Sequence[Tensor], targets: DenseTargets) -> Tensor | None:
-        """The positives' deltas, (P, 4); None if so many cells are needed that whole maps are cheaper."""
+        """Return the positives' deltas, (P, 4); None if so many cells are needed that whole maps are cheaper."""
         cells, numbers, anchors = Cells(features), [], []
         for level, (positives, labels) in enumerate(zip(targets.positives, targets.labels)):
             image, anchor, y, x = unravel(positives, labels.shape)  # (P_l,) each
@@ -126,7 +127,7 @@ class FocalRetinaNetHead(nn.Module):
 
 
 def _subnet(dims: Sequence[int], norm: Norm) -> nn.Sequential:
-    """3×3 convs from ``dims[0]`` channels through the rest, each followed by ``norm``, if any, and ReLU."""
+    """3×3 convs with ``dims[0]`` inputs and ``dims[1:]`` outputs, each followed by ``norm``, if any, and ReLU."""
     layers: list[nn.Module] = []
     for c_in, c_out in pairwise(dims):
         layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
@@ -137,9 +138,9 @@ def _subnet(dims: Sequence[int], norm: Norm) -> nn.Sequential:
 
 
 class LevelNorms(nn.ModuleList):
-    """A norm for each level, used in turn: a subnet gets the levels one after another, always all of them.
+    """One norm a level, used in turn: a subnet is applied to all levels, always in the same order.
 
-    As Detectron2's ``CycleBatchNormList``, but for any norm, and with a scale and a shift for each level.
+    Like Detectron2's ``CycleBatchNormList``, but for any norm, and with a scale and a shift for each level.
     """
 
     def __init__(self, norms: Iterable[nn.Module]):
@@ -153,7 +154,7 @@ class LevelNorms(nn.ModuleList):
 
 
 def _norm_of_levels(norm: Norm, sharing: str, num_levels: int) -> Norm:
-    """The norm as ``get_norm`` takes it, shared by the levels as ``norm_sharing`` says."""
+    """Return a norm for ``get_norm`` that the levels share as ``sharing`` says."""
     if sharing not in ("auto", "shared", "per_level"):
         raise ValueError(
             f"MODEL.FOCAL.HEAD.NORM_SHARING (norm_sharing) is {sharing!r}; expected 'auto', 'shared' or 'per_level'."

@@ -1,4 +1,4 @@
-"""The four deltas from an anchor to a box, without reading back from a GPU."""
+"""The four deltas from an anchor to a box, computed without synchronising."""
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -6,12 +6,13 @@ from torch import Tensor
 
 
 class AnchorDeltas(Box2BoxTransform):
-    """Detectron2's ``Box2BoxTransform``, whose ``get_deltas`` asserts that anchors have a size: that synchronises."""
+    """Detectron2's ``Box2BoxTransform`` without the assertion that anchors have an area, which synchronises."""
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """Return the (P, 4) deltas (dx, dy, dw, dh) from anchors to boxes, both (P, 4) XYXY (R-CNN's, section 4.1).
+        """Return the (P, 4) deltas (dx, dy, dw, dh) from anchors to boxes, both (P, 4) XYXY (R-CNN's, section 4).
 
-        Centres move by fractions of the anchor's sides, and the sides change by factors, as logarithms.
+        dx and dy shift the centre by fractions of the anchor's sides; dw and dh are logarithms of the factors by which
+        the sides grow. So deltas do not depend on an object's size.
         """
         (anchor_center, anchor_size), (center, size) = map(_center_and_size, (src_boxes, target_boxes))  # (P, 2) each
         weights_xy, weights_wh = self.weights[:2], self.weights[2:]

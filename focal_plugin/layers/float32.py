@@ -7,7 +7,7 @@ from .replace import like_conv, replace_modules
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that autocast does not reach: in the dtype of its weights, with a result in that of its input."""
+    """A convolution that ignores autocast: it computes in its weights' dtype and returns its input's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W'), as ``nn.Conv2d``."""
@@ -20,13 +20,8 @@ def compute_top_blocks_in_float32(model: nn.Module) -> nn.Module:
 
     For training in bfloat16 on a CPU. P6 and P7 of an image of up to 64 px have one cell, and there oneDNN's bfloat16
     gradient of a kernel of stride 2 reads memory that was never written (seen in PyTorch 2.14: NaN in most steps).
-    These levels are a thousandth of a detector's work.
-
-    Args:
-        model: the convolutions with a stride above 1 in its modules named ``top_block`` are replaced.
-
-    Returns:
-        ``model``.
+    These levels are a thousandth of a detector's work. Convolutions with a stride above 1 in modules named
+    ``top_block`` are replaced. Returns ``model``.
     """
     for name, module in list(model.named_modules()):
         if name.split(".")[-1] == "top_block":

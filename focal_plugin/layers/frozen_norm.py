@@ -14,8 +14,8 @@ class FrozenNormConv2d(Conv2d):
     """Detectron2's ``Conv2d`` with a ``FrozenBatchNorm2d`` that scales the weight in mixed precision.
 
     A frozen batch norm is y = s·x + b, channel by channel, so s·conv(x, w) + b = conv(x, s·w) + b: the same function of
-    the same parameters. Detectron2's module reads and writes the activations twice more, their gradients once more, and
-    rounds them each time to the lower precision. In full precision this is Detectron2's computation to the last bit.
+    the same parameters. Detectron2's module makes two more passes over the activations and one over their gradients,
+    each of which rounds to the lower precision. In full precision this is Detectron2's computation to the last bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,12 +30,11 @@ class FrozenNormConv2d(Conv2d):
 def fold_frozen_norms(model: nn.Module) -> nn.Module:
     """Replace each ``Conv2d`` in ``model`` that has a ``FrozenBatchNorm2d`` by a ``FrozenNormConv2d``; in place.
 
-    The parameters and buffers stay the same objects under the same names, so checkpoints load as before. Classes
-    derived from the two are left as they are. ``FocalRetinaNet.from_config`` does this to the backbone it builds; do it
+    The parameters and buffers stay the same objects under the same names, so checkpoints load as before. Subclasses
+    of the two are not replaced. ``FocalRetinaNet.from_config`` does this to the backbone it builds; do it
     to a backbone of yours before you hand it over.
 
-    Returns:
-        ``model``, or its replacement if it is such a convolution itself.
+    Returns ``model``, or its replacement if it is such a convolution itself.
     """
     return replace_modules(model, _frozen_twin)
 
@@ -47,11 +46,9 @@ def _frozen_twin(module: Any) -> nn.Module | None:
 
 
 def folded(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
-    """The weight and bias of the convolution that is ``conv`` and then ``norm``, a batch norm in evaluation mode.
+    """Return the weight and bias of one convolution that equals ``conv`` and then ``norm`` in evaluation mode.
 
-    Args:
-        conv: a convolution to C' channels, with a bias or without.
-        norm: a ``FrozenBatchNorm2d``, ``BatchNorm2d`` or the like: with running statistics, affine or not.
+    ``conv`` may have a bias or not. ``norm`` is any batch norm with running statistics, affine or not.
     """
     # y = (x − mean) / √(var + ε) · weight + bias is s·x + shift, channel by channel.
     scale = (norm.running_var + norm.eps).rsqrt()  # (C',)

@@ -1,4 +1,4 @@
-"""Replacing modules inside a model: the new ones share the parameters of the old."""
+"""Replacement of modules inside a model. The new modules share the parameters of the old ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,13 @@ from torch import nn
 
 
 def replace_modules(model: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Replace every module of ``model`` for which ``make`` gives another one; in place.
+    """Replace every module of ``model`` for which ``make`` returns another one; in place.
 
     Args:
-        model: is searched with all that is inside.
-        make: called with each module. It returns a module to put in its place, or None to leave it.
+        model: searched at all depths.
+        make: called with each module. Returns the module to put in its place, or None to keep it.
 
-    Returns:
-        ``model``, or what ``make`` gave for it.
+    Returns ``model``, or its own replacement.
     """
     made = {module: new for module in model.modules() if (new := make(module)) is not None}
     for parent in list(model.modules()):
@@ -28,12 +27,9 @@ def replace_modules(model: nn.Module, make: Callable[[nn.Module], nn.Module | No
 
 
 def like_conv(kind: Callable[..., nn.Conv2d], conv: nn.Conv2d, **kwargs: Any) -> nn.Conv2d:
-    """Build a convolution of class ``kind`` with the geometry of ``conv`` and its very parameters.
+    """Build a convolution of class ``kind`` with the geometry of ``conv`` that shares its parameters.
 
-    Args:
-        kind: the class.
-        conv: keeps its parameters, which the new module shares.
-        kwargs: more arguments of the constructor of ``kind``.
+    ``conv`` is not changed. ``kwargs`` are further arguments for the constructor of ``kind``.
     """
     new = kind(
         conv.in_channels,

@@ -1,4 +1,4 @@
-"""Classification and box losses."""
+"""Classification losses (the focal loss and what the paper compares it with) and box losses."""
 
 from .box import CIoUBoxLoss, DIoUBoxLoss, GIoUBoxLoss, SmoothL1BoxLoss
 from .classification import (

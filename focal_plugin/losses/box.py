@@ -15,11 +15,11 @@ from ..registry import BOX_LOSS_REGISTRY
 
 @BOX_LOSS_REGISTRY.register()
 class SmoothL1BoxLoss(nn.Module):
-    """Smooth L1 between the predicted deltas and those from the anchor to its box (section 4.1), summed over the four.
+    """Smooth L1 between the predicted deltas and those from anchor to matched box (section 4.1), summed over the four.
 
     Args:
-        beta: where the loss turns from quadratic to linear; 0 is L1, less is a ValueError. Detectron2's default is .1,
-            its configs have 0.
+        beta: the error at which the loss turns from quadratic to linear; 0 is L1, less is a ValueError. Detectron2's
+            default is .1, its RetinaNet configs have 0.
     """
 
     @configurable
@@ -37,6 +37,7 @@ class SmoothL1BoxLoss(nn.Module):
 
     def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform: Box2BoxTransform) -> Tensor:
         """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
+        # Deltas are relative to the anchor's size, so that one error counts alike for small and large objects.
         target = box2box_transform.get_deltas(anchors, gt_boxes)  # (P, 4)
         return smooth_l1_loss(deltas.float(), target, self.beta, reduction="none").sum(dim=1)
 
@@ -45,7 +46,7 @@ class SmoothL1BoxLoss(nn.Module):
 
 
 class _IoUBoxLoss(nn.Module):
-    """1 − a measure of overlap between the decoded box and its ground truth. There are no hyper-parameters."""
+    """1 − an IoU-like overlap of the predicted box and its ground truth, without hyper-parameters."""
 
     box_loss: Callable[..., Tensor]  # (P, 4) boxes, (P, 4) boxes, reduction= → (P,)
 
@@ -54,8 +55,8 @@ class _IoUBoxLoss(nn.Module):
 
     def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, box2box_transform: Box2BoxTransform) -> Tensor:
         """(P, 4) predicted deltas, anchors and boxes → (P,) losses, float32."""
-        boxes = box2box_transform.apply_deltas(deltas, anchors)
-        # The functions assert that x1 ≤ x2, which fails for NaN. A NaN has to reach the loss, where training checks.
+        boxes = box2box_transform.apply_deltas(deltas, anchors)  # (P, 4)
+        # The functions assert x1 ≤ x2, which is False for NaN. Return NaN instead: training checks the losses for it.
         is_nan = boxes.isnan().any(dim=1)  # (P,)
         loss = self.box_loss(torch.where(is_nan[:, None], gt_boxes, boxes), gt_boxes, reduction="none")
         return loss.masked_fill(is_nan, torch.nan)

@@ -1,4 +1,4 @@
-"""The classes' shares of the boxes, and α: one number for all classes, or one for each."""
+"""α, the weight of the positives: one for all classes or one for each, and the class frequencies behind the latter."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,12 @@ from ..config import ConfigError
 
 
 def alpha_from_config(cfg: CfgNode) -> float | list[float]:
-    """Return α: ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, or one number a class where the config asks for it.
+    """Return α: one number for all classes, or a list with one for each.
 
-    ``MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA`` lists them; ``CLASS_ALPHA_POWER`` beside it derives them from the class
-    frequencies, see ``frequency_alpha``.
+    The number is ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``. A list is given by ``MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA``, or
+    derived from the class frequencies if ``CLASS_ALPHA_POWER`` is not 0 (see ``frequency_alpha``).
 
-    Raises:
-        ConfigError: both are given; CLASS_ALPHA has another length than K; or as ``frequency_alpha``.
+    A ConfigError if both are given; CLASS_ALPHA has another length than K; or as ``frequency_alpha``.
     """
     alpha, loss = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, cfg.MODEL.FOCAL.CLS_LOSS
     if loss.CLASS_ALPHA and loss.CLASS_ALPHA_POWER:
@@ -36,16 +35,16 @@ def alpha_needs_class_frequencies(cfg: CfgNode) -> bool:
 
 
 def frequency_alpha(alpha: float, shares: Sequence[float], power: float) -> list[float]:
-    """α of each class such that α_k / (1 − α_k) = α / (1 − α) · (g / f_k)^power, g being the geometric mean of the f_k.
+    """Return one α_k a class, with α_k / (1 − α_k) = α / (1 − α) · (g / f_k)^power; g is the geometric mean of the f_k.
 
-    The left side is how much more a positive of class k weighs than a negative. That weight is proportional to the
-    inverse frequency (power 1) or to its root (.5), or is the same for all classes (0); its geometric mean over the
-    classes stays that of ``alpha``.
+    The left side is the weight of a positive of class k over that of a negative. With power 1 it is proportional to the
+    inverse frequency, with .5 to its root, and with 0 it is the same for all classes. Its geometric mean over the
+    classes is always α / (1 − α).
 
     Args:
         alpha: the weight of a class of mean frequency, in (0, 1).
         shares: f_k > 0, the classes' shares of the boxes.
-        power: how strongly the frequency counts.
+        power: 0 ignores the frequencies; any finite number.
 
     Raises:
         ConfigError: alpha is not in (0, 1), or power is not finite.
@@ -59,18 +58,17 @@ def frequency_alpha(alpha: float, shares: Sequence[float], power: float) -> list
         raise ConfigError(f"MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA_POWER is {power}; expected a finite number.")
     logs = [math.log(share) for share in shares]
     mean = sum(logs) / len(logs)  # log g
+    # Powers of odds and not of α itself, which would leave [0, 1] for a rare class.
     odds = [alpha / (1 - alpha) * math.exp(power * (mean - log)) for log in logs]
     return [odd / (1 + odd) for odd in odds]  # in (0, 1) for any odds
 
 
 def class_shares(cfg: CfgNode) -> list[float]:
-    """Return each class's share of the boxes, in all 1, from ``MODEL.FOCAL.CLASS_FREQUENCIES``.
+    """Return each class's share of the boxes from ``MODEL.FOCAL.CLASS_FREQUENCIES``. They add up to 1.
 
-    A class without boxes gets the count of the rarest class that has some: absent from the training set, it is rare and
-    not impossible.
+    A class without boxes gets the count of the rarest class that has any: it is rare, but not impossible.
 
-    Raises:
-        ConfigError: the key is empty, has another length than K, or holds numbers that are no frequencies.
+    A ConfigError if the key is empty, has another length than K, or has numbers that are not frequencies.
     """
     counts = cfg.MODEL.FOCAL.CLASS_FREQUENCIES
     if not counts:

@@ -1,6 +1,6 @@
 """Classification losses over a batch's dense logits: small modules around the functions of ``functional.py``.
 
-A hyper-parameter that is out of range is a ValueError, and one that is no number a TypeError. Both name its config key.
+A hyper-parameter out of range raises a ValueError, one that is not a number a TypeError. Both name its config key.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _ALPHA, _GAMMA = "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "MODEL.RETINANET.FOCAL_LOSS
 
 
 def _alpha(alpha: float | Sequence[float]) -> float | Tensor:
-    """α as a float, or as (K,) float32, one weight a class; the error names its config key."""
+    """Return α as a float, or as a (K,) float32 tensor of one weight a class. Errors name the config key."""
     key = _ALPHA if isinstance(alpha, Real) else "MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA"
     checked = checked_alpha(alpha, f"{key} (alpha)")
     if not isinstance(checked, Tensor):
@@ -46,7 +46,7 @@ def _alpha(alpha: float | Sequence[float]) -> float | Tensor:
 
 
 def _by_class(alpha: float | Tensor) -> float | Tensor:
-    """α as it broadcasts to (..., K, H, W)."""
+    """Return α in a shape that broadcasts to (..., K, H, W)."""
     return alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
 
 
@@ -63,8 +63,8 @@ class SigmoidFocalLoss(ElementwiseLoss):
     gamma: float
     needs_class_frequencies = staticmethod(alpha_needs_class_frequencies)
 
-    # (γ, α) = (2, .25) is the paper's best (table 1b). α falls as γ grows: the easy negatives, which α held down in
-    # the cross entropy, are then held down by γ.
+    # (γ, α) = (2, .25) is the paper's best (table 1b). The best α falls as γ grows: once γ holds the easy negatives
+    # down, positives need less extra weight.
     @configurable
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0):
         super().__init__(alpha=_alpha(alpha), gamma=GAMMA.check(gamma, f"{_GAMMA} (gamma)"))
@@ -77,7 +77,7 @@ class SigmoidFocalLoss(ElementwiseLoss):
         return sigmoid_focal_loss(logits, targets, _by_class(self.alpha), self.gamma)
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
-        """As ``ElementwiseLoss.forward``, without targets or temporaries of the logits' size."""
+        """As ``ElementwiseLoss.forward``, but without one-hot targets or temporaries of the logits' size."""
         return dense_focal_loss(logits, targets.labels, alpha=self.alpha, gamma=self.gamma)
 
 
@@ -85,8 +85,7 @@ class SigmoidFocalLoss(ElementwiseLoss):
 class AlphaBalancedBCELoss(ElementwiseLoss):
     """The α-balanced cross entropy CE(p_t) = −α_t log p_t (equation 3, table 1a): the focal loss at γ = 0.
 
-    Args:
-        alpha: as of ``SigmoidFocalLoss``; .75 is the paper's best here.
+    ``alpha`` is as for ``SigmoidFocalLoss``; .75 is best in the paper's table 1a.
     """
 
     alpha: float | Tensor
@@ -131,7 +130,7 @@ class FocalLossStar(ElementwiseLoss):
     """FL* = −α_t log σ(γ x_t + β) / γ (appendix A, table 3).
 
     Args:
-        alpha: as of ``SigmoidFocalLoss``.
+        alpha: as for ``SigmoidFocalLoss``.
         gamma: the steepness γ > 0.
         beta: the shift β; the paper's (γ, β) are (2, 1) and (4, 0).
     """
@@ -163,9 +162,9 @@ class FocalLossStar(ElementwiseLoss):
 
 @CLS_LOSS_REGISTRY.register()
 class HingeLoss(ElementwiseLoss):
-    """max(0, m − p_t): no loss for what is right with probability m (section 5.1, which found it unstable).
+    """max(0, m − p_t): no loss where p_t ≥ m (section 5.1, where training with a hinge loss was unstable).
 
-    The paper says that its hinge acts on p_t and is 0 above some value of it, no more. This is the simplest such loss.
+    The paper gives no formula, only that its hinge acts on p_t and is 0 above some value. This is the simplest.
 
     Args:
         margin: m in (0, 1].
@@ -187,7 +186,7 @@ class HingeLoss(ElementwiseLoss):
 
 @CLS_LOSS_REGISTRY.register()
 class QualityFocalLoss(ElementwiseLoss):
-    """|y − σ|^β times the cross entropy, y a positive's IoU (Li et al., NeurIPS 2020): see ``quality_focal_loss``.
+    """|y − σ|^β times the cross entropy, where y is a positive's IoU (Li et al., NeurIPS 2020): ``quality_focal_loss``.
 
     Args:
         beta: β, 0 or at least 1; ``MODEL.RETINANET.FOCAL_LOSS_GAMMA`` in a config. There is no α.
@@ -213,9 +212,9 @@ class VarifocalLoss(ElementwiseLoss):
     """Focused negatives; positives weighted by their IoU (Zhang et al., CVPR 2021): see ``varifocal_loss``.
 
     Args:
-        alpha: the weight of the negatives: in a config 1 − ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``, as in the focal loss,
-            and 1 where that is −1. .75 in the paper.
-        gamma: the focusing parameter γ ≥ 0; 2 in the paper.
+        alpha: the weight of the negatives; .75 in that paper. A config gives 1 − ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``,
+            as for the focal loss, or 1 if that key is −1.
+        gamma: the focusing parameter γ ≥ 0; 2 in that paper.
     """
 
     needs_quality = True

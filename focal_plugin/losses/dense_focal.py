@@ -1,4 +1,4 @@
-"""The focal loss over all of a dense detector's logits, without a copy of the logits."""
+"""The focal loss over all logits of a dense detector, without a copy of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ try:
 except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without Triton
     dense_focal_triton = None  # type: ignore[assignment]
 
-# Forward stores gradients times this, and backward divides by it. The smallest float16 is 6e-8, and the gradients of
-# easy negatives are smaller than that; the largest is 2^16, and no logit's gradient comes near 2^16 / 2^12.
+# Forward stores gradients times this, and backward divides by it: in float16, gradients of easy negatives would be 0,
+# because they are smaller than 6e-8, its least number. None is near 2^16 / 2^12, above which the product overflows.
 _HEADROOM = {torch.float16: 2.0**12}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,12 +26,12 @@ def dense_focal_loss(
     alpha: float | Sequence[float] | Tensor = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
-    """The sum of FL(p_t) = −α_t (1 − p_t)^γ log p_t (equation 5) over all anchors and classes that are not ignored.
+    """Sum of FL(p_t) = −α_t (1 − p_t)^γ log p_t (equation 5) over all classes of all anchors that are not ignored.
 
-    This equals ``sigmoid_focal_loss`` on one-hot targets, without making them: the logits are read where they lie. On a
-    GPU one Triton launch computes the loss of all levels, and one their gradients in backward. On a CPU, and without
-    Triton, it is plain PyTorch: forward computes loss and gradients block by block, in cache, on
-    ``torch.get_num_threads()`` threads, with the few positives and ignored anchors treated by index.
+    This is the sum of ``sigmoid_focal_loss`` with one-hot targets, but neither targets nor a copy of the logits are
+    made. On a GPU one Triton kernel computes the loss of all levels, and another their gradients in backward. On a CPU,
+    or without Triton, forward computes the loss and the gradients in plain PyTorch: block by block, each block in
+    cache, on ``torch.get_num_threads()`` threads.
 
     Args:
         logits: one (N, A, K, H, W) tensor a level, all of one dtype (float16, bfloat16, float32 or float64) and on one
@@ -43,12 +43,12 @@ def dense_focal_loss(
 
     Returns:
         A scalar in float32 (float64 for float64 logits), differentiable once with respect to the logits. The gradient
-        has the logits' dtype, and is finite for every γ.
+        has the logits' dtype and is finite for every γ.
 
     Raises:
-        TypeError, ValueError: arguments that are not as above or don't fit. Values on a GPU are not checked, because
-            that synchronises: a label > K counts as background there, one < −1 as ignored.
-        RuntimeError: from backward with ``create_graph=True``: there is no second derivative.
+        TypeError, ValueError: an argument is not as above, or two do not fit together. Values on a GPU are not checked,
+            because that synchronises: there, a label > K counts as background and one < −1 as ignored.
+        RuntimeError: in backward with ``create_graph=True``, because there is no second derivative.
     """
     logits, labels = list(logits), list(labels)
     _check_levels(logits, labels)
@@ -58,12 +58,13 @@ def dense_focal_loss(
         if alpha.shape != (num_classes,):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected a number, or ({num_classes},).")
         alpha = alpha.detach().to(dtype).to(logits[0].device, non_blocking=True)
+    # Two ways to the same numbers: on a GPU memory traffic is what costs, on a CPU the exponentials and logarithms.
     function = _OnGPU if _uses_triton(logits[0]) else _InBlocks
     return function.apply(labels, alpha, gamma, *logits)
 
 
 class _OnGPU(torch.autograd.Function):
-    """Backward computes the gradients from the logits, and writes each once."""
+    """Compute the gradients in backward, from the logits, which the network keeps anyway."""
 
     @staticmethod
     def forward(ctx: Any, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class _OnGPU(torch.autograd.Function):
 
 
 class _InBlocks(torch.autograd.Function):
-    """The gradients are computed in forward, where the logits are in cache, and scaled in backward."""
+    """Compute the gradients in forward, while the logits are in cache, and scale them in backward."""
 
     @staticmethod
     def forward(ctx: Any, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         gradients = list(ctx.saved_tensors)
-        if _graph_is_kept():  # another backward may follow, and needs them as they are
+        if _graph_is_kept():  # a second backward may follow and needs them unscaled
             gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
         dense_focal_torch.scale_(
             [gradient for gradient in gradients if gradient is not None], grad_output / ctx.headroom
@@ -102,7 +103,7 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward was called with ``retain_graph=True``; True if this PyTorch can't say."""
+    """Return whether the running backward has ``retain_graph=True``; True if this PyTorch cannot tell."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is None or keep_graph()
 

@@ -1,4 +1,4 @@
-"""The base of the losses that look at one logit at a time."""
+"""The base class of losses that are a function of one logit and its target."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ _BLOCK_SIZE = 2**22  # logits whose temporaries are in memory at a time
 class ElementwiseLoss(nn.Module, ABC):
     """A loss that is a sum over anchors and classes of a function of one logit and its target.
 
-    A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves the ignored anchors out
-    and sums. Targets and temporaries are in memory for a few million logits at a time and computed again in backward,
-    with the same random numbers if ``elementwise`` draws any.
+    A subclass defines ``elementwise`` and nothing else; this class makes the targets, leaves out the ignored anchors
+    and sums. To save memory, targets and temporaries exist for a few million logits at a time and are computed again in
+    backward, with the same random numbers if ``elementwise`` draws any.
 
-    Targets are 0 and 1. With the class attribute ``needs_quality = True`` they are soft: a positive's target for its
-    class is its quality, the IoU of the box that is predicted for it with its ground truth.
+    Targets are 0 and 1. With the class attribute ``needs_quality = True`` they are soft: the target of a positive for
+    its class is its quality, the IoU of its predicted box with its ground truth.
 
     Args:
-        hyperparameters: become attributes and are shown by ``repr``. A tensor is a buffer, which moves with the module
-            and is not in checkpoints: they hold what is learnt.
+        hyperparameters: become attributes and are shown by ``repr``. A tensor becomes a buffer: it moves with the
+            module, but is not in checkpoints, because it is not learnt.
     """
 
     needs_quality = False
@@ -42,20 +42,19 @@ class ElementwiseLoss(nn.Module, ABC):
 
     @abstractmethod
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each element. All are float tensors of one shape, (..., K, H, W)."""
+        """Return the loss of each logit. Logits, targets and losses are float tensors (..., K, H, W)."""
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
         """Sum over all classes and anchors that are not ignored; float32. ``logits``: one (N, A, K, H, W) view a level.
 
-        Raises:
-            ValueError: the loss needs the positives' quality, and ``targets`` have none.
+        A ValueError if the loss needs the positives' quality and ``targets`` have none.
         """
         if self.needs_quality and targets.quality is None:
             raise ValueError(
                 f"{type(self).__name__} needs the quality of each positive, and these DenseTargets have none: give it "
                 "targets.with_quality(boxes), with the predicted boxes of the positives."
             )
-        # Every anchor counts, about 100,000 an image: the focal loss needs no sampling heuristic (section 4.1).
+        # All anchors, about 100,000 an image, and not a sample of them: the focal loss balances them (section 4.1).
         total, start = torch.zeros((), device=logits[0].device), 0
         for i, (level, labels) in enumerate(zip(logits, targets.labels)):
             quality = torch.ones(labels.shape, device=labels.device)  # (N, A, H, W)
@@ -72,10 +71,10 @@ class ElementwiseLoss(nn.Module, ABC):
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         labels = labels.unsqueeze(-3)  # (..., 1, H, W)
         classes = torch.arange(logits.shape[-3], device=logits.device).view(-1, 1, 1)  # (K, 1, 1)
-        # One sigmoid a class: background, label K, is no class but all targets 0.
+        # One sigmoid a class: background, label K, equals none of them, so all its targets are 0.
         wanted = torch.where(labels == classes, quality.unsqueeze(-3), 0.0).to(logits.dtype)  # (..., K, H, W)
         loss = checked_elementwise(self, self.elementwise(logits, wanted), logits)
-        return torch.where(labels == IGNORED, 0.0, loss).sum()  # no product: an ignored anchor's may be infinite
+        return torch.where(labels == IGNORED, 0.0, loss).sum()  # not a product: 0 · ∞ is NaN
 
     def extra_repr(self) -> str:
         numbers = {name: getattr(self, name) for name in self._hyperparameters}

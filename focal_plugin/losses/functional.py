@@ -1,14 +1,15 @@
 """The focal loss, its variant FL*, the hinge loss and the losses on soft targets, element by element.
 
-A logit x says how likely one class is at one anchor: p = σ(x). The target is 1 for the anchor's class and 0 for every
-other; p_t is p for target 1 and 1 − p for target 0, the probability of what is right. Likewise x_t = ±x.
+A logit x gives the probability p = σ(x) of one class at one anchor. The target is 1 for the anchor's class and 0 for
+every other. p_t is the probability of the right answer (equation 2): p for target 1, 1 − p for target 0. Its logit is
+x_t: x for target 1, −x for target 0.
 
 All functions take ``inputs``, logits of any shape and floating dtype; ``targets`` of the same shape: 1 for the positive
-class, 0 for the negative, or a float in between (a soft target); and a ``reduction``: "none", "mean" or "sum". They
-compute in float32, or float64 for float64 inputs, and return that: a loss for each input, or a scalar. They raise a
-TypeError for inputs that are not floating point and for a hyper-parameter that is no number; and a ValueError for
-different shapes, a hyper-parameter out of range, an unknown reduction, and targets outside [0, 1]. Values of tensors
-are checked on the CPU only: on a GPU it would synchronise.
+class, 0 for the negative, or a number in between (a soft target); and a ``reduction``: "none", "mean" or "sum". They
+compute in float32 (float64 for float64 inputs) and return a loss for each input, or a scalar, in that dtype.
+They raise a TypeError for inputs that are not floating point and for a hyper-parameter that is not a number. They raise
+a ValueError for different shapes, an unknown reduction, a hyper-parameter out of range and targets outside [0, 1].
+Values of tensors are checked on the CPU only: on a GPU that would synchronise.
 """
 
 import math
@@ -22,13 +23,13 @@ from torch import Tensor
 
 
 class Range(NamedTuple):
-    """The values that a hyper-parameter may have, for the functions here and for the modules made of them."""
+    """The values that a hyper-parameter may have, in the functions here and in the modules that use them."""
 
     contains: Callable[[float], bool]
     expected: str
 
     def check(self, value: float, name: str) -> float:
-        """Return ``value``; if it is no number or out of range, raise a TypeError or ValueError about ``name``."""
+        """Return ``value``. Raise a TypeError if it is not a number, a ValueError if it is out of range."""
         try:
             if self.contains(value):
                 return value
@@ -42,18 +43,18 @@ GAMMA = Range(lambda gamma: 0 <= gamma < math.inf, "a finite number ≥ 0")
 STAR_GAMMA = Range(lambda gamma: 0 < gamma < math.inf, "a finite number > 0, because FL* divides by it")
 STAR_BETA = Range(lambda beta: -math.inf < beta < math.inf, "a finite number")
 MARGIN = Range(lambda margin: 0 < margin <= 1, "a probability above 0, at most 1")
-# Between 0 and 1 the gradient of |y − σ|^β has no bound where σ is close to a soft target.
+# For β between 0 and 1 the gradient of |y − σ|^β is unbounded where σ is close to y.
 QUALITY_BETA = Range(lambda beta: beta == 0 or 1 <= beta < math.inf, "0 or a finite number ≥ 1")
 NEGATIVE_WEIGHT = Range(lambda alpha: 0 <= alpha < math.inf, "a finite number ≥ 0")
 
 
 def checked_alpha(alpha: float | Sequence[float] | Tensor, name: str = "alpha") -> float | Tensor:
-    """Return α as a float, or as a tensor if there are several weights.
+    """Return α as a float, or as a tensor if there is more than one.
 
     Raises:
-        TypeError: it is neither a number nor several.
-        ValueError: it is neither −1 nor in [0, 1]; one of several is not in [0, 1], unless a GPU holds them: reading
-            them would synchronise.
+        TypeError: α is neither a number nor a sequence of numbers.
+        ValueError: a single α is neither −1 nor in [0, 1], or one of several is not in [0, 1]. Those on a GPU are not
+            checked: reading them would synchronise.
     """
     if isinstance(alpha, Real):
         return float(ALPHA.check(float(alpha), name))
@@ -71,8 +72,8 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """FL(p_t) = −α_t (1 − p_t)^γ log p_t, with p = σ(inputs) (equation 5).
 
-    Signature and values are those of ``fvcore.nn.sigmoid_focal_loss`` where its are finite; the gradient is finite for
-    every γ. For the sum over all of a detector's logits, ``dense_focal_loss`` is much faster.
+    The signature is that of ``fvcore.nn.sigmoid_focal_loss``, and so are the values where those are finite. The
+    gradient is finite for every γ. For the sum over all logits of a detector, ``dense_focal_loss`` is much faster.
 
     Args:
         alpha: the weight of the positives in [0, 1]; 1 − alpha is the negatives'. −1 leaves both at 1. Or a tensor of
@@ -85,8 +86,8 @@ def sigmoid_focal_loss(
     cross_entropy = -(targets * positive + (1 - targets) * negative)
     # (1 − p_t)^γ is the paper's idea: an easy anchor, p_t → 1, counts for next to nothing, so that 100,000 of them do
     # not drown the few hard ones. At γ = 2 one with p_t = .9 weighs 100 times less than in the cross entropy.
-    # The power has no derivative at 0 for γ < 1, but near 0 the cross entropy is as small: what the clamp changes is
-    # below the smallest float.
+    # For γ < 1 the power has no derivative at 0, hence the clamp. It changes nothing that a float can show, because
+    # there the cross entropy is as small as 1 − p_t.
     modulator = _one_minus_p_t(inputs, targets).clamp(min=torch.finfo(inputs.dtype).tiny) ** gamma
     return _reduce(_balance(cross_entropy * modulator, targets, alpha), reduction)
 
@@ -102,18 +103,18 @@ def sigmoid_focal_loss_star(
 ) -> Tensor:
     """FL* = −α_t log σ(γ x_t + β) / γ, with x_t = ± inputs (appendix A).
 
-    The signature is that of ``fvcore.nn.sigmoid_focal_loss_star``, where β is 0.
+    The signature is that of ``fvcore.nn.sigmoid_focal_loss_star``, whose β is 0.
 
     Args:
-        alpha: as that of ``sigmoid_focal_loss``.
+        alpha: as for ``sigmoid_focal_loss``.
         gamma: the steepness γ > 0; 1, with β = 0, is the cross entropy.
         beta: the shift β, finite; the paper's (γ, β) are (2, 1) and (4, 0).
     """
     inputs, targets = _check(inputs, targets, reduction)
     STAR_GAMMA.check(gamma, "gamma")
     STAR_BETA.check(beta, "beta")
-    # The cross entropy of a steeper, shifted logit also flattens where x_t is large: that the exact form of the focal
-    # loss does not matter is what appendix A shows with it.
+    # The cross entropy of a steeper, shifted logit also vanishes early where x_t is large. Appendix A uses it to show
+    # that the exact form of the focal loss does not matter: only that easy examples get little loss.
     loss = -F.logsigmoid(gamma * (inputs * (2 * targets - 1)) + beta) / gamma
     return _reduce(_balance(loss, targets, alpha), reduction)
 
@@ -121,11 +122,11 @@ def sigmoid_focal_loss_star(
 def sigmoid_hinge_loss(inputs: Tensor, targets: Tensor, margin: float = 0.9, reduction: str = "none") -> Tensor:
     """max(0, m − p_t), with p_t = σ(± inputs): a hinge on the probability, 0 for p_t ≥ m (section 5.1).
 
-    Args:
-        margin: m in (0, 1]; 1 is the loss 1 − p_t.
+    ``margin`` is m in (0, 1]; 1 gives the loss 1 − p_t.
     """
     inputs, targets = _check(inputs, targets, reduction)
     MARGIN.check(margin, "margin")
+    # m − p_t = (1 − p_t) − (1 − m). Beyond the margin the gradient is 0: such an anchor teaches nothing.
     return _reduce((_one_minus_p_t(inputs, targets) - (1 - margin)).clamp(min=0), reduction)
 
 
@@ -141,7 +142,7 @@ def quality_focal_loss(inputs: Tensor, targets: Tensor, beta: float = 2, reducti
     inputs, targets = _check(inputs, targets, reduction)
     QUALITY_BETA.check(beta, "beta")
     cross_entropy = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
-    distance = targets * torch.sigmoid(-inputs) - (1 - targets) * torch.sigmoid(inputs)  # y − σ, with all its bits
+    distance = targets * torch.sigmoid(-inputs) - (1 - targets) * torch.sigmoid(inputs)  # y − σ, exact also where σ ≈ 1
     return _reduce(distance.abs() ** beta * cross_entropy, reduction)
 
 
@@ -150,8 +151,8 @@ def varifocal_loss(
 ) -> Tensor:
     """VFL = −q (q log p + (1 − q) log(1 − p)) for a soft target q > 0 and −α p^γ log(1 − p) for q = 0.
 
-    From "VarifocalNet" (Zhang et al., CVPR 2021): only negatives are focused, and the weight of a positive is its
-    quality.
+    From "VarifocalNet" (Zhang et al., CVPR 2021): only negatives are down-weighted by a power of p, and the
+    weight of a positive is its quality.
 
     Args:
         targets: q in [0, 1]: 0 for a negative, the IoU of its predicted box for a positive.
@@ -160,13 +161,14 @@ def varifocal_loss(
     """
     NEGATIVE_WEIGHT.check(alpha, "alpha")
     inputs, targets = _check(inputs, targets, reduction)
+    # Positives are rare and precious, so none is held down for being easy; a good box makes one count more.
     cross_entropy = targets * F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     negative = alpha * sigmoid_focal_loss(inputs, torch.zeros_like(targets), gamma=gamma)
     return _reduce(torch.where(targets > 0, cross_entropy, negative), reduction)
 
 
 def _check(inputs: Tensor, targets: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Check the arguments that all losses have, and return both tensors in the dtype to compute in."""
+    """Check the arguments that all losses share, and return both tensors in the dtype of the computation."""
     if not inputs.is_floating_point():
         raise TypeError(f"inputs are {inputs.dtype}; expected logits of a floating dtype.")
     if inputs.shape != targets.shape:
@@ -185,12 +187,12 @@ def _check(inputs: Tensor, targets: Tensor, reduction: str) -> tuple[Tensor, Ten
 
 
 def _one_minus_p_t(inputs: Tensor, targets: Tensor) -> Tensor:
-    """1 − p_t from two sigmoids: a subtraction would lose the bits of a small 1 − p_t."""
+    """1 − p_t from two sigmoids: subtracting p_t from 1 would round a small difference to 0."""
     return (1 - targets) * torch.sigmoid(inputs) + targets * torch.sigmoid(-inputs)
 
 
 def _balance(loss: Tensor, targets: Tensor, alpha: float | Tensor) -> Tensor:
-    """The loss times α_t: alpha for positives, 1 − alpha for negatives (equation 3)."""
+    """Multiply the loss by α_t: alpha for positives, 1 − alpha for negatives (equation 3)."""
     alpha = checked_alpha(alpha)
     if isinstance(alpha, Tensor):
         try:

@@ -1,6 +1,6 @@
-"""The cross entropy of a few chosen anchors of each image: what dense detectors did before the focal loss.
+"""The cross entropy of a few chosen anchors of each image: how detectors balanced the classes before the focal loss.
 
-A hyper-parameter that is out of range is a ValueError that names its config key.
+A hyper-parameter out of range raises a ValueError that names its config key.
 """
 
 from abc import ABC, abstractmethod
@@ -19,9 +19,9 @@ from ..structures import IGNORED, DenseTargets
 class MiniBatchLoss(nn.Module, ABC):
     """The cross entropy of a mini-batch of anchors; the other anchors have neither loss nor gradient.
 
-    A subclass defines ``choose``. As with every loss the result is a sum, which the model divides by its normaliser,
-    the number of positives. RPN and Fast R-CNN divide by the size of the mini-batch instead: for 512 anchors and 70
-    positives an image their loss is 7 times smaller. ``MODEL.FOCAL.CLS_LOSS.WEIGHT`` does that here.
+    A subclass defines ``choose``. As with every loss the result is a sum, which the model divides by the number of
+    positives. RPN and Fast R-CNN divide by the size of the mini-batch: with 512 anchors and 70 positives an image their
+    loss is 7 times smaller. To get theirs, set ``MODEL.FOCAL.CLS_LOSS.WEIGHT`` accordingly.
     """
 
     @abstractmethod
@@ -33,7 +33,7 @@ class MiniBatchLoss(nn.Module, ABC):
             logits, targets: what ``forward`` was called with.
 
         Returns:
-            (N, R) bool in the same order, True for the chosen.
+            (N, R) bool in the same order, True for the anchors of the mini-batch.
         """
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
@@ -42,6 +42,7 @@ class MiniBatchLoss(nn.Module, ABC):
         with torch.no_grad():
             chosen = self.choose(labels, logits, targets)  # (N, R)
         levels = chosen.split([level[0].numel() for level in targets.labels], dim=1)
+        # Only the chosen anchors' logits are read; as with the focal loss, each has K sigmoids.
         indices = [level.flatten().nonzero().squeeze(1) for level in levels]  # L × (S_l,)
         classes = torch.cat([level.flatten()[index] for level, index in zip(targets.labels, indices)])  # (S,)
         return _cross_entropy(targets.gather(logits, indices), classes).sum()
@@ -52,7 +53,7 @@ class SampledBCELoss(MiniBatchLoss):
     """The cross entropy of anchors drawn at random: RPN's heuristic (Ren et al., NeurIPS 2015), Detectron2's sampling.
 
     Args:
-        batch_size_per_image: the anchors of an image in the mini-batch, unless fewer are not ignored.
+        batch_size_per_image: at most this many anchors are drawn from an image.
         positive_fraction: at most this fraction of them are positives; negatives fill the rest.
     """
 
@@ -71,7 +72,7 @@ class SampledBCELoss(MiniBatchLoss):
         }
 
     def choose(self, labels: Tensor, logits: list[Tensor], targets: DenseTargets) -> Tensor:
-        """Choose positives and negatives at random."""
+        """Draw positives and negatives at random."""
         chosen = torch.zeros_like(labels, dtype=torch.bool)
         for mask, image in zip(chosen, labels):  # (R,) each
             for drawn in subsample_labels(
@@ -89,17 +90,18 @@ class OHEMLoss(MiniBatchLoss):
     """The cross entropy of each image's hardest anchors: online hard example mining (table 1d).
 
     From "Training Region-based Object Detectors with Online Hard Example Mining" (Shrivastava et al., CVPR 2016).
-    Anchors are scored by their cross entropy, summed over the classes. Non-maximum suppression by that score, over all
-    anchors that are not ignored, of whatever class, drops those that overlap a harder one; the hardest of the rest are
-    the mini-batch.
+    An anchor's score is its cross entropy, summed over the classes. Non-maximum suppression by this score, over all
+    anchors that are not ignored and regardless of class, drops those that overlap a harder one. The hardest of the rest
+    are the mini-batch.
 
     Args:
         batch_size_per_image: the anchors of an image in the mini-batch; 128, 256 and 512 in the paper.
         nms_thresh: the IoU above which an anchor is dropped; .5 and .7 in the paper.
-        positive_fraction: 0 for no constraint. Else the mini-batch is the hardest positives, at most this fraction, and
-            the hardest negatives, as many as the fraction asks for: at .25, 3 for each positive, as in SSD. An image
-            without positives then has no loss. NMS is then among positives and among negatives; across them, as in the
-            paper, whether an easy positive is left could depend on all anchors harder than it.
+        positive_fraction: 0 for no constraint. Otherwise the mini-batch has the hardest positives, at most this
+            fraction of it, and as many of the hardest negatives as the fraction asks for: at .25 three for each
+            positive, as in SSD. An image without positives then has no loss, and NMS runs among positives and among
+            negatives separately. (Jointly, as in the paper, whether an easy positive is kept could depend on every
+            anchor that is harder.)
     """
 
     @configurable
@@ -130,6 +132,7 @@ class OHEMLoss(MiniBatchLoss):
         scores = _difficulty(logits, targets)  # (N, R)
         size, fraction = self.batch_size_per_image, self.positive_fraction
         chosen = torch.zeros_like(labels, dtype=torch.bool)
+        # Unlike the focal loss, this discards easy anchors altogether. In table 1d it is 3.2 AP behind.
         for mask, image, score in zip(chosen, labels, scores):  # (R,) each
             used, negative = image != IGNORED, image == targets.num_classes
             if not fraction:
@@ -141,10 +144,10 @@ class OHEMLoss(MiniBatchLoss):
         return chosen
 
     def _hardest(self, among: Tensor, scores: Tensor, boxes: Tensor, count: int) -> Tensor:
-        """The indices of the ``count`` hardest anchors that NMS leaves, of those where the (R,) mask ``among`` is True.
+        """Return the indices of the ``count`` hardest anchors after NMS, of those where ``among`` (R,) is True.
 
-        An anchor is dropped only by harder ones. So NMS of the hardest 4·count is enough if it leaves ``count``; else
-        twice as many are tried.
+        Only a harder anchor drops another. So NMS of the hardest 4·count is enough if ``count`` of them are left;
+        otherwise twice as many are tried, and so on.
         """
         candidates = among.nonzero().squeeze(1)
         candidates = candidates[scores[candidates].argsort(descending=True, stable=True)]  # hardest first
@@ -164,20 +167,20 @@ class OHEMLoss(MiniBatchLoss):
 
 
 def _difficulty(logits: list[Tensor], targets: DenseTargets) -> Tensor:
-    """Each anchor's cross entropy, summed over the classes: (N, R), level after level in (A, H, W) order."""
+    """Return each anchor's cross entropy, summed over classes: (N, R), level after level in (A, H, W) order."""
     scores = []
-    for level in logits:  # as if all were background: no one-hot targets of the logits' size
+    for level in logits:  # all as if background, which needs no one-hot targets
         scores.append(-F.logsigmoid(-_in_float32(level)).sum(dim=2).flatten())  # (N·A·H·W,)
     classes = torch.cat([labels.flatten()[index] for labels, index in zip(targets.labels, targets.positives)])  # (P,)
     exact = _cross_entropy(targets.gather(logits), classes).split([len(index) for index in targets.positives])
-    for level, index, score in zip(scores, targets.positives, exact):  # then the positives, by index
+    for level, index, score in zip(scores, targets.positives, exact):  # then the true values of the few positives
         level[index] = score
     n = len(targets.labels[0])
     return torch.cat([level.view(n, -1) for level in scores], dim=1)
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """−log p_t (equation 1) summed over the classes, (S,), of (S, K) logits and (S,) classes, K for background."""
+    """Sum −log p_t (equation 1) over the classes: (S,), for (S, K) logits and (S,) labels in [0, K]."""
     logits = _in_float32(logits)
     onehot = (classes[:, None] == torch.arange(logits.shape[1], device=logits.device)).to(logits.dtype)  # (S, K)
     return F.binary_cross_entropy_with_logits(logits, onehot, reduction="none").sum(dim=1)

@@ -1,4 +1,4 @@
-"""A matching rule without IoU thresholds to tune: each box sets its own (Zhang et al., CVPR 2020)."""
+"""ATSS: a matching rule that computes an IoU threshold for each box (Zhang et al., CVPR 2020)."""
 
 from collections.abc import Sequence
 
@@ -20,11 +20,11 @@ _DISTANCES_AT_ONCE = 2**19  # of anchors without a grid
 class ATSSMatcher:
     """Adaptive training sample selection, as in the authors' code.
 
-    A box's candidates are all anchors of the ``topk`` locations of each level that are nearest to its centre. Its
-    threshold is the mean of their IoU with the box plus the standard deviation (that of a sample, divided by n − 1).
-    Candidates that reach it and whose centre is inside the box are positive; all other anchors are background, none is
-    ignored. An anchor that is positive for several boxes goes to the one of the best IoU, the first of equals. Of
-    locations equally near, those further up and then further left come first.
+    The candidates of a box are all anchors at the ``topk`` locations of each level that are nearest to its centre. Its
+    threshold is the mean plus the standard deviation (divided by n − 1) of their IoU with the box. Candidates that
+    reach it, overlap the box and have their centre inside are positive. All other anchors are background; none is
+    ignored. An anchor that is positive for several boxes is matched to the one of the best IoU, the first of equals. Of
+    locations equally near, upper ones come first, then left ones.
 
     Args:
         topk: locations a level, at least 1 (else a ValueError); 9 in the paper.
@@ -43,8 +43,7 @@ class ATSSMatcher:
     def __call__(self, anchors: Anchors, instances: Instances | None = None) -> tuple[Tensor, Tensor]:
         """Match the boxes of one image; a TypeError for a matrix of IoU.
 
-        Returns:
-            ``matched`` (R,) int64, the index of each positive anchor's box, 0 for others, and ``labels`` (R,) int8.
+        Returns ``matched`` (R,) int64, the index of each positive anchor's box and 0 for others; ``labels`` (R,) int8.
         """
         if instances is None or not isinstance(anchors, Anchors):
             raise TypeError(
@@ -57,10 +56,9 @@ class ATSSMatcher:
     def match_batch(
         self, anchors: Anchors, gt_instances: Sequence[Instances], regions: Sequence[Boxes | None], min_ioa: float
     ) -> tuple[Tensor, Tensor]:
-        """Match a batch without a loop over its boxes, and ignore what its ``regions`` cover.
+        """Match a batch without a loop over its boxes, and ignore the negatives that ``regions`` cover.
 
-        Returns:
-            ``matched`` (N, R) int64 and ``labels`` (N, R) int8, those of image after image.
+        Returns ``matched`` (N, R) int64 and ``labels`` (N, R) int8, the same as matching image by image.
         """
         matched, labels = self._match(anchors, [instances.gt_boxes.tensor for instances in gt_instances])
         for image, areas in enumerate(regions):
@@ -69,9 +67,9 @@ class ATSSMatcher:
         return matched, labels
 
     def _match(self, anchors: Anchors, images: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Match (G_i, 4) boxes of N images: ``matched`` and ``labels``, both (N, R)."""
+        """Match the (G_i, 4) boxes of N images, and return ``matched`` and ``labels``, both (N, R)."""
         n, r, device = len(images), len(anchors), anchors.device
-        # Of each box its image, and its index there: made on the host, which knows the numbers of boxes.
+        # The image of each box and its index in it, made on the host, which knows how many boxes an image has.
         owners = [(i, g) for i, boxes in enumerate(images) for g in range(len(boxes))]
         image, index = torch.tensor(owners, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True).unbind(1)
         keys = torch.zeros(n * r, dtype=torch.int64, device=device)
@@ -90,7 +88,7 @@ class ATSSMatcher:
         return unpack_pairs(keys)[1].view(n, r), labels.view(n, r)
 
     def _candidates(self, boxes: Tensor, anchors: Anchors) -> Tensor:
-        """The (G, C) indices of the anchors at the ``topk`` locations of each level nearest to each box's centre."""
+        """Return the (G, C) indices of each box's candidates, the anchors at the nearest locations of each level."""
         centers = boxes.double().view(-1, 2, 2).mean(dim=1)  # (G, 2) as (x, y)
         candidates, first = [], 0
         for level, (level_boxes, num_cell_anchors) in enumerate(zip(anchors.boxes, anchors.num_cell_anchors)):
@@ -105,10 +103,10 @@ class ATSSMatcher:
         return torch.cat([*candidates, centers.new_zeros(len(boxes), 0).long()], dim=1)
 
     def _nearest_on_grid(self, centers: Tensor, anchors: Anchors, level: int) -> Tensor:
-        """The (G, k) indices of the nearest locations of a regular grid.
+        """Return the (G, k) indices of the nearest locations of a regular grid.
 
-        A location outside the k nearest columns has k nearer locations in its own row; likewise for rows. So only the
-        k² locations where these columns and rows cross are compared.
+        A location outside the k nearest columns has k nearer locations in its own row; likewise for rows. So it is
+        enough to compare the k² locations where the k nearest columns and rows cross.
         """
         assert anchors.strides is not None and anchors.cell_anchors is not None
         (height, width), stride = anchors.grid_sizes[level], anchors.strides[level]
@@ -121,25 +119,27 @@ class ATSSMatcher:
         return locations.gather(1, self._smallest(distances))
 
     def _nearest_of_axis(self, center: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """The k integers in [0, size) that are nearest to each (G,) ``center``, in order, and their distances."""
+        """Return the k integers in [0, size) nearest to each (G,) ``center``, ascending, and their offsets from it."""
         k = min(self.topk, size)
         start = (center - k / 2).ceil().nan_to_num(0).clamp(0, size - k).long()  # of two equally near, the lower
         index = start[:, None] + torch.arange(k, device=center.device)  # (G, k)
         return index, index - center[:, None]
 
     def _nearest_anywhere(self, centers: Tensor, boxes: Tensor) -> Tensor:
-        """The (G, k) indices of the nearest locations, by the mean centre of their anchors, (H·W, A, 4) ``boxes``."""
+        """Return (G, k), the nearest locations' indices, by the mean centre of their anchors, (H·W, A, 4) ``boxes``."""
         locations = boxes.double().view(len(boxes), -1, 2).mean(dim=1)  # (H·W, 2)
         chunks = centers[:, None].split(max(_DISTANCES_AT_ONCE // len(locations), 1))  # (some of G, 1, 2)
         return torch.cat([self._smallest((chunk - locations).square().sum(dim=2)) for chunk in chunks])
 
     def _smallest(self, distances: Tensor) -> Tensor:
-        """The positions of each row's k smallest values, the first of equals first."""
+        """Return the column indices of each row's k smallest values, the first of equals first."""
         return distances.sort(dim=1, stable=True).indices[:, : self.topk]
 
 
 def _reaches_threshold(iou: Tensor) -> Tensor:
-    """Which of each box's (G, C) candidates have at least the mean plus the standard deviation of their IoU."""
+    """Whether each of the (G, C) candidates has at least the mean plus the standard deviation of its box's IoUs."""
+    # A high mean says that the anchors fit the box well, so more can be asked of them. A high deviation says that one
+    # level fits much better than the others, and the threshold then leaves its anchors alone.
     count = iou.shape[1]
     exact = iou.double()  # so that C equal values have just this mean
     mean = exact.sum(dim=1, keepdim=True) / max(count, 1)

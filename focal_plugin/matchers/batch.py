@@ -1,4 +1,4 @@
-"""Matching the images of a batch with whatever matcher a model has."""
+"""Matching of all images of a batch, with any matcher."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,23 +24,21 @@ def match_images(
 ) -> list[tuple[Tensor, Tensor]]:
     """Match each image's boxes with the anchors.
 
-    On a GPU, a matcher with a method ``match_batch`` gets all images at once. Others are called image by image, and
-    what they give is checked against their contract.
+    On a GPU, a matcher with a method ``match_batch`` gets all images at once. Any other is called image by image, and
+    its results are checked against the contract.
 
     Args:
         matcher: an entry of ``ANCHOR_MATCHER_REGISTRY``.
         anchors: R anchors.
-        gt_instances: of each image, with ``gt_boxes``, on the anchors' device.
-        ignore_boxes: of each image its ignore regions, or None; empty if no image has any.
-        min_ioa: a background anchor is ignored if at least this share of its area lies in one region; 0, none is.
-        check_values: whether to check indices and labels too, for which a GPU is synchronised.
+        gt_instances: one ``Instances`` an image, with ``gt_boxes``, on the anchors' device.
+        ignore_boxes: the ignore regions of each image, or None where it has none; empty if no image has any.
+        min_ioa: a background anchor is ignored if at least this share of its area lies in one region; 0 ignores none.
+        check_values: whether to check the values of indices and labels too, which synchronises with a GPU.
 
     Returns:
         For each image ``matched`` (R,) int64, the index of each anchor's box, and ``labels`` (R,) int8. As in
-        Detectron2, every anchor of an image without boxes is background, whatever ``IOU_LABELS`` begins with.
-
-    Raises:
-        TypeError, ValueError: the matcher breaks its contract.
+        Detectron2, every anchor of an image without boxes is background, whatever the first of ``IOU_LABELS`` is.
+        A matcher that breaks its contract raises a TypeError or ValueError.
     """
     regions = [None] * len(gt_instances) if min_ioa == 0 or not ignore_boxes else list(ignore_boxes)
     batched = getattr(matcher, "match_batch", None) if anchors.device.type == "cuda" else None
@@ -59,7 +57,7 @@ def match_images(
 
 
 def to_device(instances: Instances, device: torch.device) -> Instances:
-    """Return ``instances`` on a device, copied without synchronising, which ``Instances.to`` does."""
+    """Return a copy of ``instances`` on a device. Unlike ``Instances.to``, this does not synchronise."""
     moved = Instances(instances.image_size)
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):

@@ -1,4 +1,4 @@
-"""The paper's matching rule: bands of IoU, with one between background and foreground that is ignored."""
+"""The paper's matching rule: thresholds of IoU, and between background and foreground a band that is ignored."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -23,21 +23,20 @@ _IOUS_AT_ONCE = 2**19  # of a dense chunk: about 30 MB of temporaries
 
 @ANCHOR_MATCHER_REGISTRY.register()
 class IgnoreBandMatcher:
-    """Labels anchors by their best IoU with any box: below .4 background, from .5 positive, else ignored (section 4.1).
+    """Label anchors by their best IoU with any box: below .4 background, from .5 positive, else ignored (section 4).
 
-    The result is that of Detectron2's ``Matcher``, ties included (the first of equally good boxes wins), except for a
-    box that overlaps no anchor, such as one without area: there it makes every free anchor positive, here none.
-    ``matched`` is Detectron2's for each anchor that is positive or reaches the lowest threshold; for others it is some
-    valid index.
+    Labels are those of Detectron2's ``Matcher``, with one exception: a box that overlaps no anchor, such as one without
+    area, can make all anchors positive there and makes none positive here. ``matched`` is Detectron2's too, the first
+    of equally good boxes, for anchors that are positive or reach the lowest threshold. For others it is a valid index.
 
     Args:
-        thresholds: the lower ends of all bands but the first, ascending, each above 0.
+        thresholds: the lowest IoU of each band but the first, ascending, each above 0.
         labels: the label of each band, IGNORED, NEGATIVE or POSITIVE: one more than there are thresholds.
-        low_quality: whether a box makes the anchors of its best IoU positive, equals included, if they are not.
-            ``none``: no, as in the paper; ``detectron2``: if that IoU is above 0; ``detectron1``: if it reaches the
-            lowest threshold. Such an anchor stays matched to its own best box, which may be another one.
+        low_quality: whether the anchors that overlap a box best, all of them at a tie, become positive even if their
+            IoU is too low. ``none``: no, as in the paper; ``detectron2``: if it is above 0; ``detectron1``: if it
+            reaches the lowest threshold. Such an anchor stays matched to its own best box, which may be another one.
 
-    An argument that is not so is a ValueError.
+    An argument that is not as above raises a ValueError.
     """
 
     @configurable
@@ -88,17 +87,17 @@ class IgnoreBandMatcher:
 
         assert instances is not None, "IgnoreBandMatcher takes (Anchors, Instances), or a matrix of IoU alone."
         boxes = instances.gt_boxes
-        if anchors.cell_anchors is None or self.labels[0] == POSITIVE:  # or every anchor's best box is asked for
+        # The search on the grid leaves out anchors in the first band: their best boxes matter if they are positives.
+        if anchors.cell_anchors is None or self.labels[0] == POSITIVE:
             return self._match_rows(_iou_rows(boxes, anchors), boxes.tensor.new_zeros(len(anchors)))
         return self._match_grid(anchors.derived(GridPairs), boxes.tensor)
 
     def match_batch(
         self, anchors: Anchors, gt_instances: Sequence[Instances], regions: Sequence[Boxes | None], min_ioa: float
     ) -> tuple[Tensor, Tensor] | None:
-        """Match a batch on a GPU, and ignore what its ``regions`` cover; None where there is no Triton.
+        """Match a batch on a GPU, and ignore the negatives that ``regions`` cover. Return None without Triton.
 
-        Returns:
-            ``matched`` (N, R) int64 and ``labels`` (N, R) int8, bit for bit those of image after image.
+        Returns ``matched`` (N, R) int64 and ``labels`` (N, R) int8, bit for bit those of matching image by image.
         """
         if ignore_band_triton is None:
             return None
@@ -108,7 +107,7 @@ class IgnoreBandMatcher:
         return ignore_band_triton.match_batch(anchors, boxes, areas, min_ioa, *rule)
 
     def _match_rows(self, rows: Iterable[Tensor], best: Tensor) -> tuple[Tensor, Tensor]:
-        """Match by the IoU matrix, given as some rows at a time. ``best`` is (R,) zeros."""
+        """Match by the (G, R) matrix of IoU, given a few rows at a time. ``best`` is (R,) zeros."""
         matched = torch.zeros_like(best, dtype=torch.int64)
         is_extra = torch.zeros_like(best, dtype=torch.bool)
         start = 0
@@ -122,7 +121,7 @@ class IgnoreBandMatcher:
         return matched, self._label(best, is_extra)
 
     def _match_grid(self, grid: GridPairs, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Match by the pairs that can reach a threshold or be the best of a box; there is no (G, R) matrix."""
+        """Match by those pairs that can reach a threshold or be the best of their box, without a (G, R) matrix."""
         lowest = self.thresholds[0]
         best_of_box = boxes.new_zeros(len(boxes))
         if self.low_quality == "detectron2":
@@ -145,7 +144,7 @@ class IgnoreBandMatcher:
         found = keys.nonzero().squeeze(1)  # (M,) anchors in any pair: from here on M of R
         best, box = unpack_pairs(keys[found])
         is_extra = is_extra[found]
-        weak = (is_extra & (best < lowest)).nonzero().squeeze(1)  # below the lowest threshold not every pair was found
+        weak = (is_extra & (best < lowest)).nonzero().squeeze(1)  # their best pairs may not be among those found
         if len(weak):
             box[weak] = _best_boxes(grid.boxes[found[weak]], boxes)
         matched, labels = torch.zeros_like(keys), torch.full_like(keys, self.labels[0], dtype=torch.int8)
@@ -153,13 +152,13 @@ class IgnoreBandMatcher:
         return matched, labels
 
     def _is_worth(self, best_of_box: Tensor) -> Tensor:
-        """Whether a box of this best IoU makes its best anchors positive."""
+        """Whether a box makes its best anchors positive, given its best IoU with any anchor."""
         if self.low_quality == "none":
             return torch.zeros_like(best_of_box, dtype=torch.bool)
         return best_of_box >= self.thresholds[0] if self.low_quality == "detectron1" else best_of_box > 0
 
     def _label(self, best: Tensor, is_extra: Tensor) -> Tensor:
-        """The int8 label of each anchor from its best IoU; positive where ``is_extra``."""
+        """Return each anchor's int8 label for its best IoU, POSITIVE where ``is_extra``."""
         labels = torch.full_like(best, self.labels[0], dtype=torch.int8)
         for threshold, label in zip(self.thresholds, self.labels[1:]):
             labels.masked_fill_(best >= threshold, label)
@@ -167,7 +166,7 @@ class IgnoreBandMatcher:
 
 
 def _iou_rows(boxes: Boxes, anchors: Anchors) -> Iterator[Tensor]:
-    """The (G, R) matrix of IoU, some rows at a time."""
+    """Yield the (G, R) matrix of IoU, a few rows at a time."""
     flat = Boxes(anchors.flat)
     rows = max(_IOUS_AT_ONCE // max(len(flat), 1), 1)
     for start in range(0, len(boxes) if len(flat) else 0, rows):
@@ -175,7 +174,7 @@ def _iou_rows(boxes: Boxes, anchors: Anchors) -> Iterator[Tensor]:
 
 
 def _best_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """The (n,) index of the best of the ``boxes`` (G, 4) for each of the ``anchors`` (n, 4), the first of equals."""
+    """Return (n,), the index of the best of ``boxes`` (G, 4) for each of ``anchors`` (n, 4), the first of equals."""
     matched = []
     left, top, right, bottom = boxes.unbind(dim=1)  # (G,)
     for chunk in anchors.split(max(_IOUS_AT_ONCE // len(boxes), 1)):

@@ -10,16 +10,12 @@ _PAIRS_AT_ONCE = 2**19  # about 20 MB of temporaries
 
 
 def ignore_covered(labels: Tensor, anchors: Anchors, regions: Boxes, min_ioa: float) -> Tensor:
-    """The labels, with IGNORED for each background anchor that a region covers.
+    """Return the labels with IGNORED for each background anchor that a region covers. Positives stay positive.
 
-    A region covers an anchor if at least ``min_ioa`` of the anchor's area lies in that one region. By the same measure
-    COCO's evaluation takes a detection in a crowd for neither right nor wrong. Positives stay positive.
+    A region covers an anchor if at least ``min_ioa`` of the anchor's area lies in it. By the same measure, COCO's
+    evaluation counts detections in a crowd as neither right nor wrong.
 
-    Args:
-        labels: (R,), IGNORED, NEGATIVE or POSITIVE for each anchor; left as it is.
-        anchors: R anchors.
-        regions: M boxes.
-        min_ioa: above 0.
+    ``labels`` are (R,) and not changed. ``min_ioa`` is above 0.
     """
     boxes = Boxes(anchors.flat)
     covered = torch.zeros_like(labels, dtype=torch.bool)  # (R,)
