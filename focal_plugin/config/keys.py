@@ -2,11 +2,11 @@
 
 from detectron2.config import CfgNode as CN
 
-_OLD_TOP_BLOCK = "MODEL.FOCAL.TIMM.TOP_BLOCK"  # a config with it says what it is called now
+_OLD_TOP_BLOCK = "MODEL.FOCAL.TIMM.TOP_BLOCK"  # a config with this old name raises an error with the new one
 
 
 class ConfigError(ValueError):
-    """A config, or a file of one, that cannot be used. The message names the file or the key, and what to do."""
+    """An error in a config or its file. The message names the file or the key, and what to do."""
 
 
 def add_focal_config(cfg: CN) -> None:
@@ -39,8 +39,8 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.HEAD = CN()
     # The two subnets: a name in `DENSE_HEAD_REGISTRY`. `MODEL.RETINANET.{NUM_CONVS, NORM, NUM_CLASSES}` shape it.
     cfg.MODEL.FOCAL.HEAD.NAME = "FocalRetinaNetHead"
-    # What the levels share of `MODEL.RETINANET.NORM`: `auto`, as in Detectron2 (everything, except the statistics of BN
-    # and SyncBN); `shared` (everything); `per_level` (nothing: each level has its own norm).
+    # What the levels share of each norm of `MODEL.RETINANET.NORM`: `auto`, as in Detectron2 (everything, except the
+    # statistics of BN and SyncBN); `shared` (everything); `per_level` (nothing: each level has its own norm).
     cfg.MODEL.FOCAL.HEAD.NORM_SHARING = "auto"
 
     cfg.MODEL.FOCAL.CLS_LOSS = CN()
@@ -83,8 +83,8 @@ def _defaults() -> CN:
     # The rule that assigns boxes to anchors: a name in `ANCHOR_MATCHER_REGISTRY`. Its thresholds and labels are
     # `MODEL.RETINANET.IOU_THRESHOLDS` and `IOU_LABELS`.
     cfg.MODEL.FOCAL.MATCHER.NAME = "IgnoreBandMatcher"
-    # What a box gets that no anchor overlaps enough: `none`, as in the paper (nothing); `detectron1` (its best anchors,
-    # if their IoU reaches the lowest threshold); `detectron2` (its best anchors at any IoU above 0).
+    # Which anchors become positive for a box that no anchor overlaps enough: `none`, as in the paper; `detectron1` (its
+    # best anchors, if their IoU reaches the lowest threshold); `detectron2` (its best anchors, at any IoU above 0).
     cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "detectron2"
     # ATSSMatcher: the number of locations of each level, those nearest to a box's centre, that are its candidates.
     cfg.MODEL.FOCAL.MATCHER.TOPK = 9
@@ -93,7 +93,7 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.MATCHER.IGNORE_IOA = 0.5
 
     cfg.MODEL.FOCAL.BIAS_INIT = CN()
-    # How the classifier's bias starts: a name in `BIAS_INIT_REGISTRY`. π is `MODEL.RETINANET.PRIOR_PROB`.
+    # The initial value of the classifier's bias: a name in `BIAS_INIT_REGISTRY`. π is `MODEL.RETINANET.PRIOR_PROB`.
     cfg.MODEL.FOCAL.BIAS_INIT.NAME = "PriorBiasInit"
 
     # What the sums of the losses are divided by: `ema` (Detectron2's running mean of the number of positives),

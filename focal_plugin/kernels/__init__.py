@@ -1,5 +1,5 @@
-"""The paper's computations made fast, each for a device: the same results, found another way.
+"""Fast implementations of the paper's computations, each for a kind of device.
 
-``losses``, ``matchers`` and ``heads`` call them and say what they compute. Here is how, and why that is fast; the paper
-can be read without it.
+``losses``, ``matchers`` and ``heads`` call them and say what they compute. The modules here say how, and why that is
+fast; the paper can be understood without them.
 """

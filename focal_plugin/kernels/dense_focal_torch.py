@@ -24,23 +24,23 @@ def loss_and_gradients(
     needed: Sequence[bool],
     factor: float,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss of ``dense_focal_loss``, and ``factor`` times the gradient of each level that needs one."""
+    """Return the loss of ``dense_focal_loss``, and ``factor`` times the gradient of each level that needs one."""
     positive, negative = (1.0, 1.0) if isinstance(alpha, float) and alpha == -1 else (alpha, 1 - alpha)
     device, dtype = logits[0].device, torch.promote_types(logits[0].dtype, torch.float32)
     levels = [_Level(*level, factor) for level in zip(logits, labels, needed)]
     if device.type == "cpu":
         for i, level in enumerate(levels):
             level.check_labels(i)
-        # SLEEF's log1p for AVX-512, which logaddexp calls, reads its constant −0.0 under a mask that is empty for all
-        # other arguments. Until the page with the constant is mapped, each such read takes the processor's slow path,
-        # and log1p ten times as long. The argument −0.0 maps the page.
+        # logaddexp calls SLEEF's log1p, which on AVX-512 loads a constant under a mask that is empty unless an argument
+        # is −0.0. Until the constant's page is mapped, even empty loads take the processor's slow path and log1p takes
+        # ten times as long. An argument −0.0 maps the page.
         torch.log1p(torch.tensor(-0.0, device="cpu"))
 
     tasks = [(level, *block) for level in levels for block in level.blocks(_block_size(device))]
-    losses = [torch.empty(0)] * len(tasks)  # summed in this order whichever thread is first: reproducible
+    losses = [torch.empty(0)] * len(tasks)  # summed in this order, whichever thread is first, to be reproducible
     queue = iter(enumerate(tasks))
 
-    @(torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad)()  # threads don't inherit it
+    @(torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad)()  # set for each thread
     def work() -> None:
         size = max((count for _, _, count, _ in tasks), default=0)
         scratch = torch.empty(3, size, dtype=dtype, device=device)
@@ -54,17 +54,17 @@ def loss_and_gradients(
 
 def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply the gradients in place."""
-    number = factor.item()  # a 0-dim tensor would be rounded to float16 before it is multiplied with such a gradient
+    number = factor.item()  # a 0-dim tensor would be rounded to float16 before a float16 gradient is multiplied by it
     if number != 1:
         for gradient in gradients:
             gradient.mul_(number)
 
 
 def _on_threads(work: Callable[[], None], count: int) -> None:
-    """Call ``work`` on ``count`` threads at once, whose operations each keep to their thread.
+    """Call ``work`` on ``count`` threads at once, with PyTorch's own threads switched off.
 
-    PyTorch would divide each operation among its threads, which wait for each other after each. The operations here are
-    short, and on cores that other processes use too that waiting is most of the time.
+    PyTorch would divide every operation among its threads and wait for the slowest. The operations here are short, and
+    on cores that other processes use too, most of the time would be spent waiting.
     """
     if count <= 1:
         work()
@@ -79,31 +79,31 @@ def _on_threads(work: Callable[[], None], count: int) -> None:
 
 
 def memory_order(logits: Tensor) -> list[int]:
-    """The dimensions of ``torch.empty_like(logits)``, those of larger strides first."""
+    """Return the dimensions of ``torch.empty_like(logits)``, those of larger strides first."""
     strides = torch.empty_like(logits, device="meta").stride()
     return sorted(range(logits.ndim), key=lambda d: -strides[d])
 
 
 def _block_size(device: torch.device) -> int:
-    """How many elements to work on at a time: on a CPU, as many as stay in cache with their temporaries."""
+    """Return the largest number of elements of a block: on a CPU, as many as fit in cache with their temporaries."""
     return 2**17 if device.type == "cpu" else 2**22
 
 
 def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float, gradient: Tensor | None) -> Tensor:
-    """The loss of logits with target 0, the sum of weight · σ(x)^γ · softplus(x); writes its gradient times ``factor``.
+    """Return Σ weight · σ(x)^γ · softplus(x), the loss of logits with target 0; write its gradient times ``factor``.
 
     This is equation 5: for target 0, 1 − p_t = σ(x) and −log p_t = softplus(x). Target 1 is target 0 of −x with another
     weight.
 
     Args:
         scratch: (3, ...), three tensors of one shape; the first holds the logits x. All are overwritten.
-        weight: a number, or what broadcasts to that shape.
+        weight: a number, or a tensor that broadcasts to that shape.
         gradient: of that shape and any dtype, or None.
     """
     x, p, s = scratch.unbind()
     zero = x.new_zeros(())
     torch.sigmoid(x, out=p)
-    torch.logaddexp(x, zero, out=s)  # softplus to the last bit; −log σ(−x) has few correct ones where σ(−x) ≈ 1
+    torch.logaddexp(x, zero, out=s)  # softplus; −log σ(−x) would be inaccurate where σ(−x) ≈ 1
     if gamma == 0:
         if gradient is not None:
             torch.mul(p, weight * factor, out=gradient)
@@ -124,10 +124,10 @@ def _focal(scratch: Tensor, weight: float | Tensor, gamma: float, factor: float,
 
 
 class _Level:
-    """One level's logits as they lie in memory: dimensions before that of the classes, classes (K), dimensions after.
+    """One level's logits in the order of memory, as (B, K, S).
 
-    Their sizes multiply to B, K and S: S is 1 for channels last and H·W for channels first. An anchor is a pair (b, s)
-    and has number b·S + s; an element is (b, k, s) and has number (b·K + k)·S + s.
+    K are the classes, B all dimensions before them and S all dimensions after them: S = 1 for channels last, S = H·W
+    for channels first. Anchor (b, s) has the number b·S + s, and element (b, k, s) the number (b·K + k)·S + s.
     """
 
     def __init__(self, logits: Tensor, labels: Tensor, needed: bool, factor: float):
@@ -140,7 +140,7 @@ class _Level:
         self.written = None if self.gradient is None else self.gradient.permute(order).view(-1)  # (B·K·S,)
 
         flat = labels.permute([d - (d > 2) for d in order if d != 2]).reshape(-1)  # (B·S,)
-        special = (flat != self.num_classes).nonzero().squeeze(1)  # the anchors that are not all background
+        special = (flat != self.num_classes).nonzero().squeeze(1)  # the anchors that are not background
         self.labels = flat[special]
         self.ignored = special[self.labels <= IGNORED]  # (I,) anchors
         is_positive = (self.labels >= 0) & (self.labels < self.num_classes)
@@ -148,7 +148,7 @@ class _Level:
         b, s = anchors.div(self.inner, rounding_mode="floor"), anchors.remainder(self.inner)
         self.positive, indices = ((b * self.num_classes + classes) * self.inner + s).sort()  # (P,) elements
         self.classes = classes[indices]  # (P,)
-        # On the host, for blocks to look up which ones they hold.
+        # On the host, where each block looks up which of them it holds.
         self.ignored_numbers, self.positive_numbers = self.ignored.tolist(), self.positive.tolist()
 
     def check_labels(self, level: int) -> None:
@@ -160,9 +160,12 @@ class _Level:
             )
 
     def blocks(self, size: int) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
-        """Divide the elements into runs of at most ``size``: (first element, how many, index into ``logits``) of each.
+        """Divide the elements into contiguous blocks of at most ``size``.
 
-        A run is a box of (B, K, S). At most one of its three sides is neither 1 nor whole.
+        Each block is a box in (B, K, S), of which at most one side is neither 1 nor the whole dimension.
+
+        Yields:
+            The number of the first element, the number of elements, and the block's index into ``logits``.
         """
         inner = [math.prod(self.shape[d + 1 :]) for d in range(5)]
         cut = next(d for d in range(5) if inner[d] <= size)  # the dimension that is sliced; those before it are indexed
@@ -177,11 +180,11 @@ class _Level:
     def negatives(
         self, start: int, count: int, index: tuple[Any, ...], weight: float | Tensor, gamma: float, scratch: Tensor
     ) -> Tensor:
-        """The loss of a block's elements with target 0; writes their gradient, and 0 for all others."""
+        """Return the loss of a block's elements with target 0. Write their gradient, and 0 for all other elements."""
         block, scratch = self.logits[index], scratch[:, :count]
         x = scratch[0]
         x.view(block.shape).copy_(block)
-        ks = min(count // min(count, self.inner), self.num_classes), min(count, self.inner)  # two sides of the box
+        ks = min(count // min(count, self.inner), self.num_classes), min(count, self.inner)  # the block in K and S
         b, k = divmod(start // self.inner, self.num_classes)
 
         low, high = (bisect_left(self.positive_numbers, number) for number in (start, start + count))
@@ -199,7 +202,7 @@ class _Level:
         return _focal(scratch, weight, gamma, self.factor, gradient)
 
     def positives(self, weight: float | Tensor, gamma: float) -> Tensor:
-        """The loss of the elements with target 1; writes their gradient, after that of all blocks."""
+        """Return the loss of the elements with target 1. Write their gradient, over the zeros of ``negatives``."""
         x = -self.logits[unravel(self.positive, self.shape)]  # (P,)
         scratch = x.to(torch.promote_types(x.dtype, torch.float32)).repeat(3, 1)
         gradient = None if self.written is None else torch.empty_like(x)
@@ -212,6 +215,6 @@ class _Level:
 
 
 def _elements(anchors: Tensor, k: int, s: int) -> Tensor:
-    """The numbers of the k elements of each of the ``anchors``, in a box of (b, k, s)."""
+    """Return the numbers of the k elements of each of the ``anchors`` in a block of sizes (b, k, s)."""
     first = anchors // s * (k * s) + anchors % s
     return (first[:, None] + torch.arange(0, k * s, s, device=anchors.device)).view(-1)

@@ -1,8 +1,8 @@
-"""The dense focal loss on a GPU: a Triton kernel for the loss, and one for its gradient, each for all levels at once.
+"""The dense focal loss on a GPU: one Triton kernel for loss or gradient, launched once for all levels.
 
-Forward keeps nothing but the logits, which the network has anyway. Backward reads them again, and writes each gradient
-once, already times the factor that comes from above: a pass over the logits less than to store the gradients in forward
-and to scale them in backward, and nothing is rounded twice.
+Forward stores nothing; the network keeps the logits anyway. Backward reads them again and writes each gradient once,
+already multiplied by the incoming one. To store gradients in forward and scale them in backward would take one pass
+more over the logits, and round them twice.
 """
 
 import functools
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 2048  # elements a program: 16 for each thread of 4 warps
-_MOST_LEVELS = 8  # of one launch
+_MOST_LEVELS = 8  # in one launch
 _FIELDS = 20  # a row of the table that describes a level, see _describe
 
 
@@ -50,7 +50,7 @@ def _launch(
     gamma: float,
     factor: Tensor | None,
 ) -> list[Tensor]:
-    """Run the kernel over some levels: write the gradients times ``factor``, or return one loss a program if None."""
+    """Run the kernel over levels. Write their gradients times ``factor``; if it is None, return their losses."""
     first = logits[0]
     dtype, num_classes = torch.promote_types(first.dtype, torch.float32), first.shape[2]
     weights = _class_weights(alpha, num_classes, dtype, first.device)
@@ -176,17 +176,17 @@ def _pick(level, p0, p1, p2, p3, p4, p5, p6, p7):
 
 @triton.jit
 def _offsets(strides_ptr, i_0, i_1, i_2, i_3):
-    """Where the anchors of these four indices lie."""
+    """The offsets in memory of the anchors with these indices."""
     at = i_0 * tl.load(strides_ptr) + i_1 * tl.load(strides_ptr + 1)
     return at + i_2 * tl.load(strides_ptr + 2) + i_3 * tl.load(strides_ptr + 3)
 
 
 @triton.jit
 def _log1p(e, HALF: tl.constexpr, TERMS: tl.constexpr):
-    """log(1 + e) of e in [0, 1], also where 1 + e has lost the bits of e."""
-    if HALF:  # logits of 11 bits or less: what the logarithm loses below 2^-6 does not show in them
+    """log(1 + e) of e in [0, 1], accurate also where 1 + e rounds to 1."""
+    if HALF:  # a series below 2^-6, and above it a logarithm that is exact enough for logits of 11 bits or less
         result = tl.where(e < 0.015625, e * (1.0 - e * (0.5 - e * (0.33333334 - 0.25 * e))), tl.log(1.0 + e))
-    else:  # 2 artanh(e / (2 + e)), by its series, whose terms shrink by 9 at least
+    else:  # the series of 2 artanh(e / (2 + e)): each term is at most a ninth of the one before
         t = e / (2.0 + e)
         result = tl.zeros_like(t)
         for i in tl.static_range(TERMS):

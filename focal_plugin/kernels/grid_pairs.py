@@ -14,32 +14,32 @@ _CANDIDATES_AT_ONCE = 2**15  # few enough to stay in cache and in one thread
 
 
 def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """The (n,) IoU of each of the (n, 4) boxes with its counterpart, bit for bit that of ``pairwise_iou``."""
+    """Return the (n,) IoU of each of the (n, 4) boxes with its counterpart, bit for bit as ``pairwise_iou``."""
     return matched_pairwise_iou(Boxes(boxes), Boxes(others)).nan_to_num(0)  # NaN: 0 over an area of 0 or NaN
 
 
 def pack_pairs(iou: Tensor, box: Tensor) -> Tensor:
-    """One int64 for an IoU and a box: the largest has the largest IoU and, of equals, the first box.
+    """Pack an IoU and a box index into one int64: larger for a larger IoU, and at equal IoU for a smaller index.
 
-    The bits of floats ≥ 0, read as integers, are in the floats' order. 0 stands for IoU 0 and the first box, so the
-    best box of each anchor is a ``scatter_reduce`` of "amax" into zeros.
+    Floats ≥ 0 have the order of their bits, read as integers. 0 stands for IoU 0 and box 0, so ``scatter_reduce`` with
+    "amax" into zeros finds the best box of each anchor.
     """
     return (iou.view(torch.int32).long() << 32) - box
 
 
 def unpack_pairs(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The IoU and the box of each of ``pack_pairs``'s keys."""
+    """Return the IoU and the box index in each key of ``pack_pairs``."""
     bits = (keys + (2**32 - 1)) >> 32
     return bits.int().view(torch.float32), (bits << 32) - keys
 
 
 class GridPairs:
-    """Searches the pairs of an image's boxes and anchors by IoU.
+    """A search for the pairs of anchors and an image's boxes that have enough IoU.
 
-    An IoU of t needs an intersection of t / (1 + t) times the sum of the two areas. The anchors of one shape stand a
-    stride apart, so those that can intersect a box that much are a window of their grid a few cells wide, and empty for
-    most of the C = ΣA shapes of all levels. Only the anchors in the windows are compared with the box, with the
-    arithmetic of ``pairwise_iou``. The windows allow for the anchors' rounding to float32: none is missed.
+    An IoU of t needs an intersection of t / (1 + t) times the sum of the two areas. The anchors of one shape are a
+    stride apart, so those that can intersect a box that much are in a window of their grid, a few cells wide. For most
+    of the C = ΣA shapes of all levels this window is empty. Only the anchors in windows are compared with the box, with
+    the arithmetic of ``pairwise_iou``. Windows allow for the anchors' rounding to float32, so that no pair is missed.
     """
 
     def __init__(self, anchors: Anchors):
@@ -66,9 +66,10 @@ class GridPairs:
         self.slack = 16 * self.rounding[:, 0] / self.sides.amin(dim=1) + 1e-5  # (C,)
 
     def nearest_iou(self, boxes: Tensor) -> Tensor:
-        """The best IoU of each of the ``boxes`` (G, 4) with the anchors nearest to its centre, one of each shape.
+        """Return the best IoU of each of ``boxes`` (G, 4) with the anchors nearest to its centre, one of each shape.
 
-        (G,) float32, 0 for an invalid box. It is the best IoU with any anchor, or less by rounding, and never more.
+        (G,) float32, 0 for an invalid box. Except for rounding, which may lower it, this is the best IoU with any
+        anchor.
         """
         return torch.cat([self._nearest_iou(chunk) for chunk in boxes.split(_BOXES_AT_ONCE)])
 
@@ -82,7 +83,7 @@ class GridPairs:
         return torch.cat([iou, iou.new_zeros(len(iou), 1)], dim=1).amax(dim=1)  # 0 without any shape
 
     def search(self, boxes: Tensor, min_iou: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All pairs of positive IoU ≥ the box's ``min_iou`` (G,), once each, in chunks of bounded size.
+        """Yield all pairs with IoU > 0 and ≥ the box's ``min_iou`` (G,), in chunks of bounded size; each pair once.
 
         Yields:
             (anchor, box, iou): (M,) int64 indices into the R anchors and the G ``boxes`` (G, 4), and the pairs' float32
@@ -101,7 +102,7 @@ class GridPairs:
                 yield anchor.index_select(0, keep), box.index_select(0, keep), iou.index_select(0, keep)
 
     def _windows(self, boxes: Tensor, min_iou: Tensor) -> Tensor:
-        """The windows that hold every anchor of IoU ≥ ``min_iou``: one row of int64 each, as ``_cells`` takes them."""
+        """Return windows that hold every anchor with IoU ≥ ``min_iou``, one row of int64 each, for ``_cells``."""
         low, high = boxes.double()[:, None].split(2, dim=2)  # (G, 1, 2)
         sides = high - low  # (G, 1, 2)
         # Below float32's normal numbers the IoU itself is rounded coarsely: any overlap is a candidate then.
@@ -109,7 +110,8 @@ class GridPairs:
         most = torch.minimum(sides, self.sides)  # (G, C, 2), the largest overlap on each axis
         need = (sides.prod(dim=2) + self.areas) * min_iou / (1 + min_iou)  # (G, C), the least intersection
         need *= (1 - self.slack).clamp(min=0)
-        overlap = need[:, :, None] / most.flip(2) - self.rounding  # (G, C, 2), needed on an axis, the other at its most
+        # (G, C, 2), the least overlap on one axis, which suffices if that on the other is the largest possible.
+        overlap = need[:, :, None] / most.flip(2) - self.rounding
         first = ((low + overlap - self.high) / self.stride).ceil().clamp(min=0)  # (G, C, 2) as (x, y)
         last = ((high - overlap - self.low) / self.stride).floor().minimum(self.size - 1)
         extent = (last - first + 1).clamp(min=0)
@@ -123,7 +125,7 @@ class GridPairs:
 
 
 def _cells(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """The anchor and the box of each cell of some windows, (number of cells,) int64 each.
+    """Return the anchor and the box of each cell of the windows, (number of cells,) int64 each.
 
     Args:
         windows: rows of (number of cells, columns, box, index of the first anchor, index steps of x and of y).

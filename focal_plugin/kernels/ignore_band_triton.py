@@ -1,7 +1,7 @@
 """The ignore-band matcher on a GPU: every anchor against every box, in registers, for all images of a batch at once.
 
-A GPU compares a few hundred thousand anchors with a hundred boxes faster than it could look up which pairs matter, and
-the shapes of what it writes do not depend on the boxes. The (G, R) matrix of IoU is never in memory: the first kernel
+A GPU compares a few hundred thousand anchors with a hundred boxes faster than it could find out which pairs matter, and
+the shapes of its outputs do not depend on the boxes. The (G, R) matrix of IoU is never in memory: the first kernel
 keeps the best box of each anchor and the best IoU of each box, the second computes the IoU again where it has to know
 which anchors have that best IoU. The arithmetic is that of Detectron2's ``pairwise_iou`` to the last bit, which is why
 the compiler may not contract a product and a sum into one rounding.
@@ -30,9 +30,9 @@ def match_batch(
     band_labels: Sequence[int],
     low_quality: str,
 ) -> tuple[Tensor, Tensor]:
-    """Match (G_i, 4) boxes and ignore (M_i, 4) regions of N images: ``matched`` and ``labels``, both (N, R).
+    """Match the (G_i, 4) boxes of N images, and ignore the negatives in their (M_i, 4) regions.
 
-    ``min_ioa`` and what follows are as of ``match_ignore_bands``.
+    ``match_ignore_bands`` documents ``min_ioa`` and the arguments after it. Returns ``matched`` and ``labels``, (N, R).
     """
     bands = torch.tensor(thresholds), torch.tensor(band_labels, dtype=torch.int32)
     bands = [band.to(anchors.device, non_blocking=True) for band in bands]
@@ -62,14 +62,14 @@ def match_ignore_bands(
 
     Args:
         anchors: (R, 4) float32.
-        boxes: (N, G, 4) float32, an image's boxes first, then anything.
-        num_boxes: (N,) int32, how many boxes each image has.
+        boxes: (N, G, 4) float32, the boxes of each image, then padding.
+        num_boxes: (N,) int32, the number of boxes of each image.
         regions: (N, M, 4) float32, the ignore regions, padded likewise.
         num_regions: (N,) int32.
         thresholds: (T,) float32, ascending.
         band_labels: (T + 1,) int32.
         low_quality: as of ``IgnoreBandMatcher``.
-        min_ioa: a background anchor is ignored if so much of its area lies in one region; 0, none is.
+        min_ioa: a background anchor is ignored if at least this share of its area lies in one region; 0 ignores none.
 
     Returns:
         ``matched`` (N, R) int64 and ``labels`` (N, R) int8.
@@ -139,7 +139,7 @@ def _load_anchors(ptr, index, mask):
 
 @triton.jit
 def _intersection(ax0, ay0, ax1, ay1, ptr):
-    """The area that some anchors share with the box at ``ptr``, NaN where it is no box; and the area of the box."""
+    """The intersection of anchors with the box at ``ptr``, NaN for an invalid box; and the area of the box."""
     left, top, right, bottom = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
     width = _larger(_smaller(ax1, right) - _larger(ax0, left), 0.0)
     height = _larger(_smaller(ay1, bottom) - _larger(ay0, top), 0.0)
@@ -148,7 +148,7 @@ def _intersection(ax0, ay0, ax1, ay1, ptr):
 
 @triton.jit
 def _iou(ax0, ay0, ax1, ay1, area, ptr):
-    """IoU of some anchors with the box at ``ptr``: 0 where it is no box."""
+    """The IoU of anchors with the box at ``ptr``; 0 for an invalid box."""
     inter, box_area = _intersection(ax0, ay0, ax1, ay1, ptr)
     iou = tl.div_rn(inter, tl.where(inter > 0, box_area + area - inter, 1.0))
     return tl.where((inter > 0) & (iou >= 0), iou, 0.0)

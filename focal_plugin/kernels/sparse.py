@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 class Cells:
-    """Numbers for the cells of a batch's feature maps: all levels, all images, and one cell of border around each map.
+    """Numbers for the cells of a batch's feature maps, of all levels and images, and of a border around each map.
 
-    Because of the border every neighbour of a cell has a number: cell + dy · width + dx.
+    The border is one cell wide. Thanks to it each neighbour of a cell has a number, cell + dy · width + dx.
 
     Args:
         features: one (N, C, H, W) tensor a level.
@@ -37,19 +37,19 @@ class Cells:
         self.offsets = torch.arange(-1, 2, device=device)
 
     def numbers(self, level: int, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """The numbers of the cells at (y, x) of these images on a level."""
+        """Return the numbers of the cells at (y, x) of the images on a level."""
         h, w = self.shapes[level]
         return self.starts[level] + (image * h + y + 1) * w + x + 1
 
     def around(self, cells: Tensor) -> Tensor:
-        """The (S, 9) numbers of the cells of each 3×3 window around the (S,) ``cells``, in the order of a kernel."""
+        """Return the (S, 9) numbers of the cells in the 3×3 window around each of the (S,) ``cells``, row by row."""
         rows = cells[:, None] + self.offsets * self.widths[cells, None]  # (S, 3)
         return (rows[:, :, None] + self.offsets).flatten(1)  # (S, 9)
 
     def collect(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The different cells among ``numbers`` without borders, (S,), ascending; and their inverse, (M,).
+        """Return the distinct cells among ``numbers`` that are not border, (S,), ascending; and their inverse, (M,).
 
-        The inverse has for each of all M cells its index among these, S for one that is not there.
+        The inverse has the index of each of the M cells in the former, or S for a cell that is not among them.
         """
         is_wanted = torch.zeros_like(self.inside)
         is_wanted[numbers] = True
@@ -59,7 +59,7 @@ class Cells:
         return cells, rows
 
     def gather(self, features: Sequence[Tensor], cells: Tensor) -> Tensor:
-        """The (S, C) features of the ``cells``."""
+        """Return the (S, C) features of the ``cells``."""
         table = torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in features])  # (cells inside, C)
         return table.index_select(0, (self.inside.cumsum(0) - 1)[cells])
 
@@ -72,15 +72,15 @@ def convs_at(
     Args:
         convs: K convs with bias, kernel 3, stride 1, padding 1.
         features, cells: one (N, C, H, W) tensor a level, and its cells.
-        numbers: (P,) which cells, repetitions allowed.
-        max_share: give up if the first conv is needed at more than this share of all cells.
+        numbers: (P,) the numbers of the cells wanted; a cell may be in it several times.
+        max_share: give up if any conv is needed at more than this share of all cells.
 
     Returns:
         (P, C'), differentiable once; None if it gave up.
     """
     wanted, rows = cells.collect(numbers)
     index = rows[numbers]  # (P,)
-    tables = []  # for each conv, last first: which rows make a window, forward and backward
+    tables = []  # for each conv, last first: the rows in each window, for forward and for backward
     for _ in convs:
         if len(wanted) > max_share * cells.num_inside:
             return None
@@ -105,8 +105,8 @@ def convs_at(
 class _ConvOfRows(torch.autograd.Function):
     """A 3×3 conv from the rows of some cells, (S', C), to those of others, (S, C').
 
-    ``windows`` (S, 9) says which input rows an output's window holds, ``outputs`` (S', 9) in which outputs' windows an
-    input lies, entry by entry of the kernel; a number one past the end stands for zeros.
+    For each entry of the kernel, ``windows`` (S, 9) has the input row that an output reads through it, and ``outputs``
+    (S', 9) the output row that reads an input through it. An index one past the end stands for a row of zeros.
     """
 
     @staticmethod
@@ -125,5 +125,5 @@ class _ConvOfRows(torch.autograd.Function):
 
 
 def _windows(rows: Tensor, index: Tensor) -> Tensor:
-    """(S, 9·C): the ``rows`` (R, C) that each (S, 9) ``index`` names, side by side; zeros for index R."""
+    """Return (S, 9·C): for each of S the nine ``rows`` (R, C) of its ``index`` (S, 9), zeros for index R."""
     return F.pad(rows, (0, 0, 0, 1)).index_select(0, index.flatten()).view(len(index), index.shape[1] * rows.shape[1])

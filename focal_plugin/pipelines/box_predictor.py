@@ -22,8 +22,8 @@ from .common import components_config, row_targets, rows_as_dense
 class FocalBoxPredictor(FastRCNNOutputLayers):
     """``FastRCNNOutputLayers`` whose classes are independent: K columns of logits, none for background.
 
-    ``loss_cls`` is the class loss over all sampled proposals, image by image, divided by what the normaliser makes of
-    the number of positives. ``loss_box_reg``, class-agnostic or for each class, and inference are Detectron2's.
+    ``loss_cls`` is the class loss over all sampled proposals, computed image by image and divided by the normaliser.
+    ``loss_box_reg``, class-agnostic or for each class, and inference are Detectron2's.
 
     Args:
         input_shape: of the box head's features.
@@ -31,8 +31,8 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         cls_loss: an entry of ``CLS_LOSS_REGISTRY``. It sees each image's proposals as one level of (1, 1, K, P, 1).
         normalizer: called with the batch's number of positives and the device.
         bias_init: an entry of ``BIAS_INIT_REGISTRY``, for ``cls_score``.
-        kwargs: the other arguments of ``FastRCNNOutputLayers``, but for federated loss. ``use_sigmoid_ce`` has no
-            effect: scores are sigmoids anyway, and the loss is ``cls_loss``.
+        kwargs: the other arguments of ``FastRCNNOutputLayers``, without federated loss. ``use_sigmoid_ce`` has no
+            effect: scores are always sigmoids, and the loss is ``cls_loss``.
 
     Raises:
         ValueError: federated loss is asked for.
@@ -70,7 +70,7 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         return {**args, **components}
 
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
-        """``loss_cls`` and ``loss_box_reg``, weighted.
+        """Compute ``loss_cls`` and ``loss_box_reg``, weighted.
 
         Args:
             predictions: logits (R, K) and deltas (R, 4) or (R, K·4), all images' proposals one after another.
@@ -81,7 +81,7 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         boxes = functools.cache(lambda: self.predict_boxes_for_gt_classes(predictions, proposals))  # N × (P_i, 4)
         normalizer = self.normalizer(sum(image.num_positives for image in targets), logits.device)
         scale = self.loss_weight.get("loss_cls", 1.0) / normalizer
-        loss_cls = logits[:0].float().sum()  # with a gradient, 0, where no image has proposals
+        loss_cls = logits[:0].float().sum()  # 0, with a gradient even if no image has proposals
         for i, (rows, image) in enumerate(zip(logits.split([len(image) for image in proposals]), targets)):
             if len(rows):
                 loss_cls = loss_cls + class_loss(
@@ -105,13 +105,13 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         return row_targets([boxes], [labels[None]], [_gt_boxes(proposals)[None]], self.num_classes)
 
     def predict_probs(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> tuple[Tensor, ...]:
-        """Each image's (P_i, K + 1) scores. The last column, where Detectron2 has background's, is 0."""
+        """Return each image's (P_i, K + 1) scores. The last column, background in Detectron2, is 0."""
         scores = F.pad(predictions[0].sigmoid(), (0, 1))
         return scores.split([len(image) for image in proposals])
 
 
 def refuse_federated_loss(asked_for: bool) -> None:
-    """Raise a ValueError if it is asked for."""
+    """Raise a ValueError if the config asks for federated loss."""
     if asked_for:
         raise ValueError(
             "MODEL.ROI_BOX_HEAD.USE_FED_LOSS (use_fed_loss) is True, and the loss of MODEL.FOCAL.CLS_LOSS.NAME is over "
@@ -120,7 +120,7 @@ def refuse_federated_loss(asked_for: bool) -> None:
 
 
 def _gt_boxes(proposals: Instances) -> Tensor:
-    """The (P, 4) matched boxes; the proposals themselves, all of them background, in an image without ground truth."""
+    """Return the (P, 4) matched boxes; without ground truth the proposals, which are then all background."""
     return (proposals.gt_boxes if proposals.has("gt_boxes") else proposals.proposal_boxes).tensor
 
 
@@ -129,7 +129,7 @@ def _cat(tensors: list[Tensor], empty: Tensor) -> Tensor:
 
 
 def _log_accuracy(logits: Tensor, gt_classes: Tensor) -> None:
-    """The numbers that Detectron2's predictor logs, by its names; background is what no class has a score of .5 for."""
+    """Log Detectron2's accuracies by their names. A proposal counts as background if all its scores are below .5."""
     if not len(gt_classes):
         return
     num_classes = logits.shape[1]

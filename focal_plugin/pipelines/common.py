@@ -1,4 +1,4 @@
-"""What the pipelines share: a config as the components read it, and targets of boxes that stand on no grid."""
+"""What the pipelines share: a config to build components from, and targets for boxes without a grid."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +14,15 @@ from ..structures import Anchors, DenseTargets
 
 @contextmanager
 def components_config(cfg: CfgNode, **stand_ins: str) -> Iterator[CfgNode]:
-    """A copy of ``cfg`` to build components with, where other keys stand in for some of ``MODEL.RETINANET``.
+    """A copy of ``cfg`` to build components from, where other keys replace some of ``MODEL.RETINANET``.
 
-    User modules are imported first. An error that is raised inside gets a note that says which key stands in for which.
+    User modules are imported first. A ValueError inside the ``with`` block gets a note that says which key replaces
+    which.
 
     Args:
         cfg: a config with the plugin's keys.
-        stand_ins: for a key of ``MODEL.RETINANET`` the whole name of the other: ``IOU_LABELS="MODEL.RPN.IOU_LABELS"``.
+        stand_ins: the full name of the other key for each that is replaced, as in
+            ``IOU_LABELS="MODEL.RPN.IOU_LABELS"``.
 
     Raises:
         ConfigError: ``cfg`` has no ``MODEL.FOCAL``.
@@ -41,12 +43,12 @@ def components_config(cfg: CfgNode, **stand_ins: str) -> Iterator[CfgNode]:
 def row_targets(
     boxes: Sequence[Tensor], labels: Sequence[Tensor], gt_boxes: Sequence[Tensor], num_classes: int
 ) -> DenseTargets:
-    """Targets of boxes in a row, as if each level were a grid R_l high and 1 wide with one anchor a location.
+    """Build targets for boxes without a grid: each level counts as R_l locations, one below the other, of one anchor.
 
     Args:
         boxes: one (R_l, 4) tensor a level, the same for all images.
         labels: one (N, R_l) int64 tensor a level: a class in [0, K), K for background, −1 for ignored.
-        gt_boxes: one (N, R_l, 4) tensor a level, the matched boxes; anything where there is none.
+        gt_boxes: one (N, R_l, 4) tensor a level, the matched boxes; any values where there is none.
         num_classes: K.
     """
     is_positive = [((level >= 0) & (level < num_classes)).flatten() for level in labels]  # L × (N·R_l,)
@@ -62,5 +64,5 @@ def row_targets(
 
 
 def rows_as_dense(predictions: Tensor) -> Tensor:
-    """(N, R, C) predictions for ``row_targets`` as an (N, 1, C, R, 1) view, the layout of the class losses."""
+    """Return (N, R, C) predictions as a view (N, 1, C, R, 1), the layout of the logits for ``row_targets``."""
     return predictions.transpose(1, 2)[:, None, :, :, None]

@@ -21,18 +21,18 @@ from .common import components_config, row_targets, rows_as_dense
 
 @META_ARCH_REGISTRY.register()
 class FocalFCOS(FCOS):
-    """FCOS (Tian et al., ICCV 2019) as in Detectron2, the class loss and what the losses are divided by being given.
+    """Detectron2's FCOS (Tian et al., ICCV 2019) with any class loss and normaliser.
 
-    With ``SigmoidFocalLoss`` and ``EMANumPositives(initial=300)`` its losses are those of Detectron2's. From a config,
-    which Detectron2's has no form for, it reads what RetinaNet does: ``MODEL.RETINANET.{NUM_CLASSES, IN_FEATURES,
-    NUM_CONVS, NORM, SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST, NMS_THRESH_TEST}`` and ``TEST.DETECTIONS_PER_IMAGE``.
+    With ``SigmoidFocalLoss`` and ``EMANumPositives(initial=300)`` its losses are Detectron2's. Detectron2 has no yacs
+    keys for FCOS, so its config is RetinaNet's: ``MODEL.RETINANET.{NUM_CLASSES, IN_FEATURES, NUM_CONVS, NORM,
+    SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST, NMS_THRESH_TEST}`` and ``TEST.DETECTIONS_PER_IMAGE``.
 
     Args:
         cls_loss: an entry of ``CLS_LOSS_REGISTRY``. It sees each level as (N, 1, K, H·W, 1).
         normalizer: called with the batch's number of positives and the device; its result divides all three sums.
         cls_loss_weight: what the class loss is multiplied by.
-        kwargs: the other arguments of ``FCOS``; not ``focal_loss_alpha`` and ``focal_loss_gamma``, which are a matter
-            of ``cls_loss``.
+        kwargs: the other arguments of ``FCOS``; not ``focal_loss_alpha`` and ``focal_loss_gamma``, which belong to
+            ``cls_loss``.
     """
 
     @configurable
@@ -92,12 +92,12 @@ class FocalFCOS(FCOS):
         gt_boxes: list[Tensor],
         pred_centerness: list[Tensor],
     ) -> dict[str, Tensor]:
-        """``loss_fcos_cls``, ``loss_fcos_loc`` and ``loss_fcos_ctr``.
+        """Compute ``loss_fcos_cls``, ``loss_fcos_loc`` and ``loss_fcos_ctr``.
 
         Args:
             anchors: H·W boxes a level.
             pred_logits, pred_anchor_deltas, pred_centerness: (N, H·W, K), (N, H·W, 4) and (N, H·W, 1) a level.
-            gt_labels, gt_boxes: (R,) and (R, 4) an image, what ``label_anchors`` gives.
+            gt_labels, gt_boxes: (R,) and (R, 4) an image, from ``label_anchors``.
         """
         sizes = [len(level) for level in anchors]
         targets = row_targets(

@@ -17,7 +17,7 @@ class FocalROIHeads(StandardROIHeads):
     """``StandardROIHeads``, of the FPN and DC5 models, with a ``FocalBoxPredictor``; mask and keypoint heads as there.
 
     Raises:
-        ValueError: the config has no box head, as those of C4 models have not; or it asks for federated loss.
+        ValueError: the config has no box head, such as those of C4 models, or asks for federated loss.
     """
 
     @classmethod
@@ -58,6 +58,6 @@ class FocalRes5ROIHeads(Res5ROIHeads):
 
 
 def _in_place_of(stock: FastRCNNOutputLayers, cfg) -> FocalBoxPredictor:
-    """The predictor of ``cfg`` for the features and the box transform of Detectron2's."""
+    """Build the predictor of ``cfg`` with the input features and the box transform of ``stock``."""
     shape = ShapeSpec(channels=stock.cls_score.in_features)
     return FocalBoxPredictor(cfg, shape, box2box_transform=stock.box2box_transform)

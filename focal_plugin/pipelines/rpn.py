@@ -1,4 +1,4 @@
-"""Detectron2's region proposal network, its objectness learnt from all anchors by any class loss of the registry."""
+"""Detectron2's region proposal network, with objectness trained on all anchors by any class loss."""
 
 from collections.abc import Callable
 
@@ -24,14 +24,14 @@ from .common import components_config
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class FocalRPN(RPN):
-    """RPN with one class, object: no sample of anchors is drawn, the loss copes with their imbalance.
+    """RPN trained on all anchors and not on a sample: with one class, object, and a loss that copes with the imbalance.
 
-    ``loss_rpn_cls`` is the class loss over all anchors that are not ignored, divided by what the normaliser makes of
-    the number of positives. The rest is ``RPN``'s: parameters by the same names, proposals, and ``loss_rpn_loc``, a sum
-    over all positives, still divided by ``batch_size_per_image`` times the images.
+    ``loss_rpn_cls`` is the class loss over all anchors that are not ignored, divided by the normaliser. Parameter names
+    and proposals are those of ``RPN``. So is ``loss_rpn_loc``, but summed over all positives; it is still divided by
+    ``batch_size_per_image`` times the number of images.
 
-    From a config, the matcher's thresholds and labels are ``MODEL.RPN.IOU_{THRESHOLDS, LABELS}``. Numbers given for
-    each class (``CLASS_ALPHA``, ``CLASS_FREQUENCIES``) are the ROI heads': an object has no class yet.
+    In a config the matcher's thresholds and labels are ``MODEL.RPN.IOU_{THRESHOLDS, LABELS}``. ``CLASS_ALPHA`` and
+    ``CLASS_FREQUENCIES``, which have a number for each class, are for the ROI heads alone.
 
     Args:
         anchor_matcher: an entry of ``ANCHOR_MATCHER_REGISTRY``.
@@ -41,7 +41,7 @@ class FocalRPN(RPN):
         kwargs: the other arguments of ``RPN``. ``positive_fraction`` is not used.
 
     Raises:
-        TypeError: the matcher is Detectron2's, which knows anchors only by their IoU.
+        TypeError: the matcher is Detectron2's, which takes a matrix of IoU.
         ValueError: the anchors are rotated, or the head has no conv ``objectness_logits``.
     """
 
@@ -69,7 +69,7 @@ class FocalRPN(RPN):
                 "MODEL.PROPOSAL_GENERATOR.NAME."
             )
         super().__init__(anchor_matcher=anchor_matcher, **kwargs)
-        self.matcher_seen = False  # whether it has matched boxes, and its first indices and labels were right
+        self.matcher_seen = False  # whether the matcher has matched boxes, and its values were checked then
         self.cls_loss = cls_loss
         self.normalizer = normalizer
         if not hasattr(self.rpn_head, "objectness_logits"):
@@ -117,7 +117,7 @@ class FocalRPN(RPN):
 
     @torch.no_grad()
     def match(self, anchors: Anchors, gt_instances: list[Instances]) -> list[tuple[Tensor, Tensor]]:
-        """For each image the (R,) index of each anchor's box, and its (R,) label: IGNORED, NEGATIVE or POSITIVE."""
+        """Return the (R,) box index and the (R,) label, IGNORED, NEGATIVE or POSITIVE, of each image's anchors."""
         matches = match_images(self.anchor_matcher, anchors, gt_instances, check_values=not self.matcher_seen)
         self.matcher_seen |= any(map(len, gt_instances))
         if self.anchor_boundary_thresh < 0:
@@ -127,12 +127,12 @@ class FocalRPN(RPN):
         return [(index, labels.masked_fill(~kept, IGNORED)) for (index, labels), kept in zip(matches, inside)]
 
     def losses_of(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
-        """``loss_rpn_cls`` and ``loss_rpn_loc``, normalised and weighted.
+        """Compute ``loss_rpn_cls`` and ``loss_rpn_loc``, normalised and weighted.
 
         Args:
             logits: one (N, A, H, W) tensor a level.
             deltas: (P, 4), the positives'.
-            targets: one class, object.
+            targets: with one class, object.
         """
         num_images = len(logits[0])
         num_negatives = sum((level == targets.num_classes).sum() for level in targets.labels)
