@@ -12,7 +12,8 @@ from .keys import ConfigError, add_focal_config
 
 _NO_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")
 _NO_TYPE = re.compile(
-    r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values \(.* vs. (.*)\) for .*: (\S+)"
+    r"Type mismatch \(<class '(?:\w+\.)*(\w+)'> vs. <class '(?:\w+\.)*(\w+)'>\) with values \(.* vs. (.*)\) for .*: (\S+)",
+    re.DOTALL,
 )
 
 
@@ -41,7 +42,8 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         elif found := _NO_TYPE.fullmatch(text):
             expected, kind, value, key = found.groups()
             example = """, as in "('a', 'b')" or "('a',)" for one""" if expected in ("list", "tuple") else ""
-            problem = f"{key} is {value} ({kind}); expected a value of type {expected}{example}."
+            of = "keys, each with a colon and a value" if expected == "CfgNode" else f"a value of type {expected}"
+            problem = f"{key} is {value} ({kind}); expected {of}{example}."
         else:
             problem = text
         raise ConfigError(f"{where}: {problem}") from error

@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from yaml.constructor import ConstructorError
 
 from ..config import ConfigError
-from .shipped import shipped
+from .shipped import CONFIGS, shipped
 
 _MOST_NODES = 100_000  # of a file, aliases written out: far above any config, far below what fills the memory
 _TOO_DEEP = "is nested too deep, or its _BASE_ leads back to itself."
@@ -67,11 +67,19 @@ class _SafeFiles(CfgNode):
 
 
 def _find_base(base: str, config: str) -> str:
-    """Return ``base`` as ``config`` names it, relative to itself, or if no such file exists, the shipped config."""
+    """Return ``base`` as ``config`` names it, relative to itself, or if no such file exists, the shipped config.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
     beside = os.path.join(os.path.dirname(config), os.path.expanduser(base))
-    if "://" in config or os.path.exists(beside) or not shipped(base).is_file():
+    if "://" in config or "://" in base or os.path.exists(beside):
         return base
-    return str(shipped(base))
+    if shipped(base).is_file():
+        return str(shipped(base))
+    raise FileNotFoundError(
+        f"{config}: _BASE_ is {base}; expected a file relative to {config}, or a shipped config of {CONFIGS}."
+    )
 
 
 def parse_yaml(text: str | bytes, where: str) -> dict:

@@ -45,3 +45,9 @@ def test_a_key_that_was_renamed(tiny_config):
 def test_the_rows_of_an_ablation():
     args = parse(["TEST", "rows/a.yaml", "--seeds", "2", *PAIRS])
     assert (args.rows, args.opts, args.seeds) == (["TEST", "rows/a.yaml"], PAIRS, 2)
+
+
+def test_a_section_that_is_a_word(tmp_path):
+    (tmp_path / "my.yaml").write_text("MODEL:\n  RETINANET:\n    NUM_CLASSES 3\n")  # no colon: a text
+    with pytest.raises(ConfigError, match=r"my\.yaml: MODEL\.RETINANET is NUM_CLASSES 3 \(str\); expected keys, each"):
+        load_config(str(tmp_path / "my.yaml"))

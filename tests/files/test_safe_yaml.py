@@ -79,7 +79,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
 
 def test_files_and_keys_that_are_not_there(tmp_path):
     (tmp_path / "a.yaml").write_text("_BASE_: gone.yaml\n")
-    with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"a\.yaml: _BASE_ is gone\.yaml; expected a file relative to "):
         merge_from_file(get_cfg(), str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("VERSION: 2\nMODEL: {NO_SUCH_KEY: 1}\n")
     with pytest.raises(KeyError, match=r"MODEL\.NO_SUCH_KEY"):
