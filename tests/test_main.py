@@ -144,6 +144,36 @@ def test_run_takes_another_trainer(tiny_config, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--config-file", "no.yaml"], "--config-file no.yaml: there is no such file"),
+        (["NO.SUCH.KEY", "1"], "there is no key NO.SUCH.KEY"),
+        (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth, which is no file"),
+        (["MODEL.FOCAL.IMPORTS", "['no_such_module']"], "MODEL.FOCAL.IMPORTS names 'no_such_module'"),
+        (["DATASETS.LOCAL", "[{'name': 'x', 'format': 'yolo'}]"], "has format 'yolo'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_mistake_is_a_sentence_not_a_traceback(tiny_config, loggers, capsys, command, words, text):
+    assert front.main([command, "--config-file", tiny_config, *words], "focal") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and text in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("no", name="numpy"), FileNotFoundError(2, "no", "a.png"), KeyError()]
+)
+def test_an_error_of_python_has_its_traceback(tiny_config, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(train, "launch", fail)
+    with pytest.raises(type(error)):
+        front.main(["train", "--config-file", tiny_config], "focal")
+
+
+@pytest.mark.parametrize(
     ("words", "code", "text"),
     [
         ([], 0, "first loss"),

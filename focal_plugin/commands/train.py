@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,9 +12,12 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..analysis.__main__ import main as analyse
+from ..analysis.common import MISTAKES
 from ..config.load import find_config, load_config
 from ..deploy import evaluate_with_tta, model_for_inference
 from ..engine import AtomicCheckpointer, Trainer, launch, lazy, settled_seed, start_run
+
+logger = logging.getLogger(__name__)
 
 _TRAIN = """Examples:
 
@@ -97,19 +101,27 @@ def main(
         epilog: the end of the help.
 
     Returns:
-        0; with ``--doctor``, the exit code of the checks.
+        0; 2 if the user has to correct the command line, the config or a file; with ``--doctor``, the exit code of the
+        checks.
     """
     args = build_parser(prog, epilog).parse_args(argv)
     if args.doctor:
         return check(args)
-    launch(
-        process,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        launch(
+            process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except MISTAKES as error:
+        if getattr(error, "errno", None) or getattr(error, "name", None):  # Python's own: a program's mistake, perhaps
+            raise
+        logger.debug("The traceback of the error:", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -12,7 +12,8 @@ from .keys import ConfigError, add_focal_config
 
 _NO_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")
 _NO_TYPE = re.compile(
-    r"Type mismatch \(<class '(?:\w+\.)*(\w+)'> vs. <class '(?:\w+\.)*(\w+)'>\) with values \(.* vs. (.*)\) for .*: (\S+)",
+    r"Type mismatch \(<class '(?:\w+\.)*(\w+)'> vs. <class '(?:\w+\.)*(\w+)'>\) "
+    r"with values \(.* vs. (.*)\) for .*: (\S+)",
     re.DOTALL,
 )
 
