@@ -37,8 +37,8 @@ class CocoSet:
         If all records are kept as they are, the evaluator reads the file itself. Otherwise the metadata has no
         ``json_file``, and the evaluator makes one from the records.
         """
-        path = need(resolve(self.json), f"json of {self.name!r}")
-        folder = need(resolve(self.images), f"images of {self.name!r}")
+        path = need(resolve(self.json), "json")
+        folder = need(resolve(self.images), "images")
         content = _read_json(path)
         categories = _categories(content, path)
         classes = self.classes or list(categories.values())

@@ -41,7 +41,7 @@ class VocSet:
 
     def load(self, checker: Checker) -> tuple[list[dict], dict]:
         """Return the records in Detectron2's format, and their metadata."""
-        root = need(resolve(self.root), f"root of {self.name!r}")
+        root = need(resolve(self.root), "root")
         classes = self.classes or find_classes(root, self.on_error)
         class_ids = {name: index for index, name in enumerate(classes)}
         images = _images_by_stem(os.path.join(root, "JPEGImages"))
@@ -60,7 +60,7 @@ class VocSet:
     def _image_ids(self, root: str) -> list[str]:
         path = join_inside(os.path.join(root, "ImageSets", "Main"), f"{self.split}.txt", f"split of {self.name!r}")
         try:
-            with PathManager.open(need(path, f"split of {self.name!r}")) as file:
+            with PathManager.open(need(path, "split")) as file:
                 return [line.strip() for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError("split that is not text", f"{path}: {error}") from error
