@@ -99,20 +99,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"error: {error}. The results so far are kept.", file=sys.stderr)
         code = 1
     finally:
-        is_saved = _save(results, args.output)
+        is_saved = _save(results, args.output, args.score_thresh)
         if problems:
             print(f"{len(problems)} of {len(sources)} inputs not read:", *problems, sep="\n  ", file=sys.stderr)
     return code or int(bool(problems) or not is_saved)
 
 
-def _save(results: "Results", folder: str) -> bool:
+def _save(results: "Results", folder: str, score_thresh: float) -> bool:
     """Write the JSON files to ``folder``, print the result, and return whether it worked."""
     try:
         written = results.save(folder)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return False
-    print(f"{len(results.images)} images, {len(results.detections)} detections. Written: {', '.join(written)}")
+    found = f"{len(results.images)} images, {len(results.detections)} detections"
+    if not results.detections:
+        found += f" with a score above {score_thresh:g} (--score-thresh)"
+    print(f"{found}. Written: {', '.join(written)}")
     return True
 
 

@@ -334,3 +334,8 @@ def test_the_options_are_listed():
     options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
     listed = set(re.findall(r"^\| `(--[\w-]+)", PAGE, re.MULTILINE))
     assert listed == options - {"--help", "--config-file", "--weights", "--output"}
+
+
+def test_nothing_found_names_the_threshold(run, tmp_path, capsys):
+    assert run(str(tmp_path / "shapes_test/0.png"), "--score-thresh", "1") == 0
+    assert "1 images, 0 detections with a score above 1 (--score-thresh). Written: " in capsys.readouterr().out
