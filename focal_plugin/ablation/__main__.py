@@ -1,6 +1,6 @@
 """Run a table of configs and report it.
 
-    python -m focal_plugin.ablation configs/paper/table1b --data bccd --seeds 3 [--jobs 2] [KEY VALUE ...]
+    python -m focal_plugin ablation configs/paper/table1b --data bccd --seeds 3 [--jobs 2] [KEY VALUE ...]
 
 Each row is run with each seed in its own folder, by `python -m focal_plugin train --config-file ... --resume`. The
 same command again resumes unfinished runs and repeats no finished one.

@@ -1,6 +1,6 @@
 """A small real data set: trees from the air, cut from two images in the package ``deepforest``.
 
-``python -m focal_plugin.data.quickstart --output datasets/quickstart_trees`` writes ``train`` and ``val``, each a data
+``python -m focal_plugin quickstart --output datasets/quickstart_trees`` writes ``train`` and ``val``, each a data
 set in COCO's format (``annotations.json`` and ``images/``) of one class, Tree. The two images show different places.
 
 A tree that the edge of a tile cuts is clipped to the tile. If at least ``min_inside`` of its box's area is inside, it

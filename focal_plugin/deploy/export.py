@@ -1,6 +1,6 @@
 """Write a trained model as one file that runs without this package.
 
-    python -m focal_plugin.deploy.export --config-file output/config.yaml --weights output/model_final.pth \\
+    python -m focal_plugin export --config-file output/config.yaml --weights output/model_final.pth \\
         --format onnx --output detector.onnx
 
 The file takes one image of any size, resized as in the config, with values from 0 to 255 in the channel order of

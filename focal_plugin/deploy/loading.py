@@ -63,7 +63,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
         listed = "\n  ".join(problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5))
         raise WeightsError(
             f"The weights in {path} do not fit the config's model; expected a checkpoint trained with this config, for "
-            f"the same classes (`python -m focal_plugin.deploy.convert classes` maps others):\n  {listed}"
+            f"the same classes (`python -m focal_plugin convert classes` maps others):\n  {listed}"
         )
     return model.eval()
 

@@ -1,6 +1,6 @@
 """Detect objects in images, videos and camera pictures; write annotated copies, and all detections as JSON.
 
-    python -m focal_plugin.deploy.predict --config-file output/config.yaml --weights output/model_final.pth \\
+    python -m focal_plugin predict --config-file output/config.yaml --weights output/model_final.pth \\
         street.jpg photos/ "more/**/*.png" drive.mp4 --output found
 
 An INPUT is an image, a folder (the images directly in it), a pattern, a video, or the number of a camera, which Ctrl+C

@@ -101,7 +101,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         except ValueError as error:  # fvcore's message does not name the file
             raise WeightsError(
                 f"{path} is no checkpoint of Detectron2's: {error} Those of torchvision, MMDetection and Detectron are "
-                "converted by `python -m focal_plugin.deploy.convert`."
+                "converted by `python -m focal_plugin convert`."
             ) from error
 
     def last_whole_checkpoint(self) -> str:
@@ -161,7 +161,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if any(name == "head.cls_score.weight" for name, _, _ in incompatible.incorrect_shapes):
             logger.warning(
                 "The checkpoint has another number of classes than the model: head.cls_score keeps its initial values. "
-                "`python -m focal_plugin.deploy.convert classes` makes a checkpoint that keeps classes by their names."
+                "`python -m focal_plugin convert classes` makes a checkpoint that keeps classes by their names."
             )
 
     def _torch_load(self, f: str) -> dict[str, Any]:

@@ -61,9 +61,7 @@ class Divergence(FloatingPointError):
             losses = ", ".join(f"{name} {loss:g}" for name, loss in report.losses.items())
             lines.append(f"Process {report.rank}: {losses}. {report.cause} Images: {', '.join(report.images)}.")
             if report.batch_file:
-                lines.append(
-                    f"To compute it again: python -m focal_plugin.engine.replay {shlex.quote(report.batch_file)}"
-                )
+                lines.append(f"To compute it again: python -m focal_plugin replay {shlex.quote(report.batch_file)}")
         lines.append(
             "What helps, most often first: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, "
             "SOLVER.CLIP_GRADIENTS.ENABLED True, SOLVER.AMP.ENABLED False. SOLVER.MAX_SKIPS goes on without such steps."

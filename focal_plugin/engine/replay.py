@@ -1,6 +1,6 @@
 """Compute the batch of a step again whose loss or gradient was not finite, from the file that the run left:
 
-    python -m focal_plugin.engine.replay OUTPUT_DIR/diverged_0001234_process0.pth [KEY VALUE ...]
+    python -m focal_plugin replay OUTPUT_DIR/diverged_0001234_process0.pth [KEY VALUE ...]
 
 The model is that of config.yaml beside the file, changed by ``KEY VALUE`` pairs, with the weights from before the step.
 It prints each loss, the largest gradient and where the numbers stop being finite; the exit code is then 1.

@@ -95,7 +95,7 @@ def test_loading_names_the_command(checkpoint, tiny_config, caplog):
     for num_classes, says in ((3, True), (2, False)):
         caplog.clear()
         AtomicCheckpointer(build_model(config_for(tiny_config, num_classes))).load(checkpoint[0], checkpointables=[])
-        assert ("python -m focal_plugin.deploy.convert classes" in caplog.text) is says
+        assert ("python -m focal_plugin convert classes" in caplog.text) is says
 
 
 # The command line

@@ -44,7 +44,7 @@ def test_what_a_diverged_run_leaves(train_net, tmp_path, capsys):
     record = json.loads((tmp_path / "diverged.json").read_text())
     assert record["batch_file"] == report.batch_file and record["images"] == report.images
     assert [image["file_name"] for image in load_batch(report.batch_file)["batch"]] == report.images
-    assert f"python -m focal_plugin.engine.replay {report.batch_file}" in str(error.value)
+    assert f"python -m focal_plugin replay {report.batch_file}" in str(error.value)
 
     losses, gradient, cause = replay.replay(report.batch_file)
     assert losses == pytest.approx(report.losses, nan_ok=True)

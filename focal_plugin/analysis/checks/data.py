@@ -151,7 +151,7 @@ def check_coverage(case: Case) -> Iterator[Finding]:
         return
     without, low = ~coverage.covered, coverage.covered & ~coverage.regular
     change = (
-        "`python -m focal_plugin.analysis anchors` suggests other MODEL.ANCHOR_GENERATOR sizes and ratios; a larger "
+        "`python -m focal_plugin analysis anchors` suggests other MODEL.ANCHOR_GENERATOR sizes and ratios; a larger "
         "INPUT.MIN_SIZE_TRAIN or a level P2 reaches small boxes."
     )
     if without.any():

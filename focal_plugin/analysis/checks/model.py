@@ -79,7 +79,7 @@ def _other_shapes(case: Case, fit: Fit) -> Finding:
                 WARNING,
                 f"MODEL.WEIGHTS has a classifier for {int(classes)} classes, and MODEL.RETINANET.NUM_CLASSES is "
                 f"{num_classes}: head.cls_score is initialised, all else is loaded. That is right for new classes. To "
-                "keep classes of the same names, use `python -m focal_plugin.deploy.convert classes`; for the old "
+                "keep classes of the same names, use `python -m focal_plugin convert classes`; for the old "
                 f"classes, set NUM_CLASSES {int(classes)}.",
             )
     listed = few((f"{name} {theirs} for {ours}" for name, (theirs, ours) in shapes.items()), most=2)

@@ -1,6 +1,6 @@
 """Converts weights of other projects to checkpoints of this one, each with a config that gives the same detections.
 
-``python -m focal_plugin.deploy.convert --help`` lists the projects. Files of Detectron2's zoo need no conversion.
+``python -m focal_plugin convert --help`` lists the projects. Files of Detectron2's zoo need no conversion.
 
 All functions raise an ``OSError`` or a ``WeightsError`` for a file that cannot be read, and a ``ConvertError`` for a
 file that has another architecture or lacks what they need.
