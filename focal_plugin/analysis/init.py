@@ -228,7 +228,7 @@ def describe(step: FirstStep) -> str:
             f"positive, {step.num_ignored:,} ignored",
             tabulate(rows, headers=["", "class loss a positive"], tablefmt="pipe", floatfmt=".5g"),
             f"Background's share of the expected loss: {share}. Logits minus bias: {step.logit_mean:+.3g} ± "
-            f"{step.logit_std:.3g}. loss_cls in the log of a training: {step.loss_cls:.5g}",
+            f"{step.logit_std:.3g}. A training logs {step.loss_cls:.5g}, divided by MODEL.FOCAL.NORMALIZER.",
         ]
     )
 

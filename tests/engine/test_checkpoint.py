@@ -77,7 +77,7 @@ def test_nothing_to_resume_from(tmp_path):
 def test_a_checkpoint_of_another_project(tmp_path):
     model = nn.Linear(2, 2)
     torch.save({"meta": {"epoch": 12}, "state_dict": model.state_dict()}, tmp_path / "mmdetection.pth")
-    with pytest.raises(WeightsError, match=r"mmdetection\.pth is no checkpoint of Detectron2's.*deploy\.convert"):
+    with pytest.raises(WeightsError, match=r"mmdetection\.pth is no checkpoint of Detectron2's.*focal_plugin convert"):
         AtomicCheckpointer(model, str(tmp_path)).resume_or_load(str(tmp_path / "mmdetection.pth"), resume=False)
 
 
