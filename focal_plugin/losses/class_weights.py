@@ -14,7 +14,7 @@ def alpha_from_config(cfg: CfgNode) -> float | list[float]:
     The number is ``MODEL.RETINANET.FOCAL_LOSS_ALPHA``. A list is given by ``MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA``, or
     derived from the class frequencies if ``CLASS_ALPHA_POWER`` is not 0 (see ``frequency_alpha``).
 
-    A ConfigError if both are given; CLASS_ALPHA has another length than K; or as ``frequency_alpha``.
+    A ConfigError if both are given, if CLASS_ALPHA has another length than K, or as in ``frequency_alpha``.
     """
     alpha, loss = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, cfg.MODEL.FOCAL.CLS_LOSS
     if loss.CLASS_ALPHA and loss.CLASS_ALPHA_POWER:
