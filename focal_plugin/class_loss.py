@@ -45,4 +45,4 @@ def class_loss(
 
 def with_quality(cls_loss: ClassLoss, targets: DenseTargets, boxes: Callable[[], Tensor]) -> DenseTargets:
     """Return ``targets``, with the IoU of each positive's predicted box if ``cls_loss`` has ``needs_quality``."""
-    return targets.with_quality(boxes().detach()) if getattr(cls_loss, "needs_quality", False) else targets
+    return targets.with_quality(boxes()) if getattr(cls_loss, "needs_quality", False) else targets

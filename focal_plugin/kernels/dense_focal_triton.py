@@ -15,7 +15,7 @@ from torch import Tensor
 
 _TILE = 2048  # elements a program: 16 for each thread of 4 warps
 _MOST_LEVELS = 8  # in one launch
-_FIELDS = 20  # a row of the table that describes a level, see _describe
+_FIELDS = 19  # a row of the table that describes a level, see _describe
 
 
 def loss(logits: Sequence[Tensor], labels: Sequence[Tensor], alpha: float | Tensor, gamma: float) -> Tensor:
@@ -149,7 +149,6 @@ def _describe(shape: torch.Size, strides: Sequence, label_strides: Sequence, gra
         *(label_strides[d - (d > 2)] for d in order),
         *(gradient_strides[d] for d in order),
         gradient_strides[2],
-        0,
     ]
 
 

@@ -447,7 +447,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, clas
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     wide = "fp64" if dtype == "fp64" else "fp32"
     constants = {"GAMMA": gamma, "LEVELS": 5, "HALF": dtype in ("fp16", "bf16"), "TERMS": 8}
-    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 16, "BLOCK_K": 128, "FIELDS": 20}
+    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 16, "BLOCK_K": 128, "FIELDS": 19}
     kernel = dense_focal.dense_focal_triton._kernel
     for writes in (False, True):
         types = {f"{kind}{i}": f"*{dtype}" for kind in "xg" for i in range(8)} | {f"t{i}": "*i64" for i in range(8)}
