@@ -19,6 +19,7 @@ from .anchors.cache import cached_anchors
 from .class_loss import ClassLoss, class_loss
 from .contracts import check_box_loss, check_head
 from .inference import best_of_level, suppress
+from .kernels.conv_relu import fuse_blocks
 from .layers import AnchorDeltas, fold_frozen_norms
 from .matchers.batch import Matcher, match_images, to_device
 from .normalizer import build_normalizer
@@ -83,6 +84,7 @@ class FocalRetinaNet(DenseDetector):
         self.anchor_matcher = anchor_matcher
         # By the size of the images, (H, W) of each level's features; see predict.
         self.feature_sizes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self.compiled: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] | None = None  # see engine.graphs
         self.matcher_seen = False  # whether the matcher has matched boxes, and its values were checked then
         self.num_classes = num_classes
 
@@ -108,7 +110,8 @@ class FocalRetinaNet(DenseDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         import_user_modules(cfg)
-        backbone: Any = fold_frozen_norms(build_backbone(cfg))  # the same network in fewer passes over its activations
+        # The same network in fewer passes over its activations.
+        backbone: Any = fuse_blocks(fold_frozen_norms(build_backbone(cfg)))
         shapes = backbone.output_shape()
         if unknown := [name for name in cfg.MODEL.RETINANET.IN_FEATURES if name not in shapes]:
             raise ValueError(
@@ -167,6 +170,9 @@ class FocalRetinaNet(DenseDetector):
             targets = self.label_batch(
                 [images.tensor.new_empty(1, 0, *s) for s in self.feature_sizes[size]], batched_inputs
             )
+            if self.compiled is not None:
+                logits, maps = self.compiled(images.tensor)
+                return logits, targets.gather(maps), targets
         features = self.features(images.tensor)
         sizes = [tuple(level.shape[-2:]) for level in features]
         if targets is None or sizes != self.feature_sizes[size]:

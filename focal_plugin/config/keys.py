@@ -128,6 +128,9 @@ def _defaults() -> CN:
 
     # Keep images, features and weights in memory as (N, H, W, C), in which most processors convolve faster.
     cfg.MODEL.FOCAL.CHANNELS_LAST = False
+    # On a GPU, record what the backbone and the head compute in a training step as CUDA graphs, from the second batch
+    # of a size on, and replay them: a GPU is then not kept waiting by Python. Eight sizes of batches are recorded.
+    cfg.MODEL.FOCAL.COMPILE = False
 
     cfg.MODEL.FOCAL.INFERENCE = CN()
     # In evaluation (`--eval-only`), use `deploy.optimize_for_inference` of the model: norms folded into convolutions,

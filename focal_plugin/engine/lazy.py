@@ -17,12 +17,14 @@ from ..config.load import find_config, usable_device
 from ..data import check_files_of
 from ..evaluation.report import log_report
 from ..files.write import explained_full_disk
+from ..kernels.conv_relu import fuse_blocks
 from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
 from ..retinanet import FocalRetinaNet
 from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter
 from .divergence import recorded_divergence
+from .graphs import compile_network
 from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
@@ -41,8 +43,8 @@ def main(args) -> dict | None:
     """Train or evaluate the LazyConfig ``args.config_file``, changed by the ``path.key=value`` of ``args.opts``.
 
     The config has Detectron2's sections: ``model``, ``dataloader.{train, test, evaluator}``, ``optimizer``,
-    ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate``, ``max_skips`` and
-    ``channels_last``.
+    ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate``, ``max_skips``,
+    ``channels_last`` and ``compile``.
 
     Returns:
         The results of the last evaluation; None on other processes than the main one.
@@ -67,11 +69,13 @@ def main(args) -> dict | None:
     _check_files(cfg, args.eval_only)
     model = instantiate(cfg.model).to(cfg.train.device)
     if isinstance(model, FocalRetinaNet):
-        fold_frozen_norms(model)
+        fuse_blocks(fold_frozen_norms(model))
     if torch.device(cfg.train.device).type == "cpu":
         compute_top_blocks_in_float32(model)
     if cfg.train.get("channels_last", False):
         use_channels_last(model)
+    if cfg.train.get("compile", False):
+        compile_network(model)
     log_model(model)
     if args.eval_only:
         model = data_parallel(model)

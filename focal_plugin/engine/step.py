@@ -170,6 +170,8 @@ class StepTrainer(SimpleTrainer):
                         divide_gradients(self.model, window.rest)
                         totals = {name: total / window.rest for name, total in totals.items()}
                     self._backward(losses)
+                    if i == 0:
+                        _keep_gradients(self.model)
                 totals = {name: totals.get(name, 0) + loss.detach() for name, loss in losses.items()}
         return totals
 
@@ -233,6 +235,13 @@ class StepTrainer(SimpleTrainer):
         self.skips = state_dict.get("skips", 0)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _keep_gradients(model: nn.Module) -> None:
+    """Copy the gradients, which the next replay of a compiled network would overwrite before it is added to them."""
+    if getattr(getattr(model, "module", model), "compiled", None) is not None:
+        for parameter in model.parameters():
+            parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
 
 def largest_gradient(model: nn.Module) -> Tensor:

@@ -27,6 +27,7 @@ from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
+from .graphs import compile_network
 from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
@@ -164,6 +165,8 @@ class Trainer(DefaultTrainer):
             compute_top_blocks_in_float32(model)
         if cfg.MODEL.FOCAL.CHANNELS_LAST:
             use_channels_last(model)
+        if cfg.MODEL.FOCAL.COMPILE:
+            compile_network(model)
         log_model(model)
         return model
 

@@ -9,6 +9,7 @@ from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
+from ..kernels.conv_relu import subnet
 from ..kernels.sparse import Cells, convs_at
 from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
 from ..structures import DenseTargets, unravel
@@ -100,7 +101,7 @@ class FocalRetinaNetHead(nn.Module):
         """
         if len(features) != self.num_levels:
             raise ValueError(f"The head was built for {self.num_levels} levels and was given {len(features)}.")
-        logits = [self.cls_score(self.cls_subnet(x)) for x in features]
+        logits = [self.cls_score(x) for x in subnet(self.cls_subnet, features)]
         if targets is None:
             return logits, self._deltas(features)
         # On a GPU whole maps are cheaper than finding the cells, whose number also depends on the data.
@@ -109,7 +110,7 @@ class FocalRetinaNetHead(nn.Module):
         return logits, targets.gather(self._deltas(features)) if deltas is None else deltas
 
     def _deltas(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [self.bbox_pred(self.bbox_subnet(x)) for x in features]
+        return [self.bbox_pred(x) for x in subnet(self.bbox_subnet, features)]
 
     def _deltas_around_positives(self, features: Sequence[Tensor], targets: DenseTargets) -> Tensor | None:
         """Return the positives' deltas, (P, 4); None if so many cells are needed that whole maps are cheaper."""
