@@ -170,33 +170,33 @@ class DenseTargets:
         flat = anchors.flatten_levels(torch.stack([labels for _, labels in matches]))  # (N·R,) int8
         shapes = [(n, a, h, w) for a, (h, w) in zip(anchors.num_cell_anchors, anchors.grid_sizes)]
         sizes = [n * len(boxes) for boxes in anchors.boxes]
-        is_positive = (flat == POSITIVE).split(sizes)  # L × (N·R_l,)
-        counts = read_counts(torch.stack([level.count_nonzero() for level in is_positive]))
-        positives = [
-            level.nonzero_static(size=count).squeeze(1) for level, count in zip(is_positive, counts)
-        ]  # L × (P_l,)
+        is_positive = flat == POSITIVE
+        counts = read_counts(torch.stack([level.count_nonzero() for level in is_positive.split(sizes)]))
+        at = is_positive.nonzero_static(size=sum(counts)).squeeze(1)  # (P,) into flat
 
         # Which image and which anchor each positive is. Anchors are in (H, W, A) order, the labels in (N, A, H, W).
-        images, indices, start = [], [], 0
-        for level, (_, a, h, w) in zip(positives, shapes):
-            image, anchor, location = unravel(level, (n, a, h * w))  # (P_l,) each
-            images.append(image)
-            indices.append(start + location * a + anchor)
-            start += a * h * w
-        image, index = torch.cat(images), torch.cat(indices)  # (P,)
+        # What differs between the levels is a table, from which each positive has its level's column.
+        table, start = [], 0
+        for (_, a, h, w), size in zip(shapes, sizes):
+            table.append([n * start, start, a, h * w])
+            start += size // n
+        columns = torch.tensor(table).T.repeat_interleave(torch.tensor(counts), dim=1, output_size=len(at))  # (4, P)
+        first_flat, first_anchor, num_cell_anchors, locations = columns.to(device, non_blocking=True)
+        local = at - first_flat  # (P,) into the level's labels
+        rest = local % (num_cell_anchors * locations)
+        image = local // (num_cell_anchors * locations)
+        index = first_anchor + rest % locations * num_cell_anchors + rest // locations  # (P,) into the R anchors
 
         # The boxes of all images are concatenated: the first box of image i has index first[i].
         first = torch.tensor([0, *(len(gt) for gt in instances)][:-1]).cumsum(0).to(device, non_blocking=True)  # (N,)
         matched = torch.stack([boxes for boxes, _ in matches])[image, index] + first[image]  # (P,)
-        classes = torch.cat([gt.gt_classes for gt in instances])[matched]  # (P,)
         # Background is label K and not a class of its own: all K sigmoids of such an anchor have target 0 (section 4).
-        labels = torch.where(flat == IGNORED, IGNORED, num_classes).split(sizes)  # L × (N·R_l,) int64
-        for level, positive, wanted in zip(labels, positives, classes.split(counts)):
-            level[positive] = wanted
+        labels = torch.where(flat == IGNORED, IGNORED, num_classes)  # (N·R,) int64
+        labels[at] = torch.cat([gt.gt_classes for gt in instances])[matched]
         return cls(
-            labels=[level.view(shape) for level, shape in zip(labels, shapes)],
+            labels=[level.view(shape) for level, shape in zip(labels.split(sizes), shapes)],
             num_classes=num_classes,
-            positives=positives,
+            positives=list(local.split(counts)),
             anchors=anchors.flat[index],
             gt_boxes=torch.cat([gt.gt_boxes.tensor for gt in instances])[matched],
             grid=anchors,

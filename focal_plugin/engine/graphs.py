@@ -1,7 +1,7 @@
 """The network of a detector, its forward and its backward pass, recorded once a size and then replayed by the GPU.
 
-A training step launches a thousand kernels. Started one by one from Python they take a host longer than an H100 needs to
-compute them; replayed as a CUDA graph they take one call.
+A training step launches a thousand kernels. To start them one by one from Python takes a host longer than an H100 needs
+to compute them; replayed as a CUDA graph they take one call.
 """
 
 import logging
@@ -76,8 +76,8 @@ class GraphedNetwork:
         if replay is None:
             if not self.is_full:
                 logger.info(
-                    f"MODEL.FOCAL.COMPILE: the network is recorded for {self.max_sizes} sizes of batches, the most that "
-                    f"are kept; others, such as {tuple(images.shape)}, are computed without a recording."
+                    f"MODEL.FOCAL.COMPILE: the network is recorded for {self.max_sizes} sizes of batches, the most "
+                    f"that are kept; others, such as {tuple(images.shape)}, are computed without a recording."
                 )
             self.is_full = True
             replay = self.network

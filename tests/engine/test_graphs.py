@@ -132,14 +132,14 @@ def test_evaluation_needs_no_recording():
 
 
 def test_what_cannot_be_recorded_is_an_error(monkeypatch):
-    with pytest.raises(ConfigError, match="MODEL.FOCAL.COMPILE is True for FocalRetinaNet on cpu"):
+    with pytest.raises(ConfigError, match=r"MODEL.FOCAL.COMPILE is True for FocalRetinaNet on cpu"):
         compile_network(build())
-    with pytest.raises(ConfigError, match="MODEL.FOCAL.COMPILE is True for Linear on cpu"):
+    with pytest.raises(ConfigError, match=r"MODEL.FOCAL.COMPILE is True for Linear on cpu"):
         compile_network(nn.Linear(1, 1))
     model = build()
     model.backbone.extra = nn.SyncBatchNorm(4)
     monkeypatch.setattr(FocalRetinaNet, "device", torch.device("cuda"))
-    with pytest.raises(ConfigError, match="backbone.extra is a SyncBatchNorm"):
+    with pytest.raises(ConfigError, match=r"backbone.extra is a SyncBatchNorm"):
         compile_network(model)
 
 

@@ -180,7 +180,7 @@ def test_on_a_gpu(block, dtype):
     x = torch.randn(2, 3 if block == "stem" else 8, 33, 30, device="cuda").to(memory_format=torch.channels_last)
     with torch.autocast("cuda", dtype):
         y, other = ours(x), theirs(x)
-    assert y.dtype == dtype and "ConvReLU" in str(ours.conv1.weight.grad_fn or y.grad_fn) or block == "stem"
+    assert y.dtype == dtype and ("ConvReLU" in str(y.grad_fn) or block == "stem")
     expected = exact(x.double())
     ulp = torch.finfo(dtype).eps * expected.abs().max().item()
     assert (y - expected).abs().max() <= max((other - expected).abs().max().item(), 4 * ulp)
