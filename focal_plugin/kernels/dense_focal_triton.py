@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048  # elements a program: 16 for each thread of 4 warps
+_TILE = 2048  # elements at a time: 16 for each thread of 4 warps
 _MOST_LEVELS = 8  # in one launch
 _FIELDS = 19  # a row of the table that describes a level, see _describe
 
@@ -60,13 +60,19 @@ def _launch(
     block_r, block_k = _block_sizes(num_classes, classes_last)
     sums = []
     rows = list(zip(logits, labels, written))
+    # Of strides that the compiler knows it makes loads of 16 bytes; of others it makes one for each logit.
+    tensors = [x for x in (*logits, *written) if x is not None]
+    unit = all(x.stride(2) == 1 for x in tensors)
+    aligned = unit and all(
+        x.data_ptr() % 16 == 0 and not any(x.stride(d) * x.element_size() % 16 for d in (0, 1, 3, 4)) for x in tensors
+    )
     for start in range(0, len(rows), _MOST_LEVELS):
         levels = rows[start : start + _MOST_LEVELS]
         keys = tuple(
             (x.shape, x.stride(), label.stride(), None if gradient is None else gradient.stride())
             for x, label, gradient in levels
         )
-        table, programs = _table(keys, block_r, block_k, first.device)
+        table, programs = _table(keys, block_r, first.device)
         of_programs = torch.empty(programs, dtype=dtype, device=first.device) if factor is None else weights
         if programs:
             pad = [levels[-1]] * (_MOST_LEVELS - len(levels))
@@ -78,7 +84,7 @@ def _launch(
                     *(columns[0] if factor is None else columns[2]),
                     table,
                     weights,
-                    weights if factor is None else factor,
+                    weights if factor is None else factor,  # one that is not used
                     of_programs,
                     num_classes,
                     GAMMA=gamma,
@@ -86,6 +92,8 @@ def _launch(
                     HALF=first.dtype in (torch.float16, torch.bfloat16),
                     TERMS=17 if dtype == torch.float64 else 8,
                     CLASSES_LAST=classes_last,
+                    UNIT=unit,
+                    ALIGNED=aligned,
                     WRITES=factor is not None,
                     BLOCK_R=block_r,
                     BLOCK_K=block_k,
@@ -112,7 +120,7 @@ def _constant_weights(alpha: float, num_classes: int, dtype: torch.dtype, device
 
 
 def _block_sizes(num_classes: int, classes_last: bool) -> tuple[int, int]:
-    """Return how many anchors and how many classes a program takes; both are powers of 2."""
+    """Return how many anchors a program takes, and how many classes at a time; both are powers of 2."""
     limit = triton.next_power_of_2(max(num_classes, 1))
     if not classes_last:
         return 512, min(limit, _TILE // 512)
@@ -122,13 +130,13 @@ def _block_sizes(num_classes: int, classes_last: bool) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=64)  # a few sizes of images; multi-scale training has some tens
-def _table(keys: tuple, block_r: int, block_k: int, device: torch.device) -> tuple[Tensor, int]:
+def _table(keys: tuple, block_r: int, device: torch.device) -> tuple[Tensor, int]:
     """Return the (L, _FIELDS) table that describes some levels to the kernel, and how many programs they take."""
     rows, programs = [], 0
     for shape, strides, label_strides, gradient_strides in keys:
         rows.append([programs, *_describe(shape, strides, label_strides, gradient_strides or strides)])
         num_anchors = rows[-1][1]
-        programs += triton.cdiv(num_anchors, block_r) * triton.cdiv(shape[2], block_k)
+        programs += triton.cdiv(num_anchors, block_r)
     return torch.tensor(rows, dtype=torch.int64).to(device), programs
 
 
@@ -208,7 +216,9 @@ def _kernel(
     LEVELS: tl.constexpr,
     HALF: tl.constexpr,
     TERMS: tl.constexpr,
-    CLASSES_LAST: tl.constexpr,
+    CLASSES_LAST: tl.constexpr,  # whether classes are the dimension whose elements are neighbours in memory
+    UNIT: tl.constexpr,  # whether their stride is 1
+    ALIGNED: tl.constexpr,  # whether all other strides and the pointers are multiples of 16 bytes
     WRITES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -225,52 +235,66 @@ def _kernel(
     size_1, size_2, size_3 = (
         tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32),
     )  # fmt: skip
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    r = tile // blocks_k * BLOCK_R + tl.arange(0, BLOCK_R)  # anchors
-    k = tile % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)  # classes
+    r = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # anchors
     # Offsets have 64 bits: a level can have more than 2^31 logits.
     i_3, i_2 = (r % size_3).to(tl.int64), (r // size_3 % size_2).to(tl.int64)
     i_1, i_0 = (r // size_3 // size_2 % size_1).to(tl.int64), (r // size_3 // size_2 // size_1).to(tl.int64)
-    x_at = _offsets(row + 5, i_0, i_1, i_2, i_3)
-    g_at = _offsets(row + 14, i_0, i_1, i_2, i_3)
     labels_ptr = _pick(level, t0, t1, t2, t3, t4, t5, t6, t7)
     label = tl.load(labels_ptr + _offsets(row + 10, i_0, i_1, i_2, i_3), mask=r < num_anchors, other=-1)
-    weight_1 = tl.load(weights_ptr + k, mask=k < K, other=0.0)
-    weight_0 = tl.load(weights_ptr + K + k, mask=k < K, other=0.0)
+    # Where each anchor's logits and gradients begin.
+    x_ptr = _pick(level, x0, x1, x2, x3, x4, x5, x6, x7) + _offsets(row + 5, i_0, i_1, i_2, i_3)
+    g_ptr = _pick(level, g0, g1, g2, g3, g4, g5, g6, g7) + _offsets(row + 14, i_0, i_1, i_2, i_3)
+    if ALIGNED:
+        x_ptr, g_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(g_ptr, 16)
     if CLASSES_LAST:  # tiles of (BLOCK_R, BLOCK_K)
-        r, x_at, g_at, label = r[:, None], x_at[:, None], g_at[:, None], label[:, None]
-        k, weight_1, weight_0 = k[None, :], weight_1[None, :], weight_0[None, :]
+        r, x_ptr, g_ptr, label = r[:, None], x_ptr[:, None], g_ptr[:, None], label[:, None]
+        total = tl.zeros((BLOCK_R, BLOCK_K), weights_ptr.dtype.element_ty)
     else:  # tiles of (BLOCK_K, BLOCK_R)
-        r, x_at, g_at, label = r[None, :], x_at[None, :], g_at[None, :], label[None, :]
-        k, weight_1, weight_0 = k[:, None], weight_1[:, None], weight_0[:, None]
-    inside = (r < num_anchors) & (k < K)
-    logits_ptr = _pick(level, x0, x1, x2, x3, x4, x5, x6, x7)
-    x = tl.load(logits_ptr + x_at + k.to(tl.int64) * tl.load(row + 9), mask=inside, other=0.0)
-    x = x.to(weights_ptr.dtype.element_ty)
-    positive = label == k
-    counts = inside & (label >= 0)
-    weight = tl.where(positive, weight_1, weight_0)
+        r, x_ptr, g_ptr, label = r[None, :], x_ptr[None, :], g_ptr[None, :], label[None, :]
+        total = tl.zeros((BLOCK_K, BLOCK_R), weights_ptr.dtype.element_ty)
+    factor = tl.load(factor_ptr)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)  # classes
+        weight_1 = tl.load(weights_ptr + k, mask=k < K, other=0.0)
+        weight_0 = tl.load(weights_ptr + K + k, mask=k < K, other=0.0)
+        if UNIT:
+            x_k, g_k = k, k
+        else:
+            x_k, g_k = k.to(tl.int64) * tl.load(row + 9), k.to(tl.int64) * tl.load(row + 18)
+        if CLASSES_LAST:
+            k, x_k, g_k, weight_1, weight_0 = (
+                k[None, :], x_k[None, :], g_k[None, :], weight_1[None, :], weight_0[None, :],
+            )  # fmt: skip
+        else:
+            k, x_k, g_k, weight_1, weight_0 = (
+                k[:, None], x_k[:, None], g_k[:, None], weight_1[:, None], weight_0[:, None],
+            )  # fmt: skip
+        inside = (r < num_anchors) & (k < K)
+        x = tl.load(x_ptr + x_k, mask=inside, other=0.0).to(weights_ptr.dtype.element_ty)
+        positive = label == k
+        counts = inside & (label >= 0)
+        weight = tl.where(positive, weight_1, weight_0)
 
-    x = tl.where(positive, -x, x)  # target 1 is target 0 of −x
-    e = tl.exp(-tl.abs(x))
-    larger = 1.0 / (1.0 + e)
-    p = tl.where(x >= 0, larger, e * larger)  # σ(x) and 1 − σ(x), neither by subtraction
-    q = tl.where(x >= 0, e * larger, larger)
-    log1p = _log1p(e, HALF, TERMS)
-    softplus = tl.maximum(x, 0.0) + log1p
-    if GAMMA == 0.0:
-        w = weight
-    elif GAMMA == 1.0:
-        w = weight * p
-    elif GAMMA == 2.0:
-        w = weight * p * p
-    else:  # p^γ through log p, whose derivative is finite where that of a power is not
-        w = weight * tl.exp(GAMMA * (tl.minimum(x, 0.0) - log1p))
-    if WRITES:  # appendix B
-        slope = w * (GAMMA * q * softplus + p) * tl.load(factor_ptr)
-        slope = tl.where(counts, tl.where(positive, -slope, slope), 0.0)
-        gradient_ptr = _pick(level, g0, g1, g2, g3, g4, g5, g6, g7)
-        at = gradient_ptr + g_at + k.to(tl.int64) * tl.load(row + 18)
-        tl.store(at, slope.to(gradient_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(sums_ptr + program, tl.sum(tl.where(counts, w * softplus, 0.0)))
+        x = tl.where(positive, -x, x)  # target 1 is target 0 of −x
+        e = tl.exp(-tl.abs(x))
+        larger = 1.0 / (1.0 + e)
+        p = tl.where(x >= 0, larger, e * larger)  # σ(x) and 1 − σ(x), neither by subtraction
+        q = tl.where(x >= 0, e * larger, larger)
+        log1p = _log1p(e, HALF, TERMS)
+        softplus = tl.maximum(x, 0.0) + log1p
+        if GAMMA == 0.0:
+            w = weight
+        elif GAMMA == 1.0:
+            w = weight * p
+        elif GAMMA == 2.0:
+            w = weight * p * p
+        else:  # p^γ through log p, whose derivative is finite where that of a power is not
+            w = weight * tl.exp(GAMMA * (tl.minimum(x, 0.0) - log1p))
+        if WRITES:  # appendix B
+            slope = w * (GAMMA * q * softplus + p) * factor
+            slope = tl.where(counts, tl.where(positive, -slope, slope), 0.0)
+            tl.store(g_ptr + g_k, slope.to(g0.dtype.element_ty), mask=inside)
+        else:
+            total += tl.where(counts, w * softplus, 0.0)
+    if not WRITES:
+        tl.store(sums_ptr + program, tl.sum(total))

@@ -447,7 +447,8 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, clas
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     wide = "fp64" if dtype == "fp64" else "fp32"
     constants = {"GAMMA": gamma, "LEVELS": 5, "HALF": dtype in ("fp16", "bf16"), "TERMS": 8}
-    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 16, "BLOCK_K": 128, "FIELDS": 19}
+    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 128, "BLOCK_K": 16, "FIELDS": 19}
+    constants |= {"UNIT": classes_last, "ALIGNED": classes_last}
     kernel = dense_focal.dense_focal_triton._kernel
     for writes in (False, True):
         types = {f"{kind}{i}": f"*{dtype}" for kind in "xg" for i in range(8)} | {f"t{i}": "*i64" for i in range(8)}
@@ -456,5 +457,12 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, clas
         signature = {name: types.get(name, sizes) for name in kernel.arg_names}
         constant = {**constants, "WRITES": writes}
         values = {(i,): constant.get(name, 1) for i, name in enumerate(signature) if signature[name] == "constexpr"}
-        compiled = compile_kernel(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
+        # As at a launch, where Triton sees that pointers and the number of classes are multiples of 16.
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name[0] in "xgtK"}
+        source = ASTSource(kernel, signature, values, {} if sizes == "constexpr" else aligned)
+        compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32))
         assert compiled.asm["cubin"]
+        if classes_last and sizes != "constexpr":
+            # Channels last, eight logits are one load and eight gradients one store.
+            assert "ld.global.v4.b32" in compiled.asm["ptx"], compiled.asm["ptx"]
+            assert ("st.global.v4.b32" in compiled.asm["ptx"]) == writes
