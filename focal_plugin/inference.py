@@ -1,14 +1,13 @@
 """Detections from the logits and deltas of a dense detector (section 4.1, inference)."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from .kernels.top import floor_of_logits, top
 from .structures import unravel
 
 
@@ -35,10 +34,7 @@ def best_of_level(
     channels_last = logits.stride(2) == 1
     if channels_last:
         logits = logits.permute(0, 3, 4, 1, 2)  # (N, H, W, A, K)
-    # The sigmoid is monotonic, so a threshold on the logits spares computing it for all. The margin of .1 allows for
-    # rounding, also that of bfloat16: the caller compares the scores.
-    floor = _logit(score_thresh) - 0.1
-    values, indices = top(logits.flatten(1), count, floor)  # (N, C)
+    values, indices = top(logits.flatten(1), count, floor_of_logits(score_thresh))  # (N, C)
     if channels_last:
         y, x, anchor, cls = unravel(indices, (h, w, a, num_classes))
     else:
@@ -46,25 +42,6 @@ def best_of_level(
     image = torch.arange(n, device=indices.device)[:, None]  # (N, 1)
     deltas = deltas.view(n, a, 4, h, w)[image, anchor, :, y, x]  # (N, C, 4)
     return values, cls, deltas, anchors[(y * w + x) * a + anchor]
-
-
-def top(values: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest of each row of (N, M) ``values``, in descending order, and their indices.
-
-    Both are (N, C). Values of at most ``floor`` may be missing; rows with fewer than C are padded with −∞.
-    """
-    # How many values are above the floor depends on the data: a GPU would synchronise to tell, a trace would fix it.
-    if values.is_cuda or torch.jit.is_tracing():
-        size = values.shape[1]  # a tensor while PyTorch traces
-        best, indices = values.topk(size.clamp(max=count) if isinstance(size, Tensor) else min(count, size))
-        return best.float(), indices
-    rows = []
-    for row in values:  # on a CPU: millions of values are slow to sort, the few above the floor are not
-        indices = (row > floor).nonzero().squeeze(1)
-        best, order = row[indices].float().topk(min(count, len(indices)))
-        rows.append((best, indices[order]))
-    all_values = pad_sequence([best for best, _ in rows], batch_first=True, padding_value=-math.inf)
-    return all_values, pad_sequence([indices for _, indices in rows], batch_first=True)
 
 
 def suppress(
@@ -97,10 +74,3 @@ def suppress(
         candidates.clip(image_size)
     keep = nms(candidates.tensor, scores, classes, iou_thresh)[:max_detections]
     return Instances(image_size, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep])
-
-
-def _logit(probability: float) -> float:
-    """log(p / (1 − p)), and −∞ or ∞ where p is not in (0, 1)."""
-    if probability <= 0:
-        return -math.inf
-    return math.inf if probability >= 1 else math.log(probability / (1 - probability))

@@ -19,6 +19,7 @@ from .anchors.cache import cached_anchors
 from .class_loss import ClassLoss, class_loss
 from .contracts import check_box_loss, check_head
 from .inference import best_of_level, suppress
+from .kernels import padded
 from .kernels.conv_relu import fuse_blocks
 from .layers import AnchorDeltas, fold_frozen_norms
 from .matchers.batch import Matcher, match_images, to_device
@@ -149,7 +150,9 @@ class FocalRetinaNet(DenseDetector):
         regions that are neither object nor background.
         """
         if not self.training:
-            return super().forward(batched_inputs)
+            # On a GPU, detections are read once, when they are complete.
+            on_gpu = padded.is_usable(self, FocalRetinaNet)
+            return padded.forward(self, batched_inputs) if on_gpu else super().forward(batched_inputs)
         assert "instances" in batched_inputs[0], "The images have no `instances`, the ground truth of training."
         return self.losses(*self.predict(batched_inputs))
 
@@ -263,9 +266,27 @@ class FocalRetinaNet(DenseDetector):
             for size, candidates in zip(images.image_sizes, self.candidates(features, *predictions))
         ]
 
+    def detect(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what ``kernels.padded.detections`` returns, for normalised (N, 3, H, W) images on a GPU."""
+        features = self.features(images)
+        return padded.detections(
+            *self.padded_candidates(features, *self.head(features)),
+            frames,
+            iou_thresh=self.test_nms_thresh,
+            max_detections=self.max_detections_per_image,
+            clip=self.clip_before_nms,
+        )
+
     def candidates(
         self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """As ``padded_candidates``, without padding: for each image boxes (C, 4), scores (C,) and classes (C,)."""
+        boxes, scores, classes = self.padded_candidates(features, logits, deltas)
+        return [(b[kept], s[kept], c[kept]) for b, s, c, kept in zip(boxes, scores, classes, scores > -math.inf)]
+
+    def padded_candidates(
+        self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Decode the candidates for NMS: the best predictions of each level, for all images at once.
 
         Args:
@@ -273,9 +294,9 @@ class FocalRetinaNet(DenseDetector):
             logits: (N, A·K, H, W) a level. deltas: (N, A·4, H, W) a level.
 
         Returns:
-            For each image boxes (C, 4), scores (C,) above the threshold, and classes (C,).
+            boxes (N, C, 4), scores (N, C) and classes (N, C). Scores are above the threshold, or −∞ for no candidate.
         """
-        anchors = [level.tensor for level in self.anchor_generator(features)]  # L × (H·W·A, 4)
+        anchors = cached_anchors(self.anchor_generator, features).boxes  # L × (H·W·A, 4)
         best = [
             best_of_level(
                 *level,
@@ -288,5 +309,6 @@ class FocalRetinaNet(DenseDetector):
         values, classes, chosen, at = (torch.cat(levels, dim=1) for levels in zip(*best))  # (N, C, ...)
         boxes = self.box2box_transform.apply_deltas(chosen.flatten(0, 1), at.flatten(0, 1)).view_as(at)  # (N, C, 4)
         # The sigmoid is the score: each class is a detector of its own, and scores of an anchor need not add up to 1.
-        wanted = (values.sigmoid() > self.test_score_thresh) & (values > -math.inf)  # (N, C)
-        return [(b[kept], v[kept].sigmoid(), c[kept]) for b, v, c, kept in zip(boxes, values, classes, wanted)]
+        scores = values.sigmoid()
+        wanted = (scores > self.test_score_thresh) & (values > -math.inf)
+        return boxes, scores.masked_fill(~wanted, -math.inf), classes

@@ -81,13 +81,13 @@ PAPER = {
     "registry": {"config.keys"},
     "contracts": {"structures"},
     "class_loss": {"contracts", "structures"},
-    "inference": {"structures"},
+    "inference": {"kernels", "structures"},
     "kernels": {"structures"},
     "matchers": {"contracts", "kernels", "registry", "structures"},
     "losses": {"config.keys", "contracts", "kernels", "registry", "structures"},
     "heads": {"kernels", "losses", "registry", "structures"},
-    "retinanet": {"anchors", "class_loss", "config.keys", "contracts", "inference", "layers", "matchers", "normalizer"}
-    | {"registry", "structures"},
+    "retinanet": {"anchors", "class_loss", "config.keys", "contracts", "inference", "kernels", "layers", "matchers"}
+    | {"normalizer", "registry", "structures"},
 }
 # The components by name and what builds them, for the tools to use.
 BASE = {"config.keys", "registry", "structures", "layers"}
