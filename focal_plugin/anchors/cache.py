@@ -40,6 +40,11 @@ def cached_anchors(generator: Any, features: Sequence[Tensor]) -> Anchors:
     return anchors
 
 
+def newest_anchors(generator: Any) -> Anchors | None:
+    """Return what ``cached_anchors`` returned last for the generator; None if it was not kept."""
+    return next(reversed(_cache.get(generator, {}).values()), None)
+
+
 def _key(generator: Any, features: Sequence[Tensor]) -> Hashable | None:
     """Return everything that the anchors depend on; None if that is not known."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():

@@ -41,7 +41,7 @@ class Predictor:
             the whole image, for objects larger than a tile, unless ``INPUT.MIN_SIZE_TEST`` is 0 and nothing is resized.
             ``focal_plugin.deploy.tiles.merge_tiles`` merges the detections; of these, boxes alone remain.
         overlap: the least number of pixels that neighbouring tiles share; None, a fifth of a tile.
-        optimize: use ``optimize_for_inference`` of the model, compiled if ``MODEL.FOCAL.INFERENCE.COMPILE``.
+        optimize: use ``optimize_for_inference`` of the model, with ``MODEL.FOCAL.INFERENCE.{COMPILE, CUDA_GRAPHS}``.
         tta: test-time augmentation by the keys of ``TEST.AUG``; None, as ``TEST.AUG.ENABLED``. Its copies are made from
             an image's own size, not that of ``INPUT.MIN_SIZE_TEST``.
         batch_size: the number of images, tiles or augmented copies that go through the network together.
@@ -89,7 +89,8 @@ class Predictor:
         self.metadata = class_metadata(cfg, model)
         self._nms_thresh = getattr(model, "test_nms_thresh", cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST)
         if optimize:
-            model = optimize_for_inference(model, compile=cfg.MODEL.FOCAL.INFERENCE.COMPILE)
+            wanted = cfg.MODEL.FOCAL.INFERENCE
+            model = optimize_for_inference(model, compile=wanted.COMPILE, graphs=wanted.CUDA_GRAPHS)
         if cfg.TEST.AUG.ENABLED:
             model = with_tta(cfg, model, batch_size=batch_size)
         self.cfg = cfg

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# With at most this many candidates an image, boxes of different classes are moved apart by an offset, which rounds them.
-# Beyond, coordinates stay as they are and classes are compared. All versions of torchvision do the former up to here on
-# a GPU; some do the latter beyond, some only beyond 25,000.
+# With at most this many candidates, boxes of different classes are moved apart by an offset, which rounds coordinates.
+# With more, coordinates stay as they are and classes are compared. On a GPU, all versions of torchvision do the former
+# up to here; some do the latter beyond, some only beyond 25,000.
 OFFSET_LIMIT = 5000
 
 _BLOCK = 1024  # candidates that are in registers at a time

@@ -33,7 +33,8 @@ def forward(model: Any, batched_inputs: list[dict[str, Any]]) -> list[dict[str, 
     images = model.preprocess_image(batched_inputs)
     sizes = [(x.get("height", h), x.get("width", w)) for x, (h, w) in zip(batched_inputs, images.image_sizes)]
     placed = frames(images.image_sizes, sizes).to(images.tensor.device, non_blocking=True)
-    return [{"instances": found} for found in to_instances(*model.detect(images.tensor, placed), sizes)]
+    rows, counts = model.detect(images.tensor, placed)
+    return [{"instances": found} for found in to_instances(rows, counts, sizes)]
 
 
 def frames(network_sizes: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> Tensor:
