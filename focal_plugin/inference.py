@@ -28,20 +28,19 @@ def best_of_level(
         logits (N, C), −∞ where an image has fewer than C; classes (N, C); deltas and anchors (N, C, 4) each.
     """
     n, _, h, w = logits.shape
-    logits = logits.view(n, -1, num_classes, h, w)  # (N, A, K, H, W)
-    a = logits.shape[1]
+    a = logits.shape[1] // num_classes
     # Flatten in the order of the memory, channels first or last: that copies nothing.
-    channels_last = logits.stride(2) == 1
+    channels_last = logits.stride(1) == 1
+    flat = (logits.permute(0, 2, 3, 1) if channels_last else logits).flatten(1)
+    values, indices = top(flat, count, floor_of_logits(score_thresh))  # (N, C)
     if channels_last:
-        logits = logits.permute(0, 3, 4, 1, 2)  # (N, H, W, A, K)
-    values, indices = top(logits.flatten(1), count, floor_of_logits(score_thresh))  # (N, C)
-    if channels_last:
-        y, x, anchor, cls = unravel(indices, (h, w, a, num_classes))
+        row, cls = unravel(indices, (h * w * a, num_classes))
     else:
-        anchor, cls, y, x = unravel(indices, (a, num_classes, h, w))
-    image = torch.arange(n, device=indices.device)[:, None]  # (N, 1)
-    deltas = deltas.view(n, a, 4, h, w)[image, anchor, :, y, x]  # (N, C, 4)
-    return values, cls, deltas, anchors[(y * w + x) * a + anchor]
+        anchor, cls, location = unravel(indices, (a, num_classes, h * w))
+        row = location * a + anchor
+    image = torch.arange(n, device=row.device)[:, None]  # (N, 1)
+    by_location = deltas.reshape(n, a, 4, h * w).permute(0, 3, 1, 2)  # (N, H·W, A, 4)
+    return values, cls, by_location[image, row // a, row % a], anchors[row]
 
 
 def suppress(

@@ -1,4 +1,6 @@
-"""What a training step asks of a GPU, proven without one: on fake tensors, which have shapes and devices but no values.
+"""What a training step and inference ask of a GPU, proven without one.
+
+On fake tensors, which have shapes and devices but no values.
 
 An operator whose result has a shape that depends on values raises there, and so does reading a value: on a GPU both
 make the host wait.
@@ -12,7 +14,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from focal_plugin import FocalRetinaNet, IgnoreBandMatcher, structures
+from focal_plugin import Anchors, FocalRetinaNet, IgnoreBandMatcher, retinanet, structures
+from focal_plugin.kernels import padded
 from tests.small_retinanet import small_config
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -92,3 +95,57 @@ def test_labels_take_few_launches(step):
     assert operators.names.count("match_ignore_bands") == (type(model.anchor_matcher) is IgnoreBandMatcher)
     # ATSS looks for the nearest locations level by level.
     assert len(operators.names) < (150 if type(model.anchor_matcher) is IgnoreBandMatcher else 400), operators.names
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    """A model on a fake GPU, whose anchors are there already; a batch of two images; the tensors that are read."""
+    readings = []
+
+    def read(rows, counts, sizes):
+        readings.append((rows, counts, sizes))
+        return [Instances(size) for size in sizes]
+
+    monkeypatch.setattr(padded, "to_instances", read)
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            model = FocalRetinaNet(small_config()).eval()
+        images = ImageList(torch.empty(2, 3, 96, 128, device="cuda"), [(96, 100), (64, 128)])
+        monkeypatch.setattr(model, "preprocess_image", lambda batch: images)
+        anchors = Anchors.from_generator(model.anchor_generator, model.features(images.tensor))
+        monkeypatch.setattr(retinanet, "cached_anchors", lambda *_: anchors)
+        yield model, [{"height": 192, "width": 200}, {}], readings
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_inference_reads_the_numbers_of_detections_and_nothing_else(inference, clip):
+    model, batch, readings = inference
+    model.clip_before_nms = clip
+    outputs = model(batch)
+    ((rows, counts, sizes),) = readings
+    assert (rows.shape, rows.dtype, rows.device.type) == ((2, 100, 6), torch.float32, "cuda")
+    assert (counts.shape, counts.dtype, counts.device.type) == ((2,), torch.int32, "cuda")
+    assert sizes == [output["instances"].image_size for output in outputs] == [(192, 200), (64, 128)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_detections_take_few_launches(inference, memory_format):
+    """From the head's outputs on, for all images. It was 261 launches and 15 readings for a single image."""
+    model, batch, _ = inference
+    features = model.features(model.preprocess_image(batch).tensor)
+    outputs = [[level.contiguous(memory_format=memory_format) for level in part] for part in model.head(features)]
+    with Operators() as operators:
+        candidates = model.padded_candidates(features, *outputs)
+        padded.detections(*candidates, torch.empty(2, 6, device="cuda"), iou_thresh=0.5, max_detections=100)
+    assert operators.names.count("batched_nms") == 1
+    assert len(operators.names) < (120 if memory_format == torch.channels_last else 140), operators.names
+
+
+@pytest.mark.parametrize("name", ["candidates", "forward_inference"])
+def test_a_subclass_detects_in_its_own_way(inference, name):
+    """On a GPU as on a CPU."""
+    model = inference[0]
+    assert padded.is_usable(model, FocalRetinaNet)
+    model.__class__ = type("Own", (FocalRetinaNet,), {name: lambda self, *args: None})
+    assert not padded.is_usable(model, FocalRetinaNet)
+    assert not padded.is_usable(FocalRetinaNet(small_config()), FocalRetinaNet)  # on a CPU
