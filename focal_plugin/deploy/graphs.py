@@ -75,15 +75,14 @@ class Capture:
             self._stream = torch.cuda.Stream()  # one for all: memory is shared within a stream
         self._buffers: dict[tuple, Tensor] = {}
 
-    @torch.no_grad()
     def __call__(self, function: Function, inputs: tuple) -> Function:
         """Capture ``function`` for inputs of these shapes.
 
         Raises:
-            RuntimeError: it cannot be captured.
+            RuntimeError: it cannot be captured. After that PyTorch may refuse other work on the GPU: end the process.
         """
         # Tensors of the inference mode could not be written to outside of it.
-        with torch.cuda.device(self._device), torch.inference_mode(False):
+        with torch.cuda.device(self._device), torch.inference_mode(False), torch.no_grad():
             places = iter([self._place(number, x) for number, x in enumerate(tensors(inputs))])
             static = map_tensors(lambda _: next(places), inputs)
             _copy(inputs, static)
