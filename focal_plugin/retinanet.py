@@ -255,27 +255,19 @@ class FocalRetinaNet(DenseDetector):
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
         """Return each image's detections, in the coordinates of the network's input (section 4.1)."""
-        return [
-            suppress(
-                size,
-                *candidates,
-                iou_thresh=self.test_nms_thresh,
-                max_detections=self.max_detections_per_image,
-                clip=self.clip_before_nms,
-            )
-            for size, candidates in zip(images.image_sizes, self.candidates(features, *predictions))
-        ]
+        found = zip(images.image_sizes, self.candidates(features, *predictions))
+        return [suppress(size, *candidates, **self.suppression) for size, candidates in found]
 
     def detect(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what ``kernels.padded.detections`` returns, for normalised (N, 3, H, W) images on a GPU."""
         features = self.features(images)
-        return padded.detections(
-            *self.padded_candidates(features, *self.head(features)),
-            frames,
-            iou_thresh=self.test_nms_thresh,
-            max_detections=self.max_detections_per_image,
-            clip=self.clip_before_nms,
-        )
+        return padded.detections(*self.padded_candidates(features, *self.head(features)), frames, **self.suppression)
+
+    @property
+    def suppression(self) -> dict[str, Any]:
+        """The options of ``suppress``."""
+        limits = {"iou_thresh": self.test_nms_thresh, "max_detections": self.max_detections_per_image}
+        return limits | {"clip": self.clip_before_nms}
 
     def candidates(
         self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
@@ -297,16 +289,10 @@ class FocalRetinaNet(DenseDetector):
             boxes (N, C, 4), scores (N, C) and classes (N, C). Scores are above the threshold, or −∞ for no candidate.
         """
         anchors = cached_anchors(self.anchor_generator, features).boxes  # L × (H·W·A, 4)
-        best = [
-            best_of_level(
-                *level,
-                num_classes=self.num_classes,
-                count=self.test_topk_candidates,
-                score_thresh=self.test_score_thresh,
-            )
-            for level in zip(logits, deltas, anchors)
-        ]
-        values, classes, chosen, at = (torch.cat(levels, dim=1) for levels in zip(*best))  # (N, C, ...)
+        limits: Any = {"count": self.test_topk_candidates, "score_thresh": self.test_score_thresh}
+        levels = zip(logits, deltas, anchors)
+        best = [best_of_level(*level, num_classes=self.num_classes, **limits) for level in levels]
+        values, classes, chosen, at = (torch.cat(parts, dim=1) for parts in zip(*best))  # (N, C, ...)
         boxes = self.box2box_transform.apply_deltas(chosen.flatten(0, 1), at.flatten(0, 1)).view_as(at)  # (N, C, 4)
         # The sigmoid is the score: each class is a detector of its own, and scores of an anchor need not add up to 1.
         scores = values.sigmoid()
