@@ -19,9 +19,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import groupby
 
+import numpy as np
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -60,6 +62,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--tile", type=int, default=0, metavar="SIZE", help="cut larger images into tiles of SIZE × SIZE pixels"
     )
     parser.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: SIZE / 5)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N images, or tiles, go through the network together (default: 1)",
+    )
     parser.add_argument("--no-optimize", action="store_true", help="do not fold norms or use bfloat16")
     parser.add_argument(
         "--tta", action="store_true", help="test-time augmentation by the keys of TEST.AUG (MIN_SIZES, MAX_SIZE, FLIP)"
@@ -82,6 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             overlap=args.overlap,
             optimize=not args.no_optimize,
             tta=args.tta or None,
+            batch_size=args.batch,
         )
         os.makedirs(args.output, exist_ok=True)
     except (OSError, ValueError, ImportError) as error:
@@ -128,41 +138,61 @@ def predict(
         OSError: something could not be written.
     """
     with tqdm(total=len(sources), desc="Predicting", unit="image") as bar:
-        for source in sources:
+        for group in _groups(sources, predictor.batch_size):
             try:
-                if source.kind == "image":
-                    predict_image(predictor, source.path, folder, results)
-                    bar.update()
+                if group[0].kind == "image":
+                    predict_images(predictor, [source.path for source in group], folder, results, problems)
+                    bar.update(len(group))
                 else:
-                    predict_video(predictor, Video(source), folder, results, bar)
+                    predict_video(predictor, Video(group[0]), folder, results, bar)
             except ImageError as error:
                 problems.append(str(error))
                 bar.update()
             except KeyboardInterrupt:
-                if source.kind != "camera":
+                if group[0].kind != "camera":
                     raise
 
 
-def predict_image(predictor: Predictor, path: str, folder: str, results: "Results") -> None:
-    """Predict on an image file.
+def _groups(sources: Sequence[Source], size: int) -> Iterator[list[Source]]:
+    """Images that follow each other, at most ``size`` in a group; a video or a camera is a group of its own."""
+    for is_image, group in groupby(sources, key=lambda source: source.kind == "image"):
+        same = list(group)
+        step = size if is_image else 1
+        yield from (same[start : start + step] for start in range(0, len(same), step))
 
-    Raises:
-        ImageError: it cannot be read or resized.
-    """
+
+def predict_images(
+    predictor: Predictor, paths: Sequence[str], folder: str, results: "Results", problems: list[str]
+) -> None:
+    """Predict on image files together; what is wrong with those that cannot be read or resized goes to ``problems``."""
+    images: list[tuple[str, np.ndarray]] = []
+    for path in paths:
+        try:
+            images.append((path, predictor.read(path)))  # (H, W, C) in INPUT.FORMAT
+        except FileNotFoundError as error:  # a broken link
+            problems.append(f"{path} cannot be read: {error}")
+        except ImageError as error:
+            problems.append(str(error))
+    for (path, image), found in zip(images, _detect(predictor, [image for _, image in images]), strict=True):
+        if isinstance(found, ImageError):
+            problems.append(f"{path}: {found}")
+            continue
+        drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), found, predictor.metadata)
+        name, suffix = os.path.splitext(os.path.basename(path))
+        suffix = ".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png"
+        (written,) = free_paths(folder, f"{name}{suffix}")
+        Image.fromarray(drawn).save(written)
+        results.add(found, file_name=path, annotated=os.path.basename(written))
+
+
+def _detect(predictor: Predictor, images: list[np.ndarray]) -> list[Instances | ImageError]:
+    """The detections in each image, or why there are none."""
     try:
-        image = predictor.read(path)  # (H, W, C) in INPUT.FORMAT
-    except FileNotFoundError as error:  # a broken link
-        raise ImageError(f"{path} cannot be read: {error}") from error
-    try:
-        (instances,) = predictor.detect([image])
+        return list(predictor.detect(images))
     except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
-    drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), instances, predictor.metadata)
-    name, suffix = os.path.splitext(os.path.basename(path))
-    suffix = ".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png"
-    (written,) = free_paths(folder, f"{name}{suffix}")
-    Image.fromarray(drawn).save(written)
-    results.add(instances, file_name=path, annotated=os.path.basename(written))
+        if len(images) == 1:
+            return [error]
+        return [found for image in images for found in _detect(predictor, [image])]  # one does not stop the others
 
 
 def predict_video(predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm) -> None:

@@ -50,6 +50,7 @@ class Predictor:
         cfg: the config.
         metadata: Detectron2's ``Metadata`` of the classes, with their names in ``thing_classes``.
         model: the network, optimised and augmented.
+        batch_size: as given.
 
     Raises:
         FileNotFoundError: the config or the weights are no file.
@@ -97,7 +98,7 @@ class Predictor:
         self.model = model
         self._resize = T.AugmentationList([] if cfg.TEST.AUG.ENABLED else build_augmentation(cfg, is_train=False))
         self._score_thresh = score_thresh or 0.0
-        self._tile, self._overlap, self._batch_size = tile, overlap, batch_size
+        self._tile, self._overlap, self.batch_size = tile, overlap, batch_size
 
     def __call__(self, images) -> Instances | list[Instances]:
         """Return the detections in an image, or a list of those in several; best first, on the CPU.
@@ -149,9 +150,9 @@ class Predictor:
         windows = [self._windows(*image.shape[:2]) for image in images]
         views = [(image, window) for image, here in zip(images, windows) for window in here]
         found = []
-        starts = range(0, len(views), self._batch_size)
+        starts = range(0, len(views), self.batch_size)
         for start in tqdm(starts, desc="Tiles", unit="batch", leave=False, delay=3, disable=None):  # in a terminal
-            batch = [self._view(*view) for view in views[start : start + self._batch_size]]
+            batch = [self._view(*view) for view in views[start : start + self.batch_size]]
             found += [output["instances"].to("cpu") for output in self.model(batch)]
         results = []
         for image, here in zip(images, windows):

@@ -35,7 +35,8 @@ def files(folder):
     return sorted(os.listdir(folder))
 
 
-def test_a_folder_with_images_that_do_not_open(run, tmp_path, capsys):
+@pytest.mark.parametrize("batch", [1, 2, 100])
+def test_a_folder_with_images_that_do_not_open(run, tmp_path, capsys, batch):
     images = tmp_path / "shapes_test"
     (images / "broken.JPG").write_text("no image")
     (images / "link.png").symlink_to("nothing")
@@ -43,7 +44,7 @@ def test_a_folder_with_images_that_do_not_open(run, tmp_path, capsys):
     (images / "deeper.png").mkdir()
     Image.new("RGB", (4000, 1)).save(images / "line.png")
     Image.open(images / "0.png").save(images / "first.jpg")
-    assert run(str(images)) == 1
+    assert run(str(images), "--batch", str(batch)) == 1
     pictures = ["0.png", "1.png", "2.png", "3.png", "first.jpg"]
     assert files(tmp_path / "out") == sorted([*pictures, "detections.json", "images.json"])
     listed = load(tmp_path / "out", "images.json")["images"]
@@ -76,6 +77,26 @@ def test_the_json_is_cocos_and_the_pictures_show_it(run, tiny_config, weights, t
     assert 0.02 < changed.mean() < 0.98
 
 
+def test_images_together_are_as_one_by_one(run, tmp_path, monkeypatch):
+    """In the order given, one of them twice; a batch goes through the network at once."""
+    numbers, detect = [], Predictor.detect
+    monkeypatch.setattr(Predictor, "detect", lambda self, images: numbers.append(len(images)) or detect(self, images))
+    words = [str(tmp_path / f"shapes_test/{i}.png") for i in (2, 0, 3, 0, 1)]
+    results = []
+    for options in ([], ["--batch", "2"]):
+        assert run(*words, *options, "--no-optimize") == 0
+        name = "-2.json" if options else ".json"
+        results.append([load(tmp_path / "out", part + name) for part in ("detections", "images")])
+    assert numbers == [1] * 5 + [2, 2, 1]
+    (one, listed), (together, listed_together) = results
+    assert [x["file_name"] for x in listed["images"]] == words
+    assert [x["file_name"] for x in listed_together["images"]] == words
+    assert len(one) == len(together) > 5
+    for a, b in zip(one, together):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        assert [*a["bbox"], a["score"]] == pytest.approx([*b["bbox"], b["score"]], abs=1e-2)
+
+
 def test_nothing_is_overwritten(run, tmp_path):
     path = str(tmp_path / "shapes_test/0.png")
     assert run(path, path) == run(path) == 0
@@ -99,17 +120,17 @@ def test_every_option_reaches_the_predictor(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predict, "Predictor", Recorded)
     path = str(tmp_path / "shapes_test/0.png")
-    options = ["--score-thresh", ".3", "--tile", "48", "--overlap", "8", "--no-optimize", "--tta"]
+    options = ["--score-thresh", ".3", "--tile", "48", "--overlap", "8", "--no-optimize", "--tta", "--batch", "3"]
     assert run(path, *options, "TEST.AUG.MIN_SIZES", "(32, 48)", "SEED", "-1", "MODEL.DEVICE", "cpu") == 0
     predictor, found = made.pop()
-    expected = {"score_thresh": 0.3, "tile": 48, "overlap": 8, "optimize": False, "tta": True}
+    expected = {"score_thresh": 0.3, "tile": 48, "overlap": 8, "optimize": False, "tta": True, "batch_size": 3}
     assert {key: found[key] for key in expected} == expected
     assert isinstance(predictor.model, DenseTTA) and predictor.model.mapper.min_sizes == (32, 48)
     assert predictor._windows(64, 64) == [(x, y, x + 48, y + 48) for y in (0, 16) for x in (0, 16)] + [(0, 0, 64, 64)]
     assert all(detection["score"] >= 0.3 for detection in load(tmp_path / "out"))
     assert run(path) == 0
     predictor, found = made.pop()
-    expected = {"score_thresh": 0.5, "tile": 0, "overlap": None, "optimize": True, "tta": None}
+    expected = {"score_thresh": 0.5, "tile": 0, "overlap": None, "optimize": True, "tta": None, "batch_size": 1}
     assert {key: found[key] for key in expected} == expected
     assert not isinstance(predictor.model, DenseTTA)
 
@@ -129,6 +150,7 @@ def test_what_cannot_begin_is_an_error_and_leaves_nothing(run, tiny_config, tmp_
         ([image, "SEED", "1", "MODEL.DEVISE", "cpu"], "no key MODEL.DEVISE"),
         ([image, "--score-thresh", "50"], "score_thresh is 50"),
         ([image, "--overlap", "50"], "overlap 50"),
+        ([image, "--batch", "0"], "batch_size is 0"),
         ([image, "--weights", str(tmp_path / "none.pth")], "none.pth"),
         ([image, "--config-file", "none.yaml"], "none.yaml"),
         ([image, "--output", str(tmp_path / "file")], str(tmp_path / "file")),
