@@ -1,6 +1,7 @@
 """Time functions in turns, and measure the peak memory of each in its own process."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ class Row:
             are compared with the first.
         target: the goal, by system.
         logits_bytes: if given, memory is also reported as a multiple of it.
+        images: the number of images in the inputs.
     """
 
     name: str
@@ -30,22 +32,28 @@ class Row:
     variants: dict[str, Callable[[], Callable[[], object]]]
     target: dict[str, str] = field(default_factory=dict)
     logits_bytes: int | None = None
+    images: int | None = None
 
 
-def interleave(functions: dict[str, Callable], repeats: int, tick: Callable[[], object] = lambda: None) -> dict:
-    """Call all functions in turns, ``repeats`` times after a warm-up round.
+def interleave(
+    functions: dict[str, Callable], repeats: int, tick: Callable[[], object] = lambda: None, seconds: float = math.inf
+) -> dict:
+    """Call all functions in turns, ``repeats`` times after a warm-up round; once at least, then for ``seconds``.
 
     Returns:
         For each function, medians over the rounds: ``seconds`` and ``cpu_seconds`` of a call, and their ratios to the
         first function in the same round, ``times_faster`` and ``times_less_cpu``.
     """
     wall, cpu = ({name: [] for name in functions} for _ in range(2))
+    begin = time.perf_counter()
     for number in range(repeats + 1):
+        if number > 1 and time.perf_counter() - begin > seconds:
+            break
         for name, function in functions.items():
-            _wait_for_gpu()
+            wait_for_gpu()
             start, cpu_start = time.perf_counter(), time.process_time()
             function()
-            _wait_for_gpu()
+            wait_for_gpu()
             if number:
                 wall[name].append(time.perf_counter() - start)
                 cpu[name].append(time.process_time() - cpu_start)
@@ -66,11 +74,11 @@ def interleave(functions: dict[str, Callable], repeats: int, tick: Callable[[], 
 def extra_peak_bytes(function: Callable[[], object]) -> int:
     """Return the peak memory of a first call of ``function`` above the memory in use before it."""
     if torch.cuda.is_available():
-        _wait_for_gpu()
+        wait_for_gpu()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        _wait_for_gpu()
+        wait_for_gpu()
         if peak := torch.cuda.max_memory_allocated() - before:
             return peak
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak: proc(5)
@@ -94,6 +102,7 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _wait_for_gpu() -> None:
+def wait_for_gpu() -> None:
+    """Wait until a GPU, if there is one, has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
