@@ -109,7 +109,7 @@ def counted(function: Callable[[], object]) -> dict:
         function()
         wait_for_gpu()
         numbers["peak_bytes"] = torch.cuda.max_memory_allocated() - before + own
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU], acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(PROFILED):
             function()
         wait_for_gpu()

@@ -154,3 +154,15 @@ def test_launches_waits_and_busy_time_of_a_profile(measure_gpu):
     ]
     numbers = measure_gpu.summary([*step, *step, event("cudaDeviceSynchronize", DeviceType.CPU)], steps=2)
     assert numbers == {"gpu_seconds": pytest.approx(40e-6), "launches": 2, "waits": 1}
+
+
+@pytest.mark.slow
+def test_whole_runs(tmp_path):
+    small = "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 INPUT.MIN_SIZE_TRAIN (64,)"
+    flags = "--batch 2 --iterations 40 --workers 1 --images 4".split()
+    command = [sys.executable, str(FOLDER / "whole_run.py"), *flags, "--output", str(tmp_path), *small.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FocalRetinaNet is " in result.stdout
+    times = json.loads((tmp_path / "whole_run.json").read_text())
+    assert all(0 < times[name]["data_time"] < times[name]["time"] for name in ("RetinaNet", "FocalRetinaNet"))
