@@ -20,6 +20,7 @@ from .class_loss import ClassLoss, class_loss
 from .contracts import check_box_loss, check_head
 from .inference import best_of_level, suppress
 from .kernels import padded
+from .kernels.batch_images import batch_images
 from .kernels.conv_relu import fuse_blocks
 from .layers import AnchorDeltas, fold_frozen_norms
 from .matchers.batch import Matcher, match_images, to_device
@@ -143,6 +144,8 @@ class FocalRetinaNet(DenseDetector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
+    preprocess_image = batch_images  # the same numbers as Detectron2's
+
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """As ``DenseDetector.forward``: losses by name in training, else a dict with ``instances`` for each image.
 
@@ -170,12 +173,11 @@ class FocalRetinaNet(DenseDetector):
         # made before the backbone: matching synchronises, and after it the host would wait for the whole forward pass.
         targets = None
         if size in self.feature_sizes:
-            targets = self.label_batch(
-                [images.tensor.new_empty(1, 0, *s) for s in self.feature_sizes[size]], batched_inputs
-            )
+            maps = [images.tensor.new_empty(1, 0, *s) for s in self.feature_sizes[size]]
+            targets = self.label_batch(maps, batched_inputs)
             if self.compiled is not None:
-                logits, maps = self.compiled(images.tensor)
-                return logits, targets.gather(maps), targets
+                logits, deltas_of_all = self.compiled(images.tensor)
+                return logits, targets.gather(deltas_of_all), targets
         features = self.features(images.tensor)
         sizes = [tuple(level.shape[-2:]) for level in features]
         if targets is None or sizes != self.feature_sizes[size]:
@@ -210,13 +212,9 @@ class FocalRetinaNet(DenseDetector):
             gt_instances: one ``Instances`` an image, with ``gt_boxes`` and ``gt_classes``.
             ignore_boxes: one ``Boxes`` an image, or None where it has none; empty if no image has any.
         """
+        check = not self.matcher_seen
         matches = match_images(
-            self.anchor_matcher,
-            anchors,
-            gt_instances,
-            ignore_boxes,
-            min_ioa=self.ignore_ioa,
-            check_values=not self.matcher_seen,
+            self.anchor_matcher, anchors, gt_instances, ignore_boxes, min_ioa=self.ignore_ioa, check_values=check
         )
         self.matcher_seen |= any(map(len, gt_instances))
         return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)

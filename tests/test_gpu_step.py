@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, Instances
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,9 +56,6 @@ def step(request, monkeypatch):
             cfg = small_config()
             cfg.MODEL.FOCAL.MATCHER.NAME = request.param
             model = FocalRetinaNet(cfg).train()
-        # Detectron2's computes the size of the padded batch with tensors on the CPU, whose values are not there.
-        padded = ImageList(torch.empty(3, 3, 96, 96, device="cuda"), [(64, 96), (96, 64), (64, 64)])
-        monkeypatch.setattr(model, "preprocess_image", lambda batch: padded)
         yield model, [image(64, 96, boxes=3), image(96, 64, boxes=0), image(64, 64, boxes=1, crowds=1)], readings
 
 
