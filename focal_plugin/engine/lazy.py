@@ -105,6 +105,8 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     optimizer = instantiate(cfg.optimizer)
     if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
         cfg.dataloader.train._target_ = build_train_loader
+        if "pin_memory" not in cfg.dataloader.train:
+            cfg.dataloader.train.pin_memory = torch.device(cfg.train.device).type == "cuda"
     loader = instantiate(cfg.dataloader.train)
     balance = [BalanceHook(model)] if isinstance(model, DenseDetector) else []
     model = data_parallel(model, **cfg.train.get("ddp", {}))

@@ -14,9 +14,10 @@ from detectron2.data import DatasetFromList, MapDataset, build_detection_train_l
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..config import ConfigError
+from .packed import Packed, PackedCollate
 from .rng import seeded
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class TrainLoader:
         batch_size: images per batch in this process.
         seed: of the mapper's random numbers; the same in all processes.
         groups: the group of each index; the images of a batch are of one group. None: all are one group.
-        kwargs: further arguments of PyTorch's ``DataLoader``.
+        kwargs: further arguments of PyTorch's ``DataLoader``. With ``pin_memory`` the tensors of a batch are in pinned
+            memory, from which a GPU copies while it computes.
 
     Attributes:
         position: the number of batches taken so far.
@@ -136,17 +138,20 @@ class TrainLoader:
         self.failed = False
 
     def __iter__(self) -> Iterator[list[dict]]:
+        kwargs = dict(self.kwargs)
+        if kwargs.get("num_workers"):
+            kwargs["collate_fn"] = PackedCollate(kwargs.get("collate_fn") or default_collate)
         loader = DataLoader(
             _Seeded(self.dataset, self.seed),
             batch_sampler=itertools.islice(self._batches(), self.position, None),
             generator=torch.Generator(),  # its own: each start would draw from the generator that the model uses
             worker_init_fn=_outlive_signals,
-            **self.kwargs,
+            **kwargs,
         )
         try:
             for batch in loader:
                 self.position += 1
-                yield batch
+                yield batch.unpack() if isinstance(batch, Packed) else batch
         except Exception as error:
             self.failed = True
             # What the worker was sending may break off before PyTorch sees that the worker is gone.

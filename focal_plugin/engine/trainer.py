@@ -174,7 +174,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode):
         """Build Detectron2's loader as a ``TrainLoader``, with the mapper that reads ``INPUT.AUGMENTATIONS``."""
         args = build_detection_train_loader.from_config(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
-        return build_train_loader(**args)
+        return build_train_loader(**args, pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda")
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

@@ -23,7 +23,8 @@ def batch_images(model: DenseDetector, batched_inputs: list[dict[str, Any]]) -> 
     if torch.jit.is_tracing():  # Detectron2's traces the sizes too
         return DenseDetector.preprocess_image(model, batched_inputs)
     mean, std, device = model.pixel_mean, model.pixel_std, model.device
-    images = [image["image"].to(device, non_blocking=True) for image in batched_inputs]
+    to_gpu = device.type == "cuda"  # the other way, the host has to wait
+    images = [image["image"].to(device, non_blocking=to_gpu) for image in batched_inputs]
     sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     height, width = padded_size(sizes, model.backbone.size_divisibility, model.backbone.padding_constraints)
     batch = mean.new_empty((len(images), len(mean), height, width), dtype=torch.result_type(images[0], mean))

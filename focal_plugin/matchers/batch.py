@@ -57,12 +57,12 @@ def match_images(
 
 
 def to_device(instances: Instances, device: torch.device) -> Instances:
-    """Return a copy of ``instances`` on a device. Unlike ``Instances.to``, this does not synchronise."""
-    moved = Instances(instances.image_size)
+    """Return a copy of ``instances`` on a device. Unlike ``Instances.to``, this waits for no GPU that it copies to."""
+    moved, to_gpu = Instances(instances.image_size), device.type == "cuda"  # the other way, the host has to wait
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
-            value = Boxes(value.tensor.to(device, non_blocking=True))
+            value = Boxes(value.tensor.to(device, non_blocking=to_gpu))
         else:
-            value = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            value = value.to(device, non_blocking=to_gpu) if isinstance(value, Tensor) else value
         moved.set(name, value)
     return moved

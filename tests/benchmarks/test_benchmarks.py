@@ -159,7 +159,7 @@ def test_launches_waits_and_busy_time_of_a_profile(measure_gpu):
 @pytest.mark.slow
 def test_whole_runs(tmp_path):
     small = "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 INPUT.MIN_SIZE_TRAIN (64,)"
-    flags = "--batch 2 --iterations 40 --workers 1 --images 4".split()
+    flags = ["--batch", "2", "--iterations", "40", "--workers", "1", "--images", "4"]
     command = [sys.executable, str(FOLDER / "whole_run.py"), *flags, "--output", str(tmp_path), *small.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,9 +3,9 @@
 
     whole_run.py [--batch 16] [--iterations 80] [--workers 8] [--output output/whole_run] [KEY VALUE ...]
 
-trains R50-FPN at 800 px in mixed precision on JPEGs of COCO's size, made once in the output folder, with the real loader,
-augmentation, hooks and writers. KEY VALUE pairs change the config of both. The result is the median time of a step after
-the first 20, and how much of it was spent waiting for images.
+trains R50-FPN at 800 px in mixed precision on JPEGs of COCO's size, made once in the output folder, with the real
+loader, augmentation, hooks and writers. KEY VALUE pairs change the config of both. The result is the median time of a
+step after the first 20, and how much of it was spent waiting for images.
 """
 
 # ruff: noqa: E402  # the folders come first: neither the package nor this folder need be installed
@@ -105,9 +105,9 @@ def run(architecture: str, config: Path, output: Path, opts: list[str]) -> dict:
         RuntimeError: the run failed; its log says why.
     """
     folder = output / architecture
-    for old in (folder / "metrics.json", folder / "last_checkpoint"):
-        old.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    metrics = folder / "metrics.json"
+    earlier = len(metrics.read_text().splitlines()) if metrics.exists() else 0  # lines of an earlier run
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config), *opts]
     command += ["MODEL.META_ARCHITECTURE", architecture, "OUTPUT_DIR", str(folder)]
     with (folder / "output.txt").open("w") as log:
@@ -115,7 +115,7 @@ def run(architecture: str, config: Path, output: Path, opts: list[str]) -> dict:
     if code:
         tail = "\n".join((folder / "output.txt").read_text().splitlines()[-5:])
         raise RuntimeError(f"the run of {architecture} failed, see {folder}/output.txt:\n{tail}")
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()[earlier:]]
     late = [line for line in lines if line["iteration"] >= WARMUP and "time" in line]
     return {key: statistics.median(line[key] for line in late) for key in ("time", "data_time")}
 
@@ -139,14 +139,14 @@ def main(words: list[str] | None = None) -> dict[str, dict]:
         results[architecture] = found = run(architecture, config, args.output, args.opts)
         share = found["data_time"] / found["time"]
         print(
-            f"{architecture}: {1000 * found['time']:.0f} ms a step, of it {1000 * found['data_time']:.0f} ms waiting for "
-            f"images; {args.batch / found['time']:.1f} images/s",
+            f"{architecture}: {1000 * found['time']:.0f} ms a step, of it {1000 * found['data_time']:.0f} ms waiting "
+            f"for images; {args.batch / found['time']:.1f} images/s",
             flush=True,
         )
         if share > 0.1:
             print(
-                f"  The loader is the bottleneck ({share:.0%} of the time): this is the speed of {args.workers} workers "
-                "and not of the model."
+                f"  The loader is the bottleneck ({share:.0%} of the time): this is the speed of {args.workers} "
+                "workers and not of the model."
             )
     ratio = results["RetinaNet"]["time"] / results["FocalRetinaNet"]["time"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"

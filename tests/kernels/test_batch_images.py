@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from focal_plugin import FocalRetinaNet
 from focal_plugin.kernels.batch_images import batch_images, padded_size
+from focal_plugin.matchers.batch import to_device
 from tests.small_retinanet import small_config
 
 
@@ -74,6 +76,23 @@ def test_it_needs_no_values():
         model = Model(device="cuda")
         tensor = batch_images(model, [{"image": torch.empty(3, 50, 96)}, {"image": torch.empty(3, 64, 31)}]).tensor
     assert tensor.shape == (2, 3, 64, 96) and tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_what_goes_to_a_gpu_is_copied_without_a_wait(device, monkeypatch):
+    """The host would read what comes from a GPU before it is there."""
+    with FakeTensorMode():
+        model, asynchronous, move = Model(device=device), [], torch.Tensor.to
+        instances = Instances((50, 96), gt_boxes=Boxes(torch.empty(2, 4)), gt_classes=torch.empty(2, dtype=torch.int64))
+
+        def to(x, *args, non_blocking=False, **kwargs):
+            asynchronous.append(non_blocking)
+            return move(x, *args, non_blocking=non_blocking, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        batch_images(model, [{"image": torch.empty(3, 50, 96)}])
+        to_device(instances, torch.device(device))
+    assert asynchronous == [device == "cuda"] * 3
 
 
 def test_the_model_uses_it():
