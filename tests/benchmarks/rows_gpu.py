@@ -71,8 +71,6 @@ def rows(setting: Setting) -> Iterator[Row]:
         yield step_row(models, images)
     yield detect_row(models, 8 if setting.device == "cuda" else 2)
     if setting.compile:  # last, since compiling takes long
-        if "COMPILE" in models.cfg.MODEL.FOCAL:
-            yield compiled_step_row(models, first)
         yield compiled_detect_row(models, 1)
 
 
@@ -335,18 +333,14 @@ def loss_rows(setting: Setting) -> Iterator[Row]:
 def step_row(models: Models, images: int) -> Row:
     """Return a whole training step. At most 8 images for torchvision, which is not what is compared there."""
     names = [D2, D2_NHWC, "ours"]
+    if models.setting.device == "cuda":
+        names.append("ours, compiled")
     if models.setting.depth == 50 and images <= 8:
         names.insert(2, TORCHVISION)
     variants = {name: models.step(name, images) for name in names}
     if images <= 8:
         variants["floor (convolutions)"] = models.convolutions(images, training=True)
     return Row(f"train step, {images} images, {models.setting.where}", models.setting.size, variants, images=images)
-
-
-def compiled_step_row(models: Models, images: int) -> Row:
-    variants = {name: models.step(name, images) for name in (D2_NHWC, "ours", "ours, compiled")}
-    name = f"train step compiled, {images} images, {models.setting.where}"
-    return Row(name, models.setting.size, variants, images=images)
 
 
 def detect_row(models: Models, images: int) -> Row:
