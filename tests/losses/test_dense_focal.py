@@ -435,6 +435,7 @@ def test_the_kernel_passes_these_tests_in_tritons_interpreter():
         ("fp32", 2.0, False, "i32"),
         ("bf16", 0.5, True, "i64"),
         ("fp16", 0.0, True, "constexpr"),
+        ("fp16", 2.0, False, "i32"),
         ("fp64", 1.0, False, "i32"),
     ],
 )
@@ -447,8 +448,9 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, clas
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     wide = "fp64" if dtype == "fp64" else "fp32"
     constants = {"GAMMA": gamma, "LEVELS": 5, "HALF": dtype in ("fp16", "bf16"), "TERMS": 8}
-    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 128, "BLOCK_K": 16, "FIELDS": 19}
-    constants |= {"UNIT": classes_last, "ALIGNED": classes_last}
+    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 512, "BLOCK_K": 4, "FIELDS": 20}
+    constants |= {"BLOCK_R": 128, "BLOCK_K": 16} if classes_last else {}
+    constants |= {"UNIT": sizes != "constexpr", "ALIGNED": "all" if classes_last else "some"}
     kernel = dense_focal.dense_focal_triton._kernel
     for writes in (False, True):
         types = {f"{kind}{i}": f"*{dtype}" for kind in "xg" for i in range(8)} | {f"t{i}": "*i64" for i in range(8)}
@@ -462,7 +464,8 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, clas
         source = ASTSource(kernel, signature, values, {} if sizes == "constexpr" else aligned)
         compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32))
         assert compiled.asm["cubin"]
-        if classes_last and sizes != "constexpr":
-            # Channels last, eight logits are one load and eight gradients one store.
-            assert "ld.global.v4.b32" in compiled.asm["ptx"], compiled.asm["ptx"]
+        if dtype in ("bf16", "fp16") and sizes != "constexpr":
+            # Eight logits are one load and eight gradients one store. Logits that are not aligned are read one by one.
+            assert "ld.global.v4.b32" in compiled.asm["ptx"]
             assert ("st.global.v4.b32" in compiled.asm["ptx"]) == writes
+            assert ("ld.global.b16" in compiled.asm["ptx"]) == (not classes_last)
