@@ -34,8 +34,8 @@ def optimize_for_inference(
 
     Args:
         model: a FocalRetinaNet, or any model of Detectron2's, on its device.
-        dtype: what the backbone, and a dense detector's head, compute in: float32, bfloat16 or float16. Their results
-            are float32 again, so that boxes, scores and NMS are. None: ``fast_dtype`` of the device.
+        dtype: what the backbone, and a dense detector's head, compute in: float32, bfloat16 or float16. Boxes, scores
+            and NMS are computed in float32. None: ``fast_dtype`` of the device.
         compile: let ``torch.compile`` fuse the backbone's, and a dense detector's head's, operations. It takes some
             seconds at the first image of each size, so it is for images of one size or of few (beyond eight sizes
             PyTorch stops compiling, and says so); on a CPU it needs a C++ compiler. The copy cannot be pickled.
@@ -72,7 +72,8 @@ def optimize_for_inference(
         if dtype != torch.float32:
             model.backbone.to(dtype)
             last.to(dtype)
-            last.register_forward_hook(_to_float32)
+            if not _is_stock(model):  # whose candidates, a few of its outputs, become float32 later
+                last.register_forward_hook(_to_float32)
         if compile:
             for module in {model.backbone, last}:
                 module.forward = _compiled(module.forward)  # below the hooks
@@ -98,10 +99,14 @@ def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     return optimize_for_inference(model, compile=wanted.COMPILE, graphs=wanted.CUDA_GRAPHS)
 
 
+def _is_stock(model: nn.Module) -> bool:
+    return isinstance(model, FocalRetinaNet) and padded.is_stock(model, FocalRetinaNet)
+
+
 def _use_graphs(model: nn.Module, last: nn.Module) -> None:
     """Let ``model``, on a GPU, replay CUDA graphs. ``last`` is the last of its modules that can be captured."""
     device = next(model.parameters()).device
-    if isinstance(model, FocalRetinaNet) and padded.is_usable(model, FocalRetinaNet):
+    if _is_stock(model) and padded.is_usable(model, FocalRetinaNet):
         # The anchors of a size are built on the host and kept for a while; a graph goes on to read them.
         model.detect = BySize(model.detect, Capture(device, used=partial(newest_anchors, model.anchor_generator)))
         return

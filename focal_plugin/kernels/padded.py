@@ -19,13 +19,15 @@ except ImportError:  # PyTorch for CPUs, for Windows and for macOS comes without
 _NOT_FINITE = -1  # for a number of detections
 
 
-def is_usable(model: Any, base: type) -> bool:
-    """Whether ``forward`` can do the inference of ``model``, a ``base`` or a subclass of it.
+def is_stock(model: Any, base: type) -> bool:
+    """Whether ``model``, a ``base`` or of a subclass, turns a head's outputs into detections as ``base`` does."""
+    return all(getattr(type(model), name) is getattr(base, name) for name in ("candidates", "forward_inference"))
 
-    A subclass with its own ``candidates`` or ``forward_inference`` is left alone.
-    """
-    own = all(getattr(type(model), name) is getattr(base, name) for name in ("candidates", "forward_inference"))
-    return own and model.device.type == "cuda" and nms_triton is not None and not torch.jit.is_tracing()
+
+def is_usable(model: Any, base: type) -> bool:
+    """Whether ``forward`` can do the inference of ``model``: of a subclass only if it ``is_stock``."""
+    is_on_gpu = model.device.type == "cuda" and nms_triton is not None
+    return is_on_gpu and is_stock(model, base) and not torch.jit.is_tracing()
 
 
 def forward(model: Any, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +91,7 @@ def detections(
 
 
 def to_instances(rows: Tensor, counts: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
-    """Return each image's detections, views of ``rows``. Waits for the GPU, once, to read their numbers.
+    """Return each image's detections, on the GPU. Waits for it, once, to read their numbers.
 
     Args:
         rows, counts: what ``detections`` returned.
@@ -98,12 +100,13 @@ def to_instances(rows: Tensor, counts: Tensor, sizes: Sequence[tuple[int, int]])
     Raises:
         AssertionError: a box is not finite; Detectron2 raises the same.
     """
-    classes = rows[..., 5].long()
+    boxes, scores, classes = rows[..., :4].contiguous(), rows[..., 4].contiguous(), rows[..., 5].long()
     found = []
     for i, (count, size) in enumerate(zip(counts.tolist(), sizes, strict=True)):
         assert count != _NOT_FINITE, "Box tensor contains infinite or NaN!"
-        boxes, scores = Boxes(rows[i, :count, :4]), rows[i, :count, 4]
-        found.append(Instances(size, pred_boxes=boxes, scores=scores, pred_classes=classes[i, :count]))
+        this = Instances(size, pred_boxes=Boxes(boxes[i, :count]), scores=scores[i, :count])
+        this.pred_classes = classes[i, :count]
+        found.append(this)
     return found
 
 

@@ -8,7 +8,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from focal_plugin import add_focal_config
+from focal_plugin import FocalRetinaNet, add_focal_config
 from focal_plugin.commands.train import evaluate
 from focal_plugin.config.load import load_config
 from focal_plugin.deploy import fast_dtype, optimize_for_inference
@@ -110,6 +110,26 @@ def test_lower_precision_computes_in_it_and_answers_in_float32(architecture, dty
     assert seen[0] == dtype
     assert {p.dtype for p in optimized.backbone.parameters()} == {dtype}
     assert all(x == (dtype if architecture in DENSE else torch.float32) for x in seen[1:])
+
+
+@pytest.mark.parametrize("name", ["", "candidates", "forward_inference"])
+def test_only_chosen_outputs_become_float32(name):
+    """With the same detections. A subclass with detections of its own gets all in float32."""
+    model = small_model("FocalRetinaNet")
+    seen = []
+
+    def own(self, *args):
+        seen.extend(level.dtype for level in (args[-2] if name == "candidates" else args[-1][0]))
+        return getattr(FocalRetinaNet, name)(self, *args)
+
+    if name:
+        model.__class__ = type("Own", (FocalRetinaNet,), {name: own})
+    optimized = optimize_for_inference(model, torch.bfloat16)
+    found = detect(optimized)
+    assert set(seen) == ({torch.float32} if name else set())
+    optimized.head.register_forward_hook(lambda module, args, output: [[x.float() for x in part] for part in output])
+    for a, b in zip(found, detect(optimized), strict=True):
+        assert a.scores.equal(b.scores) and a.pred_boxes.tensor.equal(b.pred_boxes.tensor) and len(a)
 
 
 @pytest.mark.slow  # compiles C++

@@ -202,7 +202,8 @@ def test_boxes_that_are_not_finite_are_an_error_as_in_detectron2():
 
 
 def assert_same(a, b):
-    assert a.image_size == b.image_size and a.get_fields().keys() == b.get_fields().keys()
+    assert a.image_size == b.image_size and list(a.get_fields()) == list(b.get_fields())
+    assert b.pred_boxes.tensor.is_contiguous() and b.scores.is_contiguous() and b.pred_classes.is_contiguous()
     assert a.pred_classes.equal(b.pred_classes) and a.pred_classes.dtype == b.pred_classes.dtype
     assert a.scores.equal(b.scores) and a.pred_boxes.tensor.equal(b.pred_boxes.tensor)
 
