@@ -126,9 +126,12 @@ def _by_class(boxes, scores, classes, iou_thresh):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_coordinate_that_is_not_a_number_is_torchvisions_too(device):
+    """Of an image with one, nothing is suppressed."""
     rows = random_image(20)
     rows[5, 2] = math.nan
+    rows[7, [0, 1, 2, 3, 5]] = rows[6, [0, 1, 2, 3, 5]]
     assert_as_torchvision([rows, random_image(20, seed=1)], device=device)
+    assert len(keep([rows], device=device)[0]) == 20
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.6, 0.7, 1.0, 0.0, -0.1])
