@@ -11,7 +11,7 @@ from timing import Row, interleave, wait_for_gpu
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-WARMUP, PROFILED = 3, 2
+WARMUP, PROFILED = 4, 2
 _LAUNCH = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 _WAIT = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -44,7 +44,7 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
         rounds: at most this many, and as many as fit into half of the time.
         seconds: the budget of the row.
     """
-    start, functions = time.perf_counter(), {}
+    start, functions, graphs = time.perf_counter(), {}, {}
     variants: dict[str, dict] = {name: {} for name in row.variants}
 
     def left() -> float:
@@ -61,10 +61,11 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
             functions.pop(name, None)
 
     def warm_up(name: str) -> None:
-        function = row.variants[name]()
+        function, before = row.variants[name](), graph_bytes()
         for _ in range(WARMUP):
             function()
         wait_for_gpu()
+        graphs[name] = graph_bytes() - before
         functions[name] = function
 
     for name in row.variants:
@@ -81,7 +82,7 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
             numbers = {key: value for key, value in numbers.items() if not key.startswith("times")}
         variants[name] |= numbers
     for name in list(functions) if timed else []:
-        attempt(name, lambda name=name: variants[name].update(counted(functions[name])))
+        attempt(name, lambda name=name: variants[name].update(counted(functions[name], graphs[name])))
     functions.clear()
     gc.collect()
     if torch.cuda.is_available():
@@ -97,8 +98,20 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
     }
 
 
-def counted(function: Callable[[], object]) -> dict:
-    """Return the peak memory of a call, its kernels' time, and how many launches and waits it has."""
+def graph_bytes() -> int:
+    """Return the memory that CUDA graphs keep for themselves."""
+    if not torch.cuda.is_available():
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(x["total_size"] for x in segments if tuple(x.get("segment_pool_id", (0, 0))) != (0, 0))
+
+
+def counted(function: Callable[[], object], graphs: int = 0) -> dict:
+    """Return the peak memory of a call, its kernels' time, and how many launches and waits it has.
+
+    The memory is what a process with nothing else would need: the call's, the model's with its gradients and optimiser,
+    and ``graphs`` bytes that its CUDA graphs keep.
+    """
     numbers: dict = {}
     gpu = torch.cuda.is_available()
     if gpu:
@@ -108,7 +121,7 @@ def counted(function: Callable[[], object]) -> dict:
         before = torch.cuda.memory_allocated()
         function()
         wait_for_gpu()
-        numbers["peak_bytes"] = torch.cuda.max_memory_allocated() - before + own
+        numbers["peak_bytes"] = torch.cuda.max_memory_allocated() - before + own + graphs
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(PROFILED):
             function()
