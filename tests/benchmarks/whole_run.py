@@ -128,6 +128,7 @@ def main(words: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--workers", type=int, default=8, help="processes that load images (default: 8)")
     parser.add_argument("--images", type=int, default=200, help="images to make (default: 200)")
     parser.add_argument("--output", type=Path, default=Path("output/whole_run"), help="folder for images and runs")
+    parser.add_argument("--ours", default="", metavar="'KEY VALUE'", help="changes of FocalRetinaNet's config alone")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes of both configs")
     args = parser.parse_args(words)
     if args.iterations < 2 * WARMUP:
@@ -136,7 +137,8 @@ def main(words: list[str] | None = None) -> dict[str, dict]:
     config = make_config(args)
     results = {}
     for architecture in ("RetinaNet", "FocalRetinaNet"):
-        results[architecture] = found = run(architecture, config, args.output, args.opts)
+        opts = [*args.opts, *(args.ours.split() if architecture == "FocalRetinaNet" else [])]
+        results[architecture] = found = run(architecture, config, args.output, opts)
         share = found["data_time"] / found["time"]
         print(
             f"{architecture}: {1000 * found['time']:.0f} ms a step, of it {1000 * found['data_time']:.0f} ms waiting "
