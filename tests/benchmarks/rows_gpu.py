@@ -338,8 +338,6 @@ def step_row(models: Models, images: int) -> Row:
     if models.setting.depth == 50 and images <= 8:
         names.insert(2, TORCHVISION)
     variants = {name: models.step(name, images) for name in names}
-    if "COMPILE" in models.cfg.MODEL.FOCAL and models.setting.device == "cuda" and images <= 16:  # its graphs stay
-        variants["ours, compiled"] = models.step("ours, compiled", images)
     if images <= 8:
         variants["floor (convolutions)"] = models.convolutions(images, training=True)
     return Row(f"train step, {images} images, {models.setting.where}", models.setting.size, variants, images=images)
