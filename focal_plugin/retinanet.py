@@ -22,8 +22,9 @@ from .inference import best_of_level, suppress
 from .kernels import padded
 from .kernels.batch_images import batch_images
 from .kernels.conv_relu import fuse_blocks
+from .kernels.targets import dense_targets
 from .layers import AnchorDeltas, fold_frozen_norms
-from .matchers.batch import Matcher, match_images, to_device
+from .matchers.batch import Matcher, match_images
 from .normalizer import build_normalizer
 from .registry import build_box_loss, build_cls_loss, build_dense_head, build_matcher, import_user_modules
 from .structures import Anchors, DenseTargets
@@ -198,7 +199,7 @@ class FocalRetinaNet(DenseDetector):
     def label_batch(self, features: list[Tensor], batched_inputs: list[dict[str, Any]]) -> DenseTargets:
         """Return the targets of a batch. ``features``: one (N, C, H, W) map a level; only their sizes matter."""
         anchors = cached_anchors(self.anchor_generator, features)
-        gt_instances = [to_device(image["instances"], self.device) for image in batched_inputs]
+        gt_instances = [image["instances"] for image in batched_inputs]
         return self.label_anchors(anchors, gt_instances, [image.get("ignore_boxes") for image in batched_inputs])
 
     @torch.no_grad()
@@ -217,7 +218,7 @@ class FocalRetinaNet(DenseDetector):
             self.anchor_matcher, anchors, gt_instances, ignore_boxes, min_ioa=self.ignore_ioa, check_values=check
         )
         self.matcher_seen |= any(map(len, gt_instances))
-        return DenseTargets.from_matches(anchors, matches, gt_instances, self.num_classes)
+        return dense_targets(anchors, matches, gt_instances, self.num_classes)
 
     def losses(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
         """Compute ``loss_cls`` and ``loss_box_reg``, scalars, normalised and weighted (section 4.1).

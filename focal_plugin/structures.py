@@ -153,21 +153,22 @@ class DenseTargets:
     def from_matches(
         cls,
         anchors: Anchors,
-        matches: Sequence[tuple[Tensor, Tensor]],
+        matches: tuple[Tensor, Tensor],
         instances: Sequence[Instances],
         num_classes: int,
     ) -> "DenseTargets":
-        """Build the targets of a batch from the ``(matched, labels)`` of each image. Synchronises once.
+        """Build the targets of a batch from what a matcher found. Synchronises once.
 
         Args:
             anchors: the anchors that were matched, R in all.
-            matches: for each image the (R,) index of the matched box and the (R,) label of each anchor.
-            instances: for each image its ``Instances``, with ``gt_boxes`` and ``gt_classes``.
+            matches: the (N, R) index of each anchor's box in its image, and the (N, R) labels.
+            instances: for each image its ``Instances``, with ``gt_boxes`` and ``gt_classes``, on any device.
             num_classes: K.
         """
-        n, device = len(matches), anchors.device
+        (matched, codes), device = matches, anchors.device
+        n = len(matched)
         # One flat vector: level after level, each in the (N, A, H, W) order of the logits.
-        flat = anchors.flatten_levels(torch.stack([labels for _, labels in matches]))  # (N·R,) int8
+        flat = anchors.flatten_levels(codes)  # (N·R,) int8
         shapes = [(n, a, h, w) for a, (h, w) in zip(anchors.num_cell_anchors, anchors.grid_sizes)]
         sizes = [n * len(boxes) for boxes in anchors.boxes]
         is_positive = flat == POSITIVE
@@ -189,15 +190,16 @@ class DenseTargets:
 
         # The boxes of all images are concatenated: the first box of image i has index first[i].
         first = torch.tensor([0, *(len(gt) for gt in instances)][:-1]).cumsum(0).to(device, non_blocking=True)  # (N,)
-        matched = torch.stack([boxes for boxes, _ in matches])[image, index] + first[image]  # (P,)
+        box = matched[image, index] + first[image]  # (P,)
+        classes = torch.cat([gt.gt_classes for gt in instances]).to(device)  # (G,)
         # Background is label K and not a class of its own: all K sigmoids of such an anchor have target 0 (section 4).
         labels = torch.where(flat == IGNORED, IGNORED, num_classes)  # (N·R,) int64
-        labels[at] = torch.cat([gt.gt_classes for gt in instances])[matched]
+        labels[at] = classes[box]
         return cls(
             labels=[level.view(shape) for level, shape in zip(labels.split(sizes), shapes)],
             num_classes=num_classes,
             positives=list(local.split(counts)),
             anchors=anchors.flat[index],
-            gt_boxes=torch.cat([gt.gt_boxes.tensor for gt in instances])[matched],
+            gt_boxes=torch.cat([gt.gt_boxes.tensor for gt in instances]).to(device)[box],
             grid=anchors,
         )

@@ -82,7 +82,7 @@ PAPER = {
     "contracts": {"structures"},
     "class_loss": {"contracts", "structures"},
     "inference": {"kernels", "structures"},
-    "kernels": {"structures"},
+    "kernels": {"layers", "structures"},
     "matchers": {"contracts", "kernels", "registry", "structures"},
     "losses": {"config.keys", "contracts", "kernels", "registry", "structures"},
     "heads": {"kernels", "losses", "registry", "structures"},

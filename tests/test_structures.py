@@ -8,6 +8,7 @@ from torch import nn
 
 from focal_plugin import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
 from focal_plugin.structures import unravel
+from tests.losses.batches import stacked
 
 # (H, W) of the levels, their strides, and sizes such that they have 4, 2 and 2 anchors a location
 GRIDS, STRIDES, SIZES, RATIOS = [(3, 5), (2, 3), (1, 1)], [8, 16, 32], [[16, 20], [32], [64]], [[0.5, 2.0]]
@@ -116,7 +117,7 @@ class TestDenseTargets:
     def test_from_matches(self, counts, seed):
         """Every label, and every positive with its anchor and box, looked up one at a time."""
         anchors, matches, instances = random_batch(counts, seed)
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         flat, expected = torch.cat(anchors.boxes), []
         assert [tuple(labels.shape) for labels in targets.labels] == [
             (len(counts), a, h, w) for a, (h, w) in zip([4, 2, 2], GRIDS)
@@ -149,7 +150,7 @@ class TestDenseTargets:
     def test_gather(self, counts, memory_format):
         """The positives' numbers out of predictions whose channel is a·C + c."""
         anchors, matches, instances = random_batch(counts, seed=5)
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         shapes = [labels.shape for labels in targets.labels]
         dense = [torch.rand(n, a * 4, h, w).to(memory_format=memory_format) for n, a, h, w in shapes]
         rows = targets.gather(dense)
@@ -166,7 +167,7 @@ class TestDenseTargets:
 
     def test_gather_passes_gradients_to_the_positives_alone(self):
         anchors, matches, instances = random_batch([3, 2], seed=1)
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         dense = [torch.rand(n, a * 4, h, w, requires_grad=True) for n, a, h, w in (t.shape for t in targets.labels)]
         targets.gather(dense).sum().backward()
         for level, labels in zip(dense, targets.labels):
@@ -177,7 +178,7 @@ class TestDenseTargets:
     def test_gather_of_other_places(self):
         """The rows of any anchors, out of (N, A·C, H, W) and out of (N, A, C, H, W)."""
         anchors, matches, instances = random_batch([3, 2], seed=1)
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         dense = [torch.rand(n, a * 5, h, w) for n, a, h, w in (t.shape for t in targets.labels)]
         places = [torch.tensor([7, 3]), torch.zeros(0, dtype=torch.int64), torch.tensor([1])]
         expected = []
@@ -191,7 +192,7 @@ class TestDenseTargets:
 
     def test_the_grid_is_the_anchors_themselves(self):
         anchors, matches, instances = random_batch([3, 2], seed=1)
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         assert targets.grid is anchors and targets.quality is None
 
     def test_quality(self):
@@ -214,7 +215,7 @@ class TestDenseTargets:
     def test_no_positives(self, code, label):
         """All ignored or all background: nothing to gather, on any level."""
         anchors, matches, instances = random_batch([2, 0], seed=0, codes=[code])
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         assert all((labels == label).all() for labels in targets.labels)
         assert targets.num_positives == 0 and [len(p) for p in targets.positives] == [0, 0, 0]
         assert targets.anchors.shape == targets.gt_boxes.shape == (0, 4)
@@ -222,7 +223,7 @@ class TestDenseTargets:
 
     def test_all_positive(self):
         anchors, matches, instances = random_batch([1, 3], seed=0, codes=[POSITIVE])
-        targets = DenseTargets.from_matches(anchors, matches, instances, K)
+        targets = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         assert targets.num_positives == 2 * len(anchors)
         assert all(((labels >= 0) & (labels < K)).all() for labels in targets.labels)
 
@@ -230,11 +231,11 @@ class TestDenseTargets:
     def test_on_a_gpu(self):
         """On a GPU as on a CPU."""
         anchors, matches, instances = random_batch([3, 0, 5], seed=2)
-        expected = DenseTargets.from_matches(anchors, matches, instances, K)
+        expected = DenseTargets.from_matches(anchors, stacked(matches), instances, K)
         on_gpu = Anchors.from_generator(make_generator().cuda(), [feature.cuda() for feature in make_features()])
         targets = DenseTargets.from_matches(
             on_gpu,
-            [(matched.cuda(), codes.cuda()) for matched, codes in matches],
+            [x.cuda() for x in stacked(matches)],
             [gt.to("cuda") for gt in instances],
             K,
         )

@@ -7,6 +7,7 @@ functions here compute the same with PyTorch's own operators.
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from ..layers.frozen_norm import FrozenNormConv2d
 from ..layers.replace import replace_modules
+
+# By norm: the state that its scale and shift are of, the buffers of that state, and scale and shift. Not in the norm,
+# so that copies and pickles of it have none; freed with the norm.
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups
 
@@ -33,7 +38,7 @@ def conv_relu(conv: nn.Conv2d, xs: Sequence[Tensor], residual: Tensor | None = N
     if dtype is None:
         outputs = [conv(x) for x in xs]
         return [F.relu_(y if residual is None else y.add_(residual)) for y in outputs]
-    scale, bias = conv.scale_and_shift(dtype) if isinstance(conv, FrozenNormConv2d) else (None, conv.bias)
+    scale, bias = _scale_and_shift(conv.norm, dtype) if isinstance(conv, FrozenNormConv2d) else (None, conv.bias)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     xs = [x.to(dtype) for x in xs]
     residual = None if residual is None else residual.to(dtype, memory_format=torch.channels_last)
@@ -119,6 +124,23 @@ def _fused_dtype(conv: nn.Conv2d, xs: Sequence[Tensor]) -> torch.dtype | None:
         return None
     channels_last = (t.is_contiguous(memory_format=torch.channels_last) for t in (conv.weight, *xs))
     return dtype if all(channels_last) and all(x.numel() for x in xs) else None
+
+
+def _scale_and_shift(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a frozen norm's s (C, 1, 1, 1) float32 and b (C,) in ``dtype``: the same tensors until it changes."""
+    buffers = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    if any(buffer.is_inference() for buffer in buffers):
+        return _computed(norm, dtype)
+    # `_version` counts changes in place. What is kept holds the buffers, so no other tensor can get their ids.
+    state = dtype, [(id(buffer), buffer._version) for buffer in buffers]
+    if norm not in _kept or _kept[norm][0] != state:
+        _kept[norm] = state, buffers, _computed(norm, dtype)
+    return _kept[norm][2]
+
+
+def _computed(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C,)
+    return scale.view(-1, 1, 1, 1), (norm.bias - norm.running_mean * scale).to(dtype)
 
 
 def _has_hooks(*modules: nn.Module) -> bool:

@@ -42,8 +42,12 @@ def match_batch(
 
 def _padded(boxes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (N, G, 4) and the (N,) int32 numbers of boxes, of N tensors (G_i, 4)."""
-    counts = torch.tensor([len(image) for image in boxes], dtype=torch.int32)
-    return pad_sequence(list(boxes), batch_first=True).float(), counts.to(device, non_blocking=True)
+    numbers = [len(image) for image in boxes]
+    counts = torch.tensor(numbers, dtype=torch.int32)
+    if not any(numbers):
+        return torch.empty(len(boxes), 0, 4, device=device), counts.to(device, non_blocking=True)
+    padded = pad_sequence(list(boxes), batch_first=True).float()
+    return padded.to(device, non_blocking=True), counts.to(device, non_blocking=True)
 
 
 @torch.library.custom_op("focal_plugin::match_ignore_bands", mutates_args=())

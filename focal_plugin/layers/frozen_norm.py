@@ -18,36 +18,13 @@ class FrozenNormConv2d(Conv2d):
     each of which rounds to the lower precision. In full precision this is Detectron2's computation to the last bit.
     """
 
-    _kept: tuple[Any, tuple[Tensor, Tensor]] | None = None  # what scale_and_shift has returned, and for which state
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W')."""
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
             return super().forward(x)
-        scale, shift = self.scale_and_shift(torch.float32)
-        shift = shift if self.bias is None else shift + self.bias * scale.flatten()
-        x = F.conv2d(x, self.weight * scale, shift, self.stride, self.padding, self.dilation, self.groups)
+        weight, bias = folded(self, self.norm)
+        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
-
-    def scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the norm's s (C', 1, 1, 1) float32 and b (C',) in ``dtype``: the same tensors until it changes."""
-        buffers = list(self.norm.buffers())
-        if torch.compiler.is_compiling() or any(buffer.is_inference() for buffer in buffers):
-            return _scale_and_shift(self.norm, dtype)
-        # `_version` counts changes in place. The kept list holds the buffers, so no other tensor can get their ids.
-        state = (dtype, [(id(buffer), buffer._version) for buffer in buffers], buffers)
-        if self._kept is None or self._kept[0][:2] != state[:2]:
-            self._kept = state, _scale_and_shift(self.norm, dtype)
-        return self._kept[1]
-
-
-def _scale_and_shift(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # y = (x − mean) / √(var + ε) · weight + bias is s·x + shift, channel by channel.
-    scale = (norm.running_var + norm.eps).rsqrt()  # (C',)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale
-    shift = shift if norm.bias is None else shift + norm.bias
-    return scale.view(-1, 1, 1, 1), shift.to(dtype)
 
 
 def fold_frozen_norms(model: nn.Module) -> nn.Module:
@@ -73,5 +50,11 @@ def folded(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
 
     ``conv`` may have a bias or not. ``norm`` is any batch norm with running statistics, affine or not.
     """
-    scale, shift = _scale_and_shift(norm, conv.weight.dtype)
-    return conv.weight * scale, shift if conv.bias is None else shift + conv.bias * scale.flatten()
+    # y = (x − mean) / √(var + ε) · weight + bias is s·x + shift, channel by channel.
+    scale = (norm.running_var + norm.eps).rsqrt()  # (C',)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale  # (C',)
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return conv.weight * scale.view(-1, 1, 1, 1), shift

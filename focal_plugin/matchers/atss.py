@@ -60,7 +60,9 @@ class ATSSMatcher:
 
         Returns ``matched`` (N, R) int64 and ``labels`` (N, R) int8, the same as matching image by image.
         """
-        matched, labels = self._match(anchors, [instances.gt_boxes.tensor for instances in gt_instances])
+        matched, labels = self._match(
+            anchors, [instances.gt_boxes.tensor.to(anchors.device) for instances in gt_instances]
+        )
         for image, areas in enumerate(regions):
             if areas is not None:
                 labels[image] = ignore_covered(labels[image], anchors, areas.to(labels.device), min_ioa)

@@ -21,7 +21,7 @@ def match_images(
     *,
     min_ioa: float = 0.0,
     check_values: bool = False,
-) -> list[tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Match each image's boxes with the anchors.
 
     On a GPU, a matcher with a method ``match_batch`` gets all images at once. Any other is called image by image, and
@@ -30,22 +30,23 @@ def match_images(
     Args:
         matcher: an entry of ``ANCHOR_MATCHER_REGISTRY``.
         anchors: R anchors.
-        gt_instances: one ``Instances`` an image, with ``gt_boxes``, on the anchors' device.
+        gt_instances: one ``Instances`` an image, with ``gt_boxes``, on any device.
         ignore_boxes: the ignore regions of each image, or None where it has none; empty if no image has any.
         min_ioa: a background anchor is ignored if at least this share of its area lies in one region; 0 ignores none.
         check_values: whether to check the values of indices and labels too, which synchronises with a GPU.
 
     Returns:
-        For each image ``matched`` (R,) int64, the index of each anchor's box, and ``labels`` (R,) int8. As in
+        ``matched`` (N, R) int64, the index of each anchor's box in its image, and ``labels`` (N, R) int8. As in
         Detectron2, every anchor of an image without boxes is background, whatever the first of ``IOU_LABELS`` is.
         A matcher that breaks its contract raises a TypeError or ValueError.
     """
     regions = [None] * len(gt_instances) if min_ioa == 0 or not ignore_boxes else list(ignore_boxes)
     batched = getattr(matcher, "match_batch", None) if anchors.device.type == "cuda" else None
     if batched is not None and (found := batched(anchors, gt_instances, regions, min_ioa)) is not None:
-        return list(zip(*found))
+        return found
     matches = []
     for instances, areas in zip(gt_instances, regions):
+        instances = to_device(instances, anchors.device)
         match = matcher(anchors, instances)
         check_match(matcher, match, anchors, instances, values=check_values)
         matched, labels = match
@@ -53,7 +54,8 @@ def match_images(
         if areas is not None:
             labels = ignore_covered(labels, anchors, areas.to(labels.device), min_ioa)
         matches.append((matched, labels))
-    return matches
+    matched, labels = map(torch.stack, zip(*matches))
+    return matched, labels
 
 
 def to_device(instances: Instances, device: torch.device) -> Instances:

@@ -102,9 +102,8 @@ class IgnoreBandMatcher:
         if ignore_band_triton is None:
             return None
         boxes = [instances.gt_boxes.tensor for instances in gt_instances]
-        areas = [
-            anchors.flat[:0] if area is None else area.tensor.to(anchors.device, non_blocking=True) for area in regions
-        ]
+        none = anchors.flat[:0]
+        areas = [none if area is None else area.tensor.to(none.device, non_blocking=True) for area in regions]
         rule = self.thresholds, self.labels, self.low_quality
         return ignore_band_triton.match_batch(anchors, boxes, areas, min_ioa, *rule)
 

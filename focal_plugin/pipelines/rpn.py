@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..anchors.cache import cached_anchors
 from ..class_loss import ClassLoss, class_loss
+from ..kernels.targets import dense_targets
 from ..matchers.batch import Matcher as AnchorMatcher
 from ..matchers.batch import match_images
 from ..normalizer import build_normalizer
@@ -107,7 +108,7 @@ class FocalRPN(RPN):
         logits, deltas = self.rpn_head(maps)  # L × (N, A, H, W), L × (N, A·4, H, W)
         anchors = cached_anchors(self.anchor_generator, maps)
         objects = [_as_one_class(gt) for gt in gt_instances]
-        targets = DenseTargets.from_matches(anchors, self.match(anchors, gt_instances), objects, num_classes=1)
+        targets = dense_targets(anchors, self.match(anchors, gt_instances), objects, num_classes=1)
         losses = self.losses_of(logits, targets.gather(deltas), targets)
 
         boxes = [Boxes(level) for level in anchors.boxes]
@@ -116,15 +117,15 @@ class FocalRPN(RPN):
         return self.predict_proposals(boxes, flat_logits, flat_deltas, images.image_sizes), losses
 
     @torch.no_grad()
-    def match(self, anchors: Anchors, gt_instances: list[Instances]) -> list[tuple[Tensor, Tensor]]:
-        """Return the (R,) box index and the (R,) label, IGNORED, NEGATIVE or POSITIVE, of each image's anchors."""
-        matches = match_images(self.anchor_matcher, anchors, gt_instances, check_values=not self.matcher_seen)
+    def match(self, anchors: Anchors, gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
+        """Return the (N, R) box index and the (N, R) label, IGNORED, NEGATIVE or POSITIVE, of each image's anchors."""
+        matched, labels = match_images(self.anchor_matcher, anchors, gt_instances, check_values=not self.matcher_seen)
         self.matcher_seen |= any(map(len, gt_instances))
         if self.anchor_boundary_thresh < 0:
-            return matches
+            return matched, labels
         boxes = Boxes(anchors.flat)
         inside = [boxes.inside_box(gt.image_size, self.anchor_boundary_thresh) for gt in gt_instances]
-        return [(index, labels.masked_fill(~kept, IGNORED)) for (index, labels), kept in zip(matches, inside)]
+        return matched, labels.masked_fill(~torch.stack(inside), IGNORED)
 
     def losses_of(self, logits: list[Tensor], deltas: Tensor, targets: DenseTargets) -> dict[str, Tensor]:
         """Compute ``loss_rpn_cls`` and ``loss_rpn_loc``, normalised and weighted.

@@ -105,6 +105,30 @@ def test_gradients_of_a_subnet_over_several_levels(stand_in, levels, bias):
         torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-5, atol=1e-5)
 
 
+def frozen(**kwargs):
+    return fold_frozen_norms(nn.Sequential(Conv2d(4, 8, 3, norm=FrozenBatchNorm2d(8), **kwargs)))[0]
+
+
+CHANGES = {
+    "nothing": lambda conv, state: None,
+    "in place": lambda conv, state: conv.norm.running_mean.add_(3),
+    "loaded": lambda conv, state: conv.load_state_dict({name: value + 1 for name, value in state.items()}),
+    "moved": lambda conv, state: conv.norm._apply(lambda value: value * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_norm_is_folded_into_is_kept_until_it_changes(stand_in, change):
+    conv = frozen(bias=False).double()
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    before = fused._scale_and_shift(conv.norm, torch.float64)
+    CHANGES[change](conv, conv.state_dict())
+    first, second = (fused._scale_and_shift(conv.norm, torch.float64) for _ in range(2))
+    assert all(a is b for a, b in zip(first, second))
+    assert all(a is b for a, b in zip(first, before)) == (change == "nothing")
+    torch.testing.assert_close(conv_relu(conv, [x])[0], conv(x).relu())
+
+
 def test_without_gradients_nothing_is_kept(stand_in):
     conv = nn.Conv2d(4, 4, 1).double()
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
@@ -113,10 +137,6 @@ def test_without_gradients_nothing_is_kept(stand_in):
     assert not y.requires_grad and y.equal(conv(x).relu())
     (y,) = conv_relu(conv.requires_grad_(False), [x])
     assert y.grad_fn is None
-
-
-def frozen(**kwargs):
-    return fold_frozen_norms(nn.Sequential(Conv2d(4, 8, 3, norm=FrozenBatchNorm2d(8), **kwargs)))[0]
 
 
 class Special(nn.Conv2d):

@@ -20,6 +20,11 @@ BATCHES = {
 }
 
 
+def stacked(matches):
+    """The (N, R) indices and the (N, R) labels of matches image by image."""
+    return tuple(map(torch.stack, zip(*matches)))
+
+
 def draw_targets(boxes, num_classes=3, grids=((3, 5), (2, 3)), codes=MIXED, seed=0) -> DenseTargets:
     """Targets of images with so many boxes, each anchor's code drawn from ``codes``, and a quality of each positive."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +42,7 @@ def draw_targets(boxes, num_classes=3, grids=((3, 5), (2, 3)), codes=MIXED, seed
         if count == 0:
             labels[labels == POSITIVE] = NEGATIVE
         matches.append((torch.randint(max(count, 1), (len(anchors),), generator=generator), labels))
-    targets = DenseTargets.from_matches(anchors, matches, instances, num_classes)
+    targets = DenseTargets.from_matches(anchors, stacked(matches), instances, num_classes)
     return targets.with_quality(targets.gt_boxes + torch.rand(targets.num_positives, 4, generator=generator) * 4)
 
 
