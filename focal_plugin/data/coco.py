@@ -1,13 +1,37 @@
 """Data sets in COCO's JSON format. Boxes are read; masks and keypoints are not."""
 
 import json
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from .records import Checker, DataError, check_box, check_image, check_numbers, class_id, join_inside, need, resolve
+from .records import (
+    Checker,
+    DataError,
+    check_box,
+    check_image,
+    check_numbers,
+    class_id,
+    is_number,
+    join_inside,
+    need,
+    resolve,
+)
+
+logger = logging.getLogger(__name__)
+
+_FLAG = (lambda value: value in (0, 1), "0 or 1")
+# What an annotation may lack, but not have wrong: COCO's metric reads it from the file.
+_OPTIONAL = {
+    "area": (lambda value: is_number(value) and value >= 0, "a number ≥ 0"),
+    "iscrowd": _FLAG,
+    "ignore": _FLAG,
+}
+_FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS's images
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,11 @@ class CocoSet:
         classes = self.classes or list(categories.values())
         class_ids = {name: index for index, name in enumerate(classes)}
         boxes = _boxes_by_image(content, path, checker)
+        if any(isinstance(image, dict) and image.get(key) for image in content["images"] for key in _FEDERATED):
+            logger.warning(
+                f"{path} has LVIS's {' and '.join(_FEDERATED)}, which training and COCO's metric do not read: what is "
+                "not annotated counts as background."
+            )
         records, seen = [], set()
         images = tqdm(content["images"], desc=f"Reading {self.name}", unit="image", delay=3, leave=False)
         for number, image in enumerate(images):
@@ -82,10 +111,19 @@ def _value(record: object, key: str, kinds: type, where: str):
     """Return ``record[key]``, or raise a ``DataError`` if it is missing or has another type."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise DataError(
-            "not COCO's format", f"{where}: {key!r} is {value!r}, expected {getattr(kinds, '__name__', kinds)}."
-        )
+        raise _wrong(key, value, getattr(kinds, "__name__", kinds), where)
     return value
+
+
+def _wrong(key: str, value: object, expected: object, where: str) -> DataError:
+    return DataError("not COCO's format", f"{where}: {key!r} is {value!r}, expected {expected}.")
+
+
+def _check_ids(ids: Iterable[object], what: str, path: str) -> None:
+    """Raise a ``DataError`` if some of the ids are numbers and others text, which COCO's metric cannot sort."""
+    kinds = {type(key) for key in ids} & {int, str}
+    if len(kinds) > 1:
+        raise DataError("ids of two kinds", f"{path}: some ids of {what} are whole numbers, others text; expected one.")
 
 
 def _categories(content: dict, path: str) -> dict[int | str, str]:
@@ -99,12 +137,14 @@ def _categories(content: dict, path: str) -> dict[int | str, str]:
         found[key] = name
     if not found:
         raise DataError("no classes", f"{path} has no categories.")
+    _check_ids(found, "categories", path)
     return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
 def _boxes_by_image(content: dict, path: str, checker: Checker) -> dict[int | str, list[tuple[str, dict]]]:
     """Each image's annotations by the image's id, each with its position in the file, for messages."""
     images = [image.get("id") for image in content["images"] if isinstance(image, dict)]
+    _check_ids(images, "images", path)
     images = {image for image in images if isinstance(image, int | str)}
     boxes: dict[int | str, list[tuple[str, dict]]] = {}
     for number, annotation in enumerate(content["annotations"]):
@@ -121,8 +161,10 @@ def _read_image(image: dict, folder: str, where: str) -> dict:
     image_id = _value(image, "id", int | str, where)
     where = f"{where} (id {image_id!r})"
     file_name = join_inside(folder, _value(image, "file_name", str, where), where)
-    declared = (image.get("width"), image.get("height"))
-    width, height = check_image(file_name, None if declared == (None, None) else declared, where)
+    declared = None
+    if image.get("width") is not None or image.get("height") is not None:
+        declared = tuple(_value(image, side, int | float, where) for side in ("width", "height"))
+    width, height = check_image(file_name, declared, where)
     return {"file_name": file_name, "image_id": image_id, "height": height, "width": width, "annotations": []}
 
 
@@ -133,6 +175,9 @@ def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict,
     if category not in categories:
         known = ", ".join(map(str, categories))
         raise DataError("unknown class", f"{where} has category_id {category!r}; the categories' ids are {known}.")
+    for key, (is_sound, expected) in _OPTIONAL.items():
+        if key in annotation and not is_sound(annotation[key]):
+            raise _wrong(key, annotation[key], expected, where)
     x, y, w, h = box
     return {
         "bbox": check_box((x, y, x + w, y + h), (record["width"], record["height"]), where),
@@ -145,9 +190,10 @@ def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict,
 def _serves_evaluation(content: dict) -> bool:
     """Whether COCO's evaluation reads the file's annotations correctly.
 
-    It needs ``area`` and ``iscrowd``, does not know ``ignore``, and takes a box with the id 0 for one without a match.
+    It needs ``area`` and ``iscrowd``, does not know ``ignore``, takes a box with the id 0 for one without a match, and
+    in its fast form stores ids in 64 bits.
     """
     annotations = content["annotations"]
     ids = [annotation.get("id") for annotation in annotations]
     complete = all("area" in a and "iscrowd" in a and not a.get("ignore") for a in annotations)
-    return complete and all(isinstance(key, int) and key > 0 for key in ids) and len(set(ids)) == len(ids)
+    return complete and all(isinstance(key, int) and 0 < key < 2**63 for key in ids) and len(set(ids)) == len(ids)

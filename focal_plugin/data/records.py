@@ -117,13 +117,18 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
+def is_number(value: object) -> bool:
+    """Return whether ``value`` is a finite number, no bool, and not beyond any image's area."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FAR**2  # a NaN fails too
+
+
 def check_numbers(values: Sequence[object], where: str) -> None:
     """Check that ``values`` are four finite numbers, none beyond any image.
 
     Raises:
         DataError: they are not.
     """
-    if len(values) != 4 or not all(isinstance(v, int | float) and abs(v) <= _FAR for v in values):  # a NaN fails too
+    if len(values) != 4 or not all(is_number(v) and abs(v) <= _FAR for v in values):
         raise DataError(NOT_NUMBERS, f"{where}: {list(values)}.")
 
 

@@ -101,10 +101,17 @@ def read_record(
                     "bbox": _read_box(element, (width, height), where),
                     "bbox_mode": BoxMode.XYXY_ABS,
                     "category_id": class_id(_class_name(element), class_ids, where),
-                    "iscrowd": int(difficult == "ignore" and element.findtext("difficult", "0").strip() == "1"),
+                    "iscrowd": int(difficult == "ignore" and _is_difficult(element, where)),
                 }
             )
     return {"file_name": image, "image_id": image_id, "height": height, "width": width, "annotations": annotations}
+
+
+def _is_difficult(element: Element, where: str) -> bool:
+    text = element.findtext("difficult", "0").strip()
+    if text not in ("0", "1"):
+        raise DataError("difficult that is neither 0 nor 1", f"{where}: <difficult> is {text!r}.")
+    return text == "1"
 
 
 def _class_name(element: Element) -> str:

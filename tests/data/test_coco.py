@@ -54,6 +54,21 @@ def test_same_records_as_detectron2(coco_file):
         ((5, 5, 9, 9), {"category_id": [1]}, "not COCO's format", "'category_id'"),
         ((5, 5, 9, 9), {"image_id": 77}, "box of no image", "77"),
         ((5, 5, 9, 9), {"image_id": "1"}, "box of no image", "'1'"),
+        ((5, 5, True, 9), {}, "box that is not four numbers", "True"),
+        ((5, 5, "9", "9"), {}, "box that is not four numbers", "'9'"),
+        ((5, 5, 9, 9), {"area": None}, "not COCO's format", "'area' is None, expected a number ≥ 0"),
+        ((5, 5, 9, 9), {"area": "81"}, "not COCO's format", "'area' is '81'"),
+        ((5, 5, 9, 9), {"area": float("nan")}, "not COCO's format", "'area' is nan"),
+        ((5, 5, 9, 9), {"area": float("inf")}, "not COCO's format", "'area' is inf"),
+        ((5, 5, 9, 9), {"area": 10**400}, "not COCO's format", "0000"),
+        ((5, 5, 9, 9), {"area": -81}, "not COCO's format", "'area' is -81"),
+        ((5, 5, 9, 9), {"area": True}, "not COCO's format", "'area' is True"),
+        ((5, 5, 9, 9), {"iscrowd": None}, "not COCO's format", "'iscrowd' is None, expected 0 or 1"),
+        ((5, 5, 9, 9), {"iscrowd": "0"}, "not COCO's format", "'iscrowd' is '0'"),
+        ((5, 5, 9, 9), {"iscrowd": 2}, "not COCO's format", "'iscrowd' is 2"),
+        ((5, 5, 9, 9), {"iscrowd": [0]}, "not COCO's format", "'iscrowd' is [0]"),
+        ((5, 5, 9, 9), {"ignore": "0"}, "not COCO's format", "'ignore' is '0'"),
+        ((5, 5, 9, 9), {"ignore": float("nan")}, "not COCO's format", "'ignore' is nan"),
     ],
 )
 def test_bad_box(coco_file, caplog, bbox, keys, kind, says):
@@ -86,7 +101,11 @@ def test_bad_box(coco_file, caplog, bbox, keys, kind, says):
         ({"file_name": "/etc/passwd"}, "path outside its folder", "/etc/passwd"),
         ({"file_name": 5}, "not COCO's format", "'file_name' is 5"),
         ({"width": 40, "height": 60}, "size that disagrees", "says 40×60"),
-        ({"width": None}, "size that disagrees", "says None×40"),
+        ({"width": None}, "not COCO's format", "'width' is None"),
+        ({"width": "60"}, "not COCO's format", "'width' is '60'"),
+        ({"height": 40.5}, "size that disagrees", "says 60×40.5"),
+        ({"height": [40]}, "not COCO's format", "'height' is [40]"),
+        ({"height": True}, "not COCO's format", "'height' is True"),
         ({"id": 1, "file_name": "1.png"}, "image listed twice", "id 1"),
         ({"id": None}, "not COCO's format", "'id' is None"),
     ],
@@ -114,6 +133,8 @@ def test_bad_image(coco_file, caplog, keys, kind, says):
         ('{"images": [], "categories": []}', "no classes"),
         ('{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "category listed twice"),
         ('{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}', "category listed twice"),
+        ('{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": "2", "name": "b"}]}', "ids of two kinds"),
+        ('{"images": [{"id": 1}, {"id": "2"}], "categories": [{"id": 1, "name": "a"}]}', "ids of two kinds"),
         ('{"images": [], "categories": [{"id": 1, "name": "a"}]}', "no image"),
     ],
 )
@@ -200,6 +221,48 @@ def _id_twice(coco):
     coco.content["annotations"][0]["id"] = 2
 
 
+def _id_of_text(coco):
+    coco.content["annotations"][0]["id"] = "one"
+
+
+def _huge_id(coco):
+    coco.content["annotations"][0]["id"] = 2**70
+
+
+def _null_id(coco):
+    coco.content["annotations"][0]["id"] = None
+
+
+def _nan_area(coco):
+    coco.content["annotations"].insert(0, coco.content["annotations"][0] | {"id": 99, "area": float("nan")})
+
+
+def _unread_fields(coco):
+    """What neither training nor the metric of boxes reads may hold anything."""
+    unread = {"segmentation": None, "keypoints": "none", "num_keypoints": None, "score": None, "attributes": 1}
+    coco.content["annotations"][0] |= unread
+    coco.content["images"][0] |= {"license": None, "date_captured": 5, "flickr_url": []}
+    coco.content |= {"info": None, "licenses": None}
+
+
+def _ids_of_text(coco):
+    for image in coco.content["images"]:
+        image["id"] = f"image {image['id']}"
+    for annotation in coco.content["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+
+
+def _huge_image_ids(coco):
+    for image in coco.content["images"]:
+        image["id"] += 2**80
+    for annotation in coco.content["annotations"]:
+        annotation["image_id"] += 2**80
+
+
+def _true_for_crowd(coco):
+    coco.box(1, (30, 30, 10, 10), iscrowd=True)
+
+
 def _crowd(coco):
     coco.box(1, (30, 30, 10, 10), iscrowd=1)
 
@@ -210,7 +273,8 @@ def _ignored(coco):
 
 @pytest.mark.parametrize(
     "spoil",
-    [_spoil_nothing, _bad_box, _bad_image, _no_area, _no_iscrowd, _id_zero, _id_twice, _crowd, _ignored],
+    [_spoil_nothing, _bad_box, _bad_image, _no_area, _no_iscrowd, _id_zero, _id_twice, _crowd, _ignored]
+    + [_id_of_text, _huge_id, _null_id, _nan_area, _unread_fields, _ids_of_text, _huge_image_ids, _true_for_crowd],
 )
 def test_evaluation_is_of_what_was_kept(coco_file, tmp_path, spoil):
     coco_file.content["categories"] = [{"id": 5, "name": "dog"}, {"id": 2, "name": "cat"}]

@@ -49,6 +49,16 @@ def test_difficult(voc_root, mode, crowd):
     assert [box["iscrowd"] for box in record["annotations"]] == [crowd, 0]
 
 
+@pytest.mark.parametrize("text", ["yes", "true", "2", "", "-1"])
+def test_difficult_that_is_no_flag(voc_root, text):
+    voc_root.image("a", [voc_root.object("cat", (1, 1, 9, 9), difficult=text), ("cat", (1, 1, 9, 9))])
+    voc_root.split("train", "a")
+    with pytest.raises(DataError, match=rf"a\.xml, object 1: <difficult> is '{text}'"):
+        voc_root.load(name="strict", difficult="ignore")
+    assert len(voc_root.load(name="lenient", difficult="ignore", on_error="skip")[0]["annotations"]) == 1
+    assert len(voc_root.load(name="unread")[0]["annotations"]) == 2  # "keep" does not read it
+
+
 @pytest.mark.parametrize(
     ("bad", "kind", "says"),
     [
