@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import ConfigError
-from ..data.records import check_image
+from ..data.images import check_image
 from ..engine.rng import seeded
 from ..registry import build_matcher
 from ..structures import POSITIVE, Anchors

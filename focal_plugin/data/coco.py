@@ -9,11 +9,11 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from .images import check_image
 from .records import (
     Checker,
     DataError,
     check_box,
-    check_image,
     check_numbers,
     class_id,
     is_number,

@@ -1,10 +1,7 @@
 """Detectron2's mapper, with augmentations from the config, and with crowds, which Detectron2 drops."""
 
 import inspect
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -12,10 +9,8 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import transform_instance_annotations
 from detectron2.structures import Boxes
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 
-from .records import DataError
+from .images import readable_image
 
 # fvcore's vertical flip makes a tensor of an image that it only reads.
 warnings.filterwarnings(
@@ -59,29 +54,6 @@ class FocalDatasetMapper(DatasetMapper):
         boxes = boxes[boxes.nonempty(threshold=1e-5)]  # those cropped away, by Detectron2's rule
         if len(boxes):
             dataset_dict["ignore_boxes"] = boxes
-
-
-@contextmanager
-def readable_image(path: str) -> Iterator[None]:
-    """Read the image ``path`` inside; errors name it.
-
-    Raises:
-        DataError: the image is missing, damaged or incomplete, or has more than 8 bits a channel.
-    """
-    try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            mode = image.mode
-        if mode.startswith(("I", "F")):  # PIL would make all values above 255 white
-            raise DataError(
-                "image of more than 8 bits",
-                f"{path} has PIL's mode {mode}, whose values do not fit the 8 bits of a channel. Save it as 8 bits, in "
-                "a range of your choice.",
-            )
-        yield
-    except FileNotFoundError:
-        raise DataError("missing image", f"{path} does not exist.") from None
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError("image that does not open", f"{path}: {error}") from error
 
 
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:

@@ -8,12 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-_ROTATED = (5, 6, 7, 8)  # values of the EXIF tag that swap width and height
-_EXIF_ORIENTATION = 274
 _FAR = 1e9  # pixels: beyond any image
 _ROUNDING = 1.0  # pixels that a box may reach outside its image, since tools round, or count pixels from 0 or from 1
 
@@ -77,44 +74,6 @@ def join_inside(folder: str, name: str, where: str) -> str:
     if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
         raise DataError("path outside its folder", f"{where} names {name!r}; expected a path inside {folder}.")
     return os.path.join(folder, name)
-
-
-def check_image(path: str, declared: tuple | None, where: str) -> tuple[int, int]:
-    """Return the (width, height) of the image at ``path`` as Detectron2 reads it: turned by its EXIF orientation.
-
-    Only the header is read.
-
-    Args:
-        path: the image.
-        declared: the (width, height) in the annotation, or None if it has none.
-        where: the record, for the message.
-
-    Raises:
-        DataError: the image is missing, does not open, or has another size.
-    """
-    try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            size, orientation = image.size, _orientation(image)
-    except FileNotFoundError:
-        raise DataError("missing image", f"{where} needs {path}, which does not exist.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError("image that does not open", f"{path} ({where}): {error}") from error
-    if orientation in _ROTATED:
-        size = size[::-1]
-    if declared is not None and tuple(declared) != size:
-        turned = f", once turned by its EXIF orientation {orientation}" if orientation in _ROTATED else ""
-        raise DataError(
-            "size that disagrees",
-            f"{where} says {declared[0]}×{declared[1]}, but {path} is {size[0]}×{size[1]}{turned} (width×height).",
-        )
-    return size
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # PIL fails in many ways on broken EXIF data; Detectron2 then leaves the image as it is
-        return None
 
 
 def is_number(value: object) -> bool:

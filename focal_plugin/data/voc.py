@@ -12,7 +12,8 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
-from .records import NOT_NUMBERS, Checker, DataError, check_box, check_image, class_id, join_inside, need, resolve
+from .images import check_image
+from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, join_inside, need, resolve
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import DataError
-from ..data.mapper import readable_image
+from ..data.images import readable_image
 from .inputs import ImageError
 from .loading import class_metadata, load_model, read_config
 from .optimize import optimize_for_inference
