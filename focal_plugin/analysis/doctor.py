@@ -27,6 +27,7 @@ CHECKS = (
     Check("output folder", settings.check_output_dir, needs=["config"]),
     Check("training data", data.check_data, needs=["config"]),
     Check("test data", data.check_test_data, needs=["config"]),
+    Check("images", data.check_images, needs=["training data", "test data"]),
     Check("classes", data.check_classes, needs=["training data", "test data"]),
     Check("boxes", data.check_boxes, needs=["training data"]),
     Check("empty images", data.check_empty_images, needs=["training data"]),

@@ -2,7 +2,7 @@
 
 from .classes import check_num_classes, check_registered, class_names, is_dense_detector
 from .files import check_files, check_files_of
-from .local import register_local_dataset, register_local_datasets
+from .local import leave_out_broken_images, register_local_dataset, register_local_datasets
 from .mapper import FocalDatasetMapper, build_augmentations
 from .records import DataError
 
@@ -16,6 +16,7 @@ __all__ = [
     "check_registered",
     "class_names",
     "is_dense_detector",
+    "leave_out_broken_images",
     "register_local_dataset",
     "register_local_datasets",
 ]

@@ -1,12 +1,15 @@
 """Images as training reads them: of 8 bits a channel, turned by their EXIF orientation. Errors name the file."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO
 
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from .records import DataError
 
@@ -53,8 +56,22 @@ def decode(path: str) -> int:
     try:
         read_image(path, "RGB")
     except Exception as error:  # Pillow raises many types for damaged files
-        raise DataError("image that does not open", f"{path}: {error or type(error).__name__}") from error
+        raise _broken(path, error) from error
     return frames
+
+
+def decode_all(paths: Sequence[str], what: str) -> Iterator[int | DataError]:
+    """Yield for each of the images what ``decode`` returns or raises, with a bar that says ``what`` they are."""
+
+    def attempt(path: str) -> int | DataError:
+        try:
+            return decode(path)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as pool:
+        found = pool.map(attempt, paths)
+        yield from tqdm(found, total=len(paths), desc=f"Decoding {what}", unit="image", delay=3, leave=False)
 
 
 @contextmanager
@@ -101,7 +118,15 @@ def _opened(path: str, where: str = "") -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files
-        raise DataError("image that does not open", f"{path}{record}: {error or type(error).__name__}") from error
+        raise _broken(f"{path}{record}", error) from error
+
+
+def _broken(name: str, error: Exception) -> DataError:
+    if isinstance(error, UnidentifiedImageError):  # its text is the repr of a file object
+        reason = "Pillow cannot identify its format."
+    else:
+        reason = str(error) or type(error).__name__
+    return DataError("image that does not open", f"{name}: {reason}")
 
 
 def _bits(image: Image.Image, file: BinaryIO) -> int:

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import ConfigError
 from .coco import CocoSet
+from .images import decode_all
 from .records import Checker, DataError
 from .voc import VocSet
 
@@ -29,9 +30,43 @@ class LocalDataset:
     def __init__(self, entry: VocSet | CocoSet) -> None:
         self.entry = entry
         self.left_out: Counter[tuple[str, str]] = Counter()
+        self._is_decoded = False
 
     def __call__(self) -> list[dict]:
         return pickle.loads(self._records)
+
+    def leave_out_broken_images(self) -> None:
+        """Decode all images of a set with ``on_error: skip`` once, and leave out those that cannot be.
+
+        Reading the records opens the images without decoding them. In training another image may take the place of one
+        that then proves broken; in evaluation each would count as an image without a detection.
+
+        Raises:
+            DataError: no image is left.
+        """
+        if self.entry.on_error != "skip" or self._is_decoded:
+            return
+        self._is_decoded = True
+        kept, checker = [], Checker(self.entry.name, "skip")
+        records = self()
+        for record, found in zip(records, decode_all([record["file_name"] for record in records], self.entry.name)):
+            with checker.record("image"):
+                if isinstance(found, DataError):
+                    raise found
+                kept.append(record)
+        if not checker.left_out:
+            return
+        self.left_out += checker.left_out
+        checker.report(kept)
+        self._records = self._pack(kept)
+        metadata = MetadataCatalog.get(self.entry.name)
+        if metadata.get("json_file"):
+            del metadata.json_file  # it has the boxes of all images; the evaluator makes one of the records
+
+    def _pack(self, records: list[dict]) -> bytes:
+        if not records:
+            raise DataError("no image", f"in data set {self.entry.name!r}: none is listed, or all were left out.")
+        return pickle.dumps(records)
 
     @functools.cached_property
     def _records(self) -> bytes:  # pickled, since callers change what they get
@@ -45,13 +80,20 @@ class LocalDataset:
             ) from error
         checker.report(records)
         self.left_out = checker.left_out
-        if not records:
-            raise DataError("no image", f"in data set {self.entry.name!r}: none is listed, or all were left out.")
+        for record in records if self.entry.on_error == "skip" else ():
+            record["on_error"] = "skip"  # the training loader reads it
+        packed = self._pack(records)
         known = MetadataCatalog.get(self.entry.name)
         if known.get("json_file"):  # an evaluator, built before any loader, has written these records to a file
             metadata.pop("json_file", None)
         known.set(**metadata)
-        return pickle.dumps(records)
+        return packed
+
+
+def leave_out_broken_images(name: str) -> None:
+    """Do so with the data set ``name`` if it is of ``DATASETS.LOCAL`` (see ``LocalDataset``)."""
+    if name in DatasetCatalog and isinstance(dataset := DatasetCatalog[name], LocalDataset):
+        dataset.leave_out_broken_images()
 
 
 def register_local_datasets(cfg: CfgNode) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..config.load import find_config, usable_device
-from ..data import check_files_of
+from ..data import check_files_of, leave_out_broken_images
 from ..evaluation.report import log_report
 from ..files.write import explained_full_disk
 from ..kernels.conv_relu import fuse_blocks
@@ -93,6 +93,8 @@ def evaluate(cfg, model: nn.Module) -> dict:
     """Return the results of ``model`` on ``dataloader.test``; {} if the config has no ``dataloader.evaluator``."""
     if not cfg.dataloader.get("evaluator"):
         return {}
+    for name in _dataset_names(cfg, "test"):
+        leave_out_broken_images(name)
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)

@@ -1,26 +1,35 @@
 """A training loader that can start at any batch, so that a resumed run continues with the images that come next."""
 
+import functools
 import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from ..config import ConfigError
+from ..data import DataError
 from .packed import Packed, PackedCollate
 from .rng import seeded
 
 logger = logging.getLogger(__name__)
+
+# Of a set with ``on_error: skip``. A run stops at more files that it cannot read than this share of its images, or this
+# number if that is more; and where so many images in a row cannot be read for one place in a batch.
+_MOST_SHARE, _MOST_FILES, _MOST_IN_A_ROW = 0.1, 10, 10
+_POOL = 10_000  # the images at the beginning of the order, which are substitutes for others
 
 
 def build_train_loader(
@@ -37,6 +46,8 @@ def build_train_loader(
     """Build what Detectron2's ``build_detection_train_loader`` does from the same arguments, as a ``TrainLoader``.
 
     A data set that is no list of records gets Detectron2's own loader, which begins from the start when a run resumes.
+    Records with ``on_error: "skip"``, which those of ``DATASETS.LOCAL`` take from their set, may be unreadable (see
+    ``TrainLoader``).
 
     Raises:
         ConfigError: the batch cannot be divided among the processes.
@@ -69,6 +80,7 @@ def build_train_loader(
         total_batch_size // processes,
         seed=comm.shared_random_seed(),
         groups=groups,
+        may_skip=[record.get("on_error") == "skip" for record in dataset],
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
         **kwargs,
@@ -108,18 +120,24 @@ class TrainLoader:
     The sampler alone decides the order. The mapper's random numbers depend only on the seed and on an image's position
     in that order. So any number of workers gives the same batches, and the loader can start at any of them.
 
+    Where an image cannot be read (a ``DataError`` of the data set) and may be skipped, another one of its group takes
+    its place, which depends only on the seed and the position. Such files are logged once each, and counted.
+
     Args:
         dataset: maps an index to a mapped image.
         sampler: yields the indices for this process, without end, and the same ones each time it is iterated.
         batch_size: images per batch in this process.
         seed: of the mapper's random numbers; the same in all processes.
         groups: the group of each index; the images of a batch are of one group. None: all are one group.
+        may_skip: whether the image of each index may be skipped. None: none may.
+        collate_fn: makes a batch of a list of mapped images.
         kwargs: further arguments of PyTorch's ``DataLoader``. With ``pin_memory`` the tensors of a batch are in pinned
             memory, from which a GPU copies while it computes.
 
     Attributes:
         position: the number of batches taken so far.
         failed: whether taking the next one has failed.
+        unread: how many times each index could not be read, since this loader was made.
     """
 
     def __init__(
@@ -130,34 +148,62 @@ class TrainLoader:
         *,
         seed: int,
         groups: Sequence | None = None,
+        may_skip: Sequence[bool] | None = None,
+        collate_fn: Callable = trivial_batch_collator,
         **kwargs,
     ):
         self.dataset, self.sampler, self.batch_size, self.seed, self.groups = dataset, sampler, batch_size, seed, groups
-        self.kwargs = kwargs
+        self.may_skip, self.collate_fn, self.kwargs = may_skip, collate_fn, kwargs
         self.position = 0
         self.failed = False
+        self.unread: Counter[int] = Counter()
+        self._messages: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[list[dict]]:
-        kwargs = dict(self.kwargs)
-        if kwargs.get("num_workers"):
-            kwargs["collate_fn"] = PackedCollate(kwargs.get("collate_fn") or default_collate)
+        """Yield the batches from ``position`` on.
+
+        Raises:
+            DataError: an image cannot be read and may not be skipped, or too many cannot be read.
+        """
+        collate = functools.partial(collate_unread, self.collate_fn)
         loader = DataLoader(
-            _Seeded(self.dataset, self.seed),
+            _Reader(self.dataset, self.seed, self.sampler, self.groups, self.may_skip),
             batch_sampler=itertools.islice(self._batches(), self.position, None),
             generator=torch.Generator(),  # its own: each start would draw from the generator that the model uses
             worker_init_fn=_outlive_signals,
-            **kwargs,
+            collate_fn=PackedCollate(collate) if self.kwargs.get("num_workers") else collate,
+            **self.kwargs,
         )
         try:
-            for batch in loader:
+            for loaded in loader:
+                batch, unread = loaded.unpack() if isinstance(loaded, Packed) else loaded
+                self._count(unread)
                 self.position += 1
-                yield batch.unpack() if isinstance(batch, Packed) else batch
+                yield batch
         except Exception as error:
             self.failed = True
             # What the worker was sending may break off before PyTorch sees that the worker is gone.
             if isinstance(error, ConnectionError | EOFError):
                 raise RuntimeError(_DEAD_WORKER) from error
             raise
+
+    def _count(self, unread: dict[int, str]) -> None:
+        most = max(int(_MOST_SHARE * len(self.dataset)), _MOST_FILES)
+        for index, message in unread.items():
+            self.unread[index] += 1
+            if self.unread[index] > 1:
+                continue
+            self._messages[index] = message
+            logger.warning(
+                f"{message} Another image takes its place (on_error: skip). This is file {len(self.unread)} of at most "
+                f"{most} that may be unreadable in a run."
+            )
+        if len(self.unread) > most:
+            raise DataError(
+                "too many broken images",
+                f"{len(self.unread)} of {len(self.dataset)} cannot be read; on_error: skip allows {most} in a run. "
+                f"Correct or remove those that the log names, such as {' '.join(list(self._messages.values())[:3])}",
+            )
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         """Yield each batch's images as (position in the order of all processes, index)."""
@@ -180,16 +226,57 @@ class TrainLoader:
         self.position = state["images"] // (self.batch_size * comm.get_world_size())
 
 
-class _Seeded(Dataset):
+class _Reader(Dataset):
     """Images by (position, index), mapped with random numbers that depend only on the seed and the position."""
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        sampler: Iterable[int],
+        groups: Sequence | None,
+        may_skip: Sequence[bool] | None,
+    ):
+        self.dataset, self.seed, self.sampler, self.groups, self.may_skip = dataset, seed, sampler, groups, may_skip
 
-    def __getitem__(self, where: tuple[int, int]) -> dict:
+    def __getitem__(self, where: tuple[int, int]) -> tuple[dict, dict[int, str]]:
+        """Return the image or its substitute, and what was wrong with those that could not be read, by their index."""
         position, index = where
-        with seeded(self.seed, position):
-            return self.dataset[index]
+        unread: dict[int, str] = {}
+        for candidate in itertools.chain([index], self._substitutes(position, index)):
+            try:
+                with seeded(self.seed, position):
+                    return self.dataset[candidate], unread
+            except DataError as error:
+                if self.may_skip is None or not self.may_skip[candidate]:
+                    raise
+                unread[candidate] = str(error)
+        raise DataError(
+            "no image to train on",
+            f"None of {len(unread)} images can be read for one place in a batch (of one group, where aspect ratios are "
+            f"grouped). The first of them: {' '.join(list(unread.values())[:3])}",
+        )
+
+    def _substitutes(self, position: int, index: int) -> Iterator[int]:
+        """Yield other images of the group of ``index``: one at random, and those that follow it."""
+        others = [other for other in self._pool if self._group(other) == self._group(index) and other != index]
+        if others:
+            start = np.random.default_rng([self.seed, position]).integers(len(others))
+            yield from [*others[start:], *others[:start]][:_MOST_IN_A_ROW]
+
+    @functools.cached_property
+    def _pool(self) -> list[int]:
+        """The indices at the beginning of the order, sorted: in any number of processes the same, for a small set."""
+        return sorted(set(itertools.islice(self.sampler, _POOL)))
+
+    def _group(self, index: int) -> object:
+        return self.groups[index] if self.groups else None
+
+
+def collate_unread(collate_fn: Callable, samples: list[tuple[dict, dict[int, str]]]) -> tuple[object, dict[int, str]]:
+    """Return the batch that ``collate_fn`` makes of what a ``_Reader`` read, and what it could not read, by index."""
+    unread = {index: message for _, each in samples for index, message in each.items()}
+    return collate_fn([sample for sample, _ in samples]), unread
 
 
 def _outlive_signals(worker_id: int) -> None:

@@ -104,6 +104,11 @@ class CheckpointHook(HookBase):
     def after_train(self) -> None:
         """Save the steps before a failure of the data. From here on, signals end the process."""
         self.signals.remove()
+        if unread := getattr(self.loader, "unread", None):
+            logger.warning(
+                f"{len(unread)} images could not be read, {unread.total()} times in all, and others took their places "
+                "(on_error: skip). Each is named above."
+            )
         trainer, failed = self.trainer, getattr(self.loader, "failed", False)
         # A run that had no step left to do counts one too many.
         trainer.iter = trainer.storage.iter = min(trainer.iter, trainer.max_iter)

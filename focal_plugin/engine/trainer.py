@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..config.load import build_model
-from ..data import FocalDatasetMapper
+from ..data import FocalDatasetMapper, leave_out_broken_images
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
@@ -179,6 +179,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Build Detectron2's loader without its output on the screen, with the mapper that names broken images."""
+        leave_out_broken_images(dataset_name)
         with off_screen("detectron2"):
             return build_detection_test_loader(cfg, dataset_name, mapper=FocalDatasetMapper(cfg, is_train=False))
 
@@ -192,6 +193,7 @@ class Trainer(DefaultTrainer):
         Raises:
             NotImplementedError: the type is none of coco, lvis and pascal_voc.
         """
+        leave_out_broken_images(dataset_name)
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # or the files of one would replace those of another
             output_folder = os.path.join(output_folder, dataset_name)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
+from PIL import Image
 
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
@@ -55,6 +57,21 @@ def edit_data(tmp_path):
         content = json.loads(path.read_text())
         change(content)
         path.write_text(json.dumps(content))
+
+    return edit
+
+
+@pytest.fixture
+def edit_config(tiny_config):
+    """Change the entry of a data set in ``DATASETS.LOCAL``."""
+
+    def edit(name, **keys):
+        path = Path(tiny_config)
+        content = yaml.safe_load(path.read_text())
+        for entry in content["DATASETS"]["LOCAL"]:
+            if entry["name"] == name:
+                entry.update(keys)
+        path.write_text(yaml.safe_dump(content))
 
     return edit
 
@@ -292,6 +309,54 @@ def test_crowds(find, edit_data):
     assert level == WARNING and "FocalRetinaNet" in text
 
 
+@pytest.mark.parametrize("iscrowd", [None, "0", 2, float("nan")])
+def test_crowds_of_own_records(find, own_set, iscrowd):
+    ((level, text),) = find("crowds", *own_set({"bbox": [3, 3, 20, 20], "iscrowd": iscrowd}))
+    assert level == ERROR and f"iscrowd {iscrowd!r}; expected 0 or 1" in text and "0.png" in text
+
+
+# Images
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def test_images_are_decoded(find):
+    ((level, text),) = find("images")
+    assert level == OK and text == "all 6 training images and all 4 test images are decoded"
+    ((level, text),) = find("images", num_images=3)
+    assert level == OK and text == "3 of 6 training images and 3 of 4 test images, evenly spread, are decoded"
+    ((level, text),) = find("images", "DATASETS.TEST", "()", num_images=0)
+    assert level == OK and text == "all 6 training images are decoded"
+
+
+@pytest.mark.parametrize("name", ["shapes_train", "shapes_test"])
+@pytest.mark.parametrize(("on_error", "expected"), [("raise", ERROR), ("skip", WARNING)])
+def test_images_that_open_and_cannot_be_decoded(find, edit_config, tmp_path, name, on_error, expected):
+    for number in (1, 3):
+        truncate(tmp_path / name / f"{number}.png")
+    edit_config(name, on_error=on_error)
+    ((level, text),) = find("images")
+    assert level == expected and "2 " in text and f"{name}/1.png" in text
+    assert ("left out" in text or "take their places" in text) == (on_error == "skip")
+
+
+def test_the_rest_of_the_doctor_passes_by_images_that_are_skipped(tiny_config, edit_config, tmp_path):
+    truncate(tmp_path / "shapes_train" / "1.png")
+    edit_config("shapes_train", on_error="skip")
+    found = {check.name: finding.level for check, finding in examine(Case(tiny_config, options()))}
+    assert {name for name, level in found.items() if level != OK} == {"images"}
+
+
+def test_images_of_several_frames(find, tmp_path):
+    first = Image.open(tmp_path / "shapes_train" / "2.png")
+    first.load()
+    first.save(tmp_path / "shapes_train" / "2.png", save_all=True, append_images=[first.rotate(90)])
+    ((level, text),) = find("images")
+    assert level == WARNING and "1 of the decoded images has several frames" in text and "2.png" in text
+
+
 # Anchors
 
 FAR_TOO_LARGE = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[300.0], [600.0]]"]
@@ -426,7 +491,7 @@ def test_what_cannot_be_checked_is_skipped(tiny_config, tmp_path, capsys):
     levels = {line[9:27].strip(): line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]}
     assert levels["training data"] == ERROR
     assert {name for name, level in levels.items() if level == SKIPPED} == {
-        *("classes", "boxes", "empty images", "crowds", "anchors", "positives", "first loss")
+        *("images", "classes", "boxes", "empty images", "crowds", "anchors", "positives", "first loss")
     }
     assert levels["components"] == levels["weights"] == levels["learning rate"] == OK
 

@@ -9,7 +9,7 @@ from detectron2.data.datasets.coco import load_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from focal_plugin.data import DataError, register_local_dataset
+from focal_plugin.data import DataError, leave_out_broken_images, register_local_dataset
 
 
 def test_same_records_as_detectron2(coco_file):
@@ -321,3 +321,48 @@ def test_evaluation_in_an_output_folder_of_other_data(voc_root, tmp_path):
     stale.parent.mkdir()
     stale.write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 0, "name": "cat"}]}))
     assert evaluate("local", tmp_path / "out") == pytest.approx(100)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def test_broken_images_are_left_out_of_evaluation(coco_file, tmp_path, caplog):
+    """They open, and are read with their boxes; neither loader nor metric may meet them."""
+    for image_id in (1, 2, 3):
+        coco_file.image(image_id)
+        coco_file.box(image_id)
+    _truncate(coco_file.folder / "images" / "2.png")
+    assert len(coco_file.load(on_error="skip")) == 3
+    assert MetadataCatalog.get("local").json_file
+    caplog.set_level(logging.WARNING, logger="focal_plugin")
+    for _ in range(2):
+        leave_out_broken_images("local")
+    assert caplog.messages == ["Data set 'local': 2 images, 2 boxes; images left out: 1 (image that does not open: 1)"]
+    assert [record["image_id"] for record in DatasetCatalog.get("local")] == [1, 3]
+    assert evaluate("local", tmp_path / "out") == pytest.approx(100)
+    assert DatasetCatalog["local"].left_out == {("image", "image that does not open"): 1}
+
+
+def test_a_set_without_broken_images_is_evaluated_by_its_file(coco_file):
+    coco_file.image(1)
+    coco_file.box(1)
+    coco_file.load(on_error="skip")
+    leave_out_broken_images("local")
+    assert MetadataCatalog.get("local").json_file == str(coco_file.folder / "annotations.json")
+
+
+def test_raise_leaves_no_image_out(coco_file):
+    coco_file.image(1)
+    _truncate(coco_file.folder / "images" / "1.png")
+    coco_file.load()
+    leave_out_broken_images("local")
+    assert len(DatasetCatalog.get("local")) == 1
+
+
+def test_all_images_are_broken(coco_file):
+    coco_file.image(1)
+    _truncate(coco_file.folder / "images" / "1.png")
+    coco_file.load(on_error="skip")
+    with pytest.raises(DataError, match="no image: in data set 'local'"):
+        leave_out_broken_images("local")

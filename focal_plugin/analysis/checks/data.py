@@ -9,7 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from ...data import FocalDatasetMapper, check_num_classes
+from ...data import DataError, FocalDatasetMapper, check_num_classes
+from ...data.images import decode_all
 from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect
 from ...registry import build_matcher
 from ...structures import Anchors
@@ -42,6 +43,38 @@ def check_test_data(case: Case) -> Iterator[Finding]:
         yield Finding(OK, "DATASETS.TEST is empty: nothing is evaluated")
         return
     yield Finding(OK, f"{few(names)}: {len(read_records(case.cfg, 'TEST')):,} images")
+
+
+def check_images(case: Case) -> Iterator[Finding]:
+    """Check that images can be decoded: a broken one may have a header that opens."""
+    test = read_records(case.cfg, "TEST") if case.cfg.DATASETS.TEST else []
+    broken, several, decoded = defaultdict(list), [], []  # broken: messages by (what, whether they are skipped)
+    for what, records in (("training", case.records), ("test", test)):
+        chosen = spread(records, case.num_images)
+        for record, found in zip(chosen, decode_all([record["file_name"] for record in chosen], f"{what} images")):
+            if isinstance(found, DataError):
+                broken[what, record.get("on_error") == "skip"].append(str(found))
+            elif found > 1:
+                several.append(record["file_name"])
+        if chosen:
+            total = f"all {len(records):,}" if len(chosen) == len(records) else f"{len(chosen):,} of {len(records):,}"
+            decoded.append(f"{total} {what} images")
+    sampled = ", evenly spread," if any(" of " in text for text in decoded) else ""
+    for (what, skipped), messages in broken.items():
+        then = "Others take their places in training" if what == "training" else "They are left out of evaluation"
+        change = f"{then} (on_error: skip)." if skipped else "Correct them, or leave them out with on_error: skip."
+        text = (
+            f"{len(messages):,} {what} images cannot be decoded, of {' and '.join(decoded)}: {few(messages)} {change}"
+        )
+        yield Finding(WARNING if skipped else ERROR, text)
+    if several:
+        have = "has" if len(several) == 1 else "have"
+        text = (
+            f"{len(several):,} of the decoded images {have} several frames, of which the first is read: {few(several)}"
+        )
+        yield Finding(WARNING, text)
+    if not broken and not several:
+        yield Finding(OK, f"{' and '.join(decoded)}{sampled} are decoded")
 
 
 def check_classes(case: Case) -> Iterator[Finding]:
@@ -124,6 +157,11 @@ def check_empty_images(case: Case) -> Iterator[Finding]:
 def check_crowds(case: Case) -> Iterator[Finding]:
     """Check that the anchors in crowds are ignored."""
     annotations = [annotation for record in case.records for annotation in record.get("annotations", [])]
+    for record in case.records:
+        for annotation in record.get("annotations", []):
+            if (found := annotation.get("iscrowd", 0)) not in (0, 1):
+                yield Finding(ERROR, f"a box of {record.get('file_name')} has iscrowd {found!r}; expected 0 or 1.")
+                return
     crowds = sum(annotation.get("iscrowd", 0) != 0 for annotation in annotations)
     architecture, ioa = case.cfg.MODEL.META_ARCHITECTURE, case.cfg.MODEL.FOCAL.MATCHER.IGNORE_IOA
     share = f"{percent(crowds, len(annotations))} of the boxes are crowds"
@@ -189,7 +227,12 @@ def check_positives(case: Case) -> Iterator[Finding]:
     records = spread(case.used_records, _BATCH_IMAGES)
     boxes, totals = 0, np.zeros(len(case.levels), dtype=int)
     for record in tqdm(records, desc="Images", unit="image", delay=2, leave=False):
-        sample = mapper(record)
+        try:
+            sample = mapper(record)
+        except DataError:
+            if record.get("on_error") != "skip":
+                raise
+            continue  # reported by check_images
         anchors = Anchors.from_generator(case.anchor_generator, case.grid.features(sample["image"].shape[-2:]))
         boxes += len(sample["instances"])
         totals += count_positives(matcher, anchors, sample["instances"]).sum(axis=0)  # (L,)
