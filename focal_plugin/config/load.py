@@ -18,6 +18,7 @@ from ..registry import import_user_modules
 from .class_frequencies import fill_class_frequencies
 from .explain import explained_keys, flatten, merge_from_list
 from .keys import ConfigError, add_focal_config
+from .ranges import check_ranges
 
 # Not through detectron2.model_zoo, whose import needs pkg_resources, which setuptools no longer has.
 _ZOO = Path(str(files("detectron2") / "model_zoo" / "configs"))
@@ -80,11 +81,12 @@ def prepare(cfg: CfgNode) -> None:
     where there is none.
 
     Raises:
-        ConfigError: ``cfg`` does not have the plugin's keys, ``MODEL.DEVICE`` is no device, or an entry of
-            ``DATASETS.LOCAL`` is malformed.
+        ConfigError: ``cfg`` does not have the plugin's keys, a number is none that its key may have (``check_ranges``),
+            ``MODEL.DEVICE`` is no device, or an entry of ``DATASETS.LOCAL`` is malformed.
         ImportError: a module is not found.
     """
     import_user_modules(cfg)
+    check_ranges(cfg)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     register_local_datasets(cfg)
     fill_class_frequencies(cfg)
@@ -94,8 +96,10 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """Build the model of ``cfg`` on its device, as Detectron2's ``build_model`` does.
 
     Raises:
-        ConfigError: a name or a number in ``cfg`` is none that Detectron2 knows, such as MODEL.BACKBONE.NAME.
+        ConfigError: a number is none that its key may have, or a name is none that Detectron2 knows, such as
+            MODEL.BACKBONE.NAME.
     """
+    check_ranges(cfg)
     try:
         return modeling.build_model(cfg)
     except KeyError as error:  # of a registry, or of a table such as that of a ResNet's depths

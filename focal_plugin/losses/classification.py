@@ -12,24 +12,10 @@ from torch import Tensor
 
 from ..registry import CLS_LOSS_REGISTRY
 from ..structures import DenseTargets
+from . import functional
 from .class_weights import alpha_from_config, alpha_needs_class_frequencies
 from .dense_focal import dense_focal_loss
 from .elementwise import ElementwiseLoss
-from .functional import (
-    ALPHA,
-    GAMMA,
-    MARGIN,
-    NEGATIVE_WEIGHT,
-    QUALITY_BETA,
-    STAR_BETA,
-    STAR_GAMMA,
-    checked_alpha,
-    quality_focal_loss,
-    sigmoid_focal_loss,
-    sigmoid_focal_loss_star,
-    sigmoid_hinge_loss,
-    varifocal_loss,
-)
 
 _ALPHA, _GAMMA = "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"
 
@@ -37,7 +23,7 @@ _ALPHA, _GAMMA = "MODEL.RETINANET.FOCAL_LOSS_ALPHA", "MODEL.RETINANET.FOCAL_LOSS
 def _alpha(alpha: float | Sequence[float]) -> float | Tensor:
     """Return α as a float, or as a (K,) float32 tensor of one weight a class. Errors name the config key."""
     key = _ALPHA if isinstance(alpha, Real) else "MODEL.FOCAL.CLS_LOSS.CLASS_ALPHA"
-    checked = checked_alpha(alpha, f"{key} (alpha)")
+    checked = functional.checked_alpha(alpha, f"{key} (alpha)")
     if not isinstance(checked, Tensor):
         return checked
     if not len(checked):
@@ -67,14 +53,14 @@ class SigmoidFocalLoss(ElementwiseLoss):
     # down, positives need less extra weight.
     @configurable
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0):
-        super().__init__(alpha=_alpha(alpha), gamma=GAMMA.check(gamma, f"{_GAMMA} (gamma)"))
+        super().__init__(alpha=_alpha(alpha), gamma=functional.GAMMA.check(gamma, f"{_GAMMA} (gamma)"))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, object]:
         return {"alpha": alpha_from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_focal_loss(logits, targets, _by_class(self.alpha), self.gamma)
+        return functional.sigmoid_focal_loss(logits, targets, _by_class(self.alpha), self.gamma)
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
         """As ``ElementwiseLoss.forward``, but without one-hot targets or temporaries of the logits' size."""
@@ -101,7 +87,7 @@ class AlphaBalancedBCELoss(ElementwiseLoss):
         return {"alpha": alpha_from_config(cfg)}
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_focal_loss(logits, targets, _by_class(self.alpha), gamma=0)
+        return functional.sigmoid_focal_loss(logits, targets, _by_class(self.alpha), gamma=0)
 
     def forward(self, logits: list[Tensor], targets: DenseTargets) -> Tensor:
         """As ``SigmoidFocalLoss.forward``."""
@@ -144,8 +130,8 @@ class FocalLossStar(ElementwiseLoss):
     def __init__(self, *, alpha: float | Sequence[float] = 0.25, gamma: float = 2.0, beta: float = 0.0):
         super().__init__(
             alpha=_alpha(alpha),
-            gamma=STAR_GAMMA.check(gamma, f"{_GAMMA} (gamma of FocalLossStar)"),
-            beta=STAR_BETA.check(beta, "MODEL.FOCAL.CLS_LOSS.BETA (beta)"),
+            gamma=functional.STAR_GAMMA.check(gamma, f"{_GAMMA} (gamma of FocalLossStar)"),
+            beta=functional.STAR_BETA.check(beta, "MODEL.FOCAL.CLS_LOSS.BETA (beta)"),
         )
 
     @classmethod
@@ -157,7 +143,7 @@ class FocalLossStar(ElementwiseLoss):
         }
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_focal_loss_star(logits, targets, _by_class(self.alpha), self.gamma, beta=self.beta)
+        return functional.sigmoid_focal_loss_star(logits, targets, _by_class(self.alpha), self.gamma, beta=self.beta)
 
 
 @CLS_LOSS_REGISTRY.register()
@@ -174,14 +160,14 @@ class HingeLoss(ElementwiseLoss):
 
     @configurable
     def __init__(self, *, margin: float = 0.9):
-        super().__init__(margin=MARGIN.check(margin, "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN (margin)"))
+        super().__init__(margin=functional.MARGIN.check(margin, "MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN (margin)"))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, object]:
         return {"margin": cfg.MODEL.FOCAL.CLS_LOSS.HINGE_MARGIN}
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_hinge_loss(logits, targets, self.margin)
+        return functional.sigmoid_hinge_loss(logits, targets, self.margin)
 
 
 @CLS_LOSS_REGISTRY.register()
@@ -197,14 +183,14 @@ class QualityFocalLoss(ElementwiseLoss):
 
     @configurable
     def __init__(self, *, beta: float = 2.0):
-        super().__init__(beta=QUALITY_BETA.check(beta, f"{_GAMMA} (beta of QualityFocalLoss)"))
+        super().__init__(beta=functional.QUALITY_BETA.check(beta, f"{_GAMMA} (beta of QualityFocalLoss)"))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, object]:
         return {"beta": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return quality_focal_loss(logits, targets, self.beta)
+        return functional.quality_focal_loss(logits, targets, self.beta)
 
 
 @CLS_LOSS_REGISTRY.register()
@@ -224,14 +210,14 @@ class VarifocalLoss(ElementwiseLoss):
     @configurable
     def __init__(self, *, alpha: float = 0.75, gamma: float = 2.0):
         super().__init__(
-            alpha=NEGATIVE_WEIGHT.check(alpha, f"1 - {_ALPHA} (alpha of VarifocalLoss)"),
-            gamma=GAMMA.check(gamma, f"{_GAMMA} (gamma)"),
+            alpha=functional.NEGATIVE_WEIGHT.check(alpha, f"1 - {_ALPHA} (alpha of VarifocalLoss)"),
+            gamma=functional.GAMMA.check(gamma, f"{_GAMMA} (gamma)"),
         )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, object]:
-        alpha = ALPHA.check(cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, _ALPHA)
+        alpha = functional.ALPHA.check(cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, _ALPHA)
         return {"alpha": 1 - alpha if alpha != -1 else 1.0, "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return varifocal_loss(logits, targets, self.alpha, self.gamma)
+        return functional.varifocal_loss(logits, targets, self.alpha, self.gamma)

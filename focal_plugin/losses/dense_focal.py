@@ -1,5 +1,6 @@
 """The focal loss over all logits of a dense detector, without a copy of them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,8 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, labels: list[Tensor], alpha: float | Tensor, gamma: float, *logits: Tensor) -> Tensor:
-        ctx.headroom = _HEADROOM.get(logits[0].dtype, 1.0)
+        # Elsewhere a power of 2 near 1/γ, which is exact: γ times the largest logits would be infinite.
+        ctx.headroom = _HEADROOM.get(logits[0].dtype, 2.0 ** -math.ceil(math.log2(gamma)) if gamma else 1.0)
         needed = ctx.needs_input_grad[3:]
         loss, gradients = dense_focal_torch.loss_and_gradients(logits, labels, alpha, gamma, needed, ctx.headroom)
         ctx.save_for_backward(*gradients)
@@ -96,9 +98,7 @@ class _InBlocks(torch.autograd.Function):
         gradients = list(ctx.saved_tensors)
         if _graph_is_kept():  # a second backward may follow and needs them unscaled
             gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
-        dense_focal_torch.scale_(
-            [gradient for gradient in gradients if gradient is not None], grad_output / ctx.headroom
-        )
+        dense_focal_torch.scale_([each for each in gradients if each is not None], grad_output / ctx.headroom)
         return None, None, None, *gradients
 
 

@@ -39,22 +39,23 @@ class Range(NamedTuple):
 
 
 ALPHA = Range(lambda alpha: alpha == -1 or 0 <= alpha <= 1, "a number in [0, 1], or -1 for no weighting")
-GAMMA = Range(lambda gamma: 0 <= gamma < math.inf, "a finite number ≥ 0")
-STAR_GAMMA = Range(lambda gamma: 0 < gamma < math.inf, "a finite number > 0, because FL* divides by it")
+# float32 holds neither 1/γ nor γ times a loss for others.
+GAMMA = Range(lambda gamma: gamma == 0 or 1e-30 <= gamma <= 1e30, "0 or a number in [1e-30, 1e30]")
+STAR_GAMMA = Range(lambda gamma: 1e-30 <= gamma <= 1e30, "a number in [1e-30, 1e30], because FL* divides by it")
 STAR_BETA = Range(lambda beta: -math.inf < beta < math.inf, "a finite number")
 MARGIN = Range(lambda margin: 0 < margin <= 1, "a probability above 0, at most 1")
 # For β between 0 and 1 the gradient of |y − σ|^β is unbounded where σ is close to y.
-QUALITY_BETA = Range(lambda beta: beta == 0 or 1 <= beta < math.inf, "0 or a finite number ≥ 1")
+QUALITY_BETA = Range(lambda beta: beta == 0 or 1 <= beta <= 1e30, "0 or a number in [1, 1e30]")
 NEGATIVE_WEIGHT = Range(lambda alpha: 0 <= alpha < math.inf, "a finite number ≥ 0")
+
+_FAR = 2.0**14  # beyond ± this, σ is 0 or 1 in any float, and a loss proportional to its logit
 
 
 def checked_alpha(alpha: float | Sequence[float] | Tensor, name: str = "alpha") -> float | Tensor:
     """Return α as a float, or as a tensor if there is more than one.
 
-    Raises:
-        TypeError: α is neither a number nor a sequence of numbers.
-        ValueError: a single α is neither −1 nor in [0, 1], or one of several is not in [0, 1]. Those on a GPU are not
-            checked: reading them would synchronise.
+    A TypeError if it is neither a number nor a sequence of numbers, a ValueError if it is not in [0, 1] (a single one
+    may be −1). Values on a GPU are not checked: reading them would synchronise.
     """
     if isinstance(alpha, Real):
         return float(ALPHA.check(float(alpha), name))
@@ -82,6 +83,7 @@ def sigmoid_focal_loss(
     """
     inputs, targets = _check(inputs, targets, reduction)
     GAMMA.check(gamma, "gamma")
+    inputs, growth = _near(inputs)
     positive, negative = F.logsigmoid(inputs), F.logsigmoid(-inputs)  # log p, log(1 − p)
     cross_entropy = -(targets * positive + (1 - targets) * negative)
     # (1 − p_t)^γ is the paper's idea: an easy anchor, p_t → 1, counts for next to nothing, so that 100,000 of them do
@@ -89,7 +91,7 @@ def sigmoid_focal_loss(
     # For γ < 1 the power has no derivative at 0, hence the clamp. It changes nothing that a float can show, because
     # there the cross entropy is as small as 1 − p_t.
     modulator = _one_minus_p_t(inputs, targets).clamp(min=torch.finfo(inputs.dtype).tiny) ** gamma
-    return _reduce(_balance(cross_entropy * modulator, targets, alpha), reduction)
+    return _reduce(_balance(cross_entropy * modulator * growth, targets, alpha), reduction)
 
 
 def sigmoid_focal_loss_star(
@@ -115,7 +117,9 @@ def sigmoid_focal_loss_star(
     STAR_BETA.check(beta, "beta")
     # The cross entropy of a steeper, shifted logit also vanishes early where x_t is large. Appendix A uses it to show
     # that the exact form of the focal loss does not matter: only that easy examples get little loss.
-    loss = -F.logsigmoid(gamma * (inputs * (2 * targets - 1)) + beta) / gamma
+    x_t, far = inputs * (2 * targets - 1), min((_FAR + abs(beta)) / gamma, torch.finfo(inputs.dtype).max)
+    near = torch.where(x_t.abs() > far, x_t.detach().clamp(-far, far), x_t)  # γ x_t may be ∞
+    loss = -F.logsigmoid(gamma * near + beta) / gamma + F.relu(-x_t - far)
     return _reduce(_balance(loss, targets, alpha), reduction)
 
 
@@ -141,9 +145,10 @@ def quality_focal_loss(inputs: Tensor, targets: Tensor, beta: float = 2, reducti
     """
     inputs, targets = _check(inputs, targets, reduction)
     QUALITY_BETA.check(beta, "beta")
+    inputs, growth = _near(inputs)
     cross_entropy = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     distance = targets * torch.sigmoid(-inputs) - (1 - targets) * torch.sigmoid(inputs)  # y − σ, exact also where σ ≈ 1
-    return _reduce(distance.abs() ** beta * cross_entropy, reduction)
+    return _reduce(distance.abs() ** beta * cross_entropy * growth, reduction)
 
 
 def varifocal_loss(
@@ -184,6 +189,14 @@ def _check(inputs: Tensor, targets: Tensor, reduction: str) -> tuple[Tensor, Ten
         raise ValueError(f'reduction is {reduction!r}; expected "none", "mean" or "sum".')
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     return inputs.to(dtype), targets.to(dtype)
+
+
+def _near(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits clamped to ± ``_FAR``, and the factor of their loss: 1, or |x| / ``_FAR`` beyond."""
+    # Beyond, the gradient of (1 − p_t)^γ would be 0 times γ times the cross entropy, and that product may be ∞.
+    size = inputs.abs()
+    near = torch.where(size > _FAR, inputs.detach().clamp(-_FAR, _FAR), inputs)
+    return near, torch.where(size > _FAR, size / _FAR, 1.0)
 
 
 def _one_minus_p_t(inputs: Tensor, targets: Tensor) -> Tensor:

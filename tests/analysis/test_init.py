@@ -136,7 +136,7 @@ def test_logits_that_leave_the_bias(tiny_config, tmp_path, capsys):
 
 
 def test_not_finite(tiny_config, capsys):
-    assert run(tiny_config, "MODEL.PIXEL_STD", "[0.0, 0.0, 0.0]") == 1
+    assert run(tiny_config, "MODEL.PIXEL_STD", "[1e-45, 1e-45, 1e-45]") == 1
     assert "not" in capsys.readouterr().out
 
 

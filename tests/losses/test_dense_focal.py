@@ -158,6 +158,21 @@ def test_extreme_positives_and_ignored_leave_no_trace(device):
     check([logits], [labels])
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1e-30, 1e-5, 0.5, 1.0, 1.5, 2.0, 5.0, 100.0, 1e30])
+@pytest.mark.parametrize("logit", [1e10, 1e30, 1e38, 3e38, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_largest_logits(device, gamma, logit, label):
+    """The gradient is that of a certain error, or 0, and the loss finite."""
+    for x in (logit, -logit):
+        logits = torch.full((1, 1, 1, 1, 1), x, device=device, requires_grad=True)
+        loss = dense_focal_loss([logits], [torch.full((1, 1, 1, 1), label, device=device)], 0.25, gamma)
+        (gradient,) = torch.autograd.grad(loss * 0.5, logits)
+        wrong = (x > 0) == (label == 1)  # label 1 is the background here
+        weight = 0.75 if label else 0.25
+        assert loss.item() == pytest.approx(weight * logit if wrong else 0, rel=1e-6)
+        assert gradient.item() == pytest.approx((0.5 * weight if x > 0 else -0.5 * weight) if wrong else 0, rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_what_an_ignored_anchor_holds_does_not_matter(device, bad, gamma):

@@ -73,6 +73,63 @@ def test_value_and_gradient_up_to_extreme_logits(dtype, alpha, gamma):
     torch.testing.assert_close(gradient.double(), wanted, **tolerance)
 
 
+# From the smallest number to almost the largest of float32; in float64 none of the losses overflows there.
+FAR = torch.tensor(
+    [1e-45, 1e-38, 1e-3, 1.0, 20.0, 88.0, 16383.0, 16384.0, 16385.0, 1e10, 1e19, 1e30, 1e38, 3e38, 3.4e38]
+)
+FAR = torch.cat([FAR, -FAR, torch.zeros(1)])
+FOCUS = [1e-30, 1e-5, 0.5, 1.0, 1.5, 2.0, 5.0, 100.0, 1e5, 1e30]
+AT_ALL_NUMBERS = {
+    "focal": (sigmoid_focal_loss, [{"alpha": 0.25, "gamma": gamma} for gamma in (0, *FOCUS)], (0.0, 0.3, 1.0)),
+    "star": (
+        sigmoid_focal_loss_star,
+        [{"alpha": 0.25, "gamma": gamma, "beta": beta} for gamma in FOCUS for beta in (-5.0, 0.0, 1.0)],
+        (0.0, 1.0),
+    ),
+    "hinge": (sigmoid_hinge_loss, [{"margin": margin} for margin in (1e-40, 0.5, 1.0)], (0.0, 1.0)),
+    "quality": (quality_focal_loss, [{"beta": b} for b in (0, *(g for g in FOCUS if g >= 1))], (0.0, 1e-38, 0.3, 1.0)),
+    "varifocal": (varifocal_loss, [{"gamma": gamma} for gamma in (0, *FOCUS)], (0.0, 1e-38, 0.3, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", AT_ALL_NUMBERS)
+def test_values_and_gradients_at_all_numbers(name):
+    """No logit is so large that a gradient is NaN, or a loss infinite that has a value."""
+    function, settings, targets = AT_ALL_NUMBERS[name]
+    for keywords in settings:
+        for target in targets:
+            results = []
+            for dtype in (torch.float32, torch.float64):
+                x = FAR.to(dtype).requires_grad_()
+                loss = function(x, torch.full_like(x, target), **keywords)
+                results.append((loss, torch.autograd.grad(loss.sum(), x)[0]))
+            where = f"{keywords}, target {target}"
+            for found, expected in zip(*results):
+                assert found.isfinite().all(), where
+                worst = {"rtol": 2e-5 * max(1, min(keywords.get("gamma", 1), 1e3)), "atol": 1e-7}
+                if keywords.get("gamma", keywords.get("beta", 1)) <= 100:
+                    torch.testing.assert_close(found.double(), expected, **worst)
+
+
+@pytest.mark.parametrize("name", AT_ALL_NUMBERS)
+@pytest.mark.parametrize("size", [1e39, 1e100, 1e300])
+def test_gradients_at_the_largest_numbers_of_float64(name, size):
+    function, settings, targets = AT_ALL_NUMBERS[name]
+    for keywords in settings:
+        for target in targets:
+            x = torch.tensor([size, -size], dtype=torch.float64, requires_grad=True)
+            loss = function(x, torch.full_like(x, target), **keywords)
+            assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), x)[0].isfinite().all(), keywords
+
+
+@pytest.mark.parametrize("gamma", [1e-45, 3e-39, 1e31])
+def test_gammas_that_float32_cannot_divide_by(gamma):
+    inputs, targets = draw()
+    for function in (sigmoid_focal_loss, sigmoid_focal_loss_star, varifocal_loss):
+        with pytest.raises(ValueError, match=r"gamma is .*1e-30, 1e30"):
+            function(inputs, targets, gamma=gamma)
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1, 4])
 @pytest.mark.parametrize("beta", [-1, 0, 1])
 def test_star_and_its_gradient_up_to_extreme_logits(gamma, beta):
