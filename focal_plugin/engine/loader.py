@@ -26,8 +26,8 @@ from .rng import seeded
 
 logger = logging.getLogger(__name__)
 
-# Of a set with ``on_error: skip``. A run stops at more files that it cannot read than this share of its images, or this
-# number if that is more; and where so many images in a row cannot be read for one place in a batch.
+# Of a set with ``on_error: skip``. A run stops when more files than this share of its images, or this number if that is
+# more, could not be read as they were tried last; and where so many in a row cannot be read for one place in a batch.
 _MOST_SHARE, _MOST_FILES, _MOST_IN_A_ROW = 0.1, 10, 10
 _POOL = 10_000  # the images at the beginning of the order, which are substitutes for others
 
@@ -157,7 +157,7 @@ class TrainLoader:
         self.position = 0
         self.failed = False
         self.unread: Counter[int] = Counter()
-        self._messages: dict[int, str] = {}
+        self._broken: dict[int, str] = {}  # those that could not be read when they were tried last
 
     def __iter__(self) -> Iterator[list[dict]]:
         """Yield the batches from ``position`` on.
@@ -176,8 +176,8 @@ class TrainLoader:
         )
         try:
             for loaded in loader:
-                batch, unread = loaded.unpack() if isinstance(loaded, Packed) else loaded
-                self._count(unread)
+                batch, read, unread = loaded.unpack() if isinstance(loaded, Packed) else loaded
+                self._count(read, unread)
                 self.position += 1
                 yield batch
         except Exception as error:
@@ -187,22 +187,23 @@ class TrainLoader:
                 raise RuntimeError(_DEAD_WORKER) from error
             raise
 
-    def _count(self, unread: dict[int, str]) -> None:
+    def _count(self, read: Sequence[int], unread: dict[int, str]) -> None:
         most = max(int(_MOST_SHARE * len(self.dataset)), _MOST_FILES)
+        for index in read:  # it may have been repaired
+            self._broken.pop(index, None)
         for index, message in unread.items():
+            self._broken[index] = message
             self.unread[index] += 1
-            if self.unread[index] > 1:
-                continue
-            self._messages[index] = message
-            logger.warning(
-                f"{message} Another image takes its place (on_error: skip). This is file {len(self.unread)} of at most "
-                f"{most} that may be unreadable in a run."
-            )
-        if len(self.unread) > most:
+            if self.unread[index] == 1:
+                logger.warning(
+                    f"{message} Another image takes its place (on_error: skip). {len(self._broken)} images of at most "
+                    f"{most} cannot be read now."
+                )
+        if len(self._broken) > most:
             raise DataError(
                 "too many broken images",
-                f"{len(self.unread)} of {len(self.dataset)} cannot be read; on_error: skip allows {most} in a run. "
-                f"Correct or remove those that the log names, such as {' '.join(list(self._messages.values())[:3])}",
+                f"{len(self._broken)} of {len(self.dataset)} cannot be read; on_error: skip allows {most} at a time. "
+                f"Correct or remove those that the log names, such as {' '.join(list(self._broken.values())[:3])}",
             )
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
@@ -239,14 +240,14 @@ class _Reader(Dataset):
     ):
         self.dataset, self.seed, self.sampler, self.groups, self.may_skip = dataset, seed, sampler, groups, may_skip
 
-    def __getitem__(self, where: tuple[int, int]) -> tuple[dict, dict[int, str]]:
-        """Return the image or its substitute, and what was wrong with those that could not be read, by their index."""
+    def __getitem__(self, where: tuple[int, int]) -> tuple[dict, int, dict[int, str]]:
+        """Return the image or its substitute, its index, and what was wrong with those that could not be read."""
         position, index = where
         unread: dict[int, str] = {}
         for candidate in itertools.chain([index], self._substitutes(position, index)):
             try:
                 with seeded(self.seed, position):
-                    return self.dataset[candidate], unread
+                    return self.dataset[candidate], candidate, unread
             except DataError as error:
                 if self.may_skip is None or not self.may_skip[candidate]:
                     raise
@@ -273,10 +274,12 @@ class _Reader(Dataset):
         return self.groups[index] if self.groups else None
 
 
-def collate_unread(collate_fn: Callable, samples: list[tuple[dict, dict[int, str]]]) -> tuple[object, dict[int, str]]:
-    """Return the batch that ``collate_fn`` makes of what a ``_Reader`` read, and what it could not read, by index."""
-    unread = {index: message for _, each in samples for index, message in each.items()}
-    return collate_fn([sample for sample, _ in samples]), unread
+def collate_unread(
+    collate_fn: Callable, samples: list[tuple[dict, int, dict[int, str]]]
+) -> tuple[object, list[int], dict[int, str]]:
+    """Return the batch that ``collate_fn`` makes of what a ``_Reader`` read, its indices, and what it did not read."""
+    unread = {index: message for _, _, each in samples for index, message in each.items()}
+    return collate_fn([sample for sample, _, _ in samples]), [index for _, index, _ in samples], unread
 
 
 def _outlive_signals(worker_id: int) -> None:

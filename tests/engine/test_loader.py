@@ -153,10 +153,22 @@ def test_each_file_is_logged_once_and_all_are_counted(dataset, caplog, workers):
 def test_too_many_stop_the_run(dataset, workers):
     spoil(dataset, *range(1, 24, 2))  # 12, and 10 is the most
     loader = build(dataset, workers=workers)
-    with pytest.raises(DataError, match=r"1\d of 40 cannot be read.* allows 10 in a run.*\d\.png") as error:
+    with pytest.raises(DataError, match=r"1\d of 40 cannot be read.* allows 10 at a time.*\d\.png") as error:
         take(loader, 1000)
     assert loader.failed and len(str(error.value).splitlines()) <= 2
     assert str(error.value).count(".png") == 3
+
+
+def test_images_that_are_repaired_do_not_count(dataset):
+    """Each is broken for a while: many in the run, few at a time."""
+    loader = build(dataset, aspect_ratio_grouping=False)
+    batches = iter(loader)
+    for number in range(NUM_IMAGES):
+        original = Path(dataset[number]["file_name"]).read_bytes()
+        spoil(dataset, number)
+        take(batches, 10)  # an epoch
+        Path(dataset[number]["file_name"]).write_bytes(original)
+    assert len(loader.unread) >= 30
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -214,7 +226,8 @@ def test_samples_of_any_kind():
 
     loader = TrainLoader(Squares(), TrainingSampler(10, shuffle=False), 5, seed=0)
     assert list(itertools.islice(loader, 2)) == [[0, 1, 4, 9, 16], [25, 36, 49, 64, 81]]
-    assert collate_unread(np.stack, [(np.zeros(2), {}), (np.ones(2), {3: "gone"})])[1] == {3: "gone"}
+    samples = [(np.zeros(2), 7, {}), (np.ones(2), 8, {3: "gone"})]
+    assert collate_unread(np.stack, samples)[1:] == ([7, 8], {3: "gone"})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
