@@ -4,7 +4,7 @@ from .classes import check_num_classes, check_registered, class_names, is_dense_
 from .files import check_files, check_files_of
 from .local import leave_out_broken_images, register_local_dataset, register_local_datasets
 from .mapper import FocalDatasetMapper, build_augmentations
-from .records import DataError
+from .records import DataError, has_boxes
 
 __all__ = [
     "DataError",
@@ -15,6 +15,7 @@ __all__ = [
     "check_num_classes",
     "check_registered",
     "class_names",
+    "has_boxes",
     "is_dense_detector",
     "leave_out_broken_images",
     "register_local_dataset",

@@ -129,6 +129,11 @@ def check_box(box: Sequence[float], size: tuple[int, int], where: str, first: in
     return [max(x0 - first, 0.0), max(y0 - first, 0.0), min(x1, float(size[0])), min(y1, float(size[1]))]
 
 
+def has_boxes(record: dict) -> bool:
+    """Return whether an image has a box that is no crowd."""
+    return any(annotation.get("iscrowd", 0) == 0 for annotation in record.get("annotations", ()))
+
+
 def class_id(name: str, class_ids: dict[str, int], where: str) -> int:
     """Return the index of the class ``name``.
 

@@ -218,26 +218,23 @@ class TrainLoader:
                 batch.clear()
 
     def state_dict(self) -> dict:
-        """Return the seed, and how many images all processes have taken."""
-        return {"seed": self.seed, "images": self.position * self.batch_size * comm.get_world_size()}
+        """Return the seed, how many images all processes have taken, and how many the set has."""
+        taken = self.position * self.batch_size * comm.get_world_size()
+        return {"seed": self.seed, "images": taken, "size": len(self.dataset)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after the images of ``state``; exactly so with the same batch size and number of processes."""
-        self.seed = state["seed"]
+        self.seed, size = state["seed"], state.get("size", len(self.dataset))
+        if size != len(self.dataset):
+            now = f"The training set has {len(self.dataset)} images, and had {size} when the checkpoint was written"
+            logger.warning(f"{now}: from here on, the images come in another order.")
         self.position = state["images"] // (self.batch_size * comm.get_world_size())
 
 
 class _Reader(Dataset):
     """Images by (position, index), mapped with random numbers that depend only on the seed and the position."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        seed: int,
-        sampler: Iterable[int],
-        groups: Sequence | None,
-        may_skip: Sequence[bool] | None,
-    ):
+    def __init__(self, dataset: Dataset, seed: int, sampler: Iterable[int], groups: Sequence | None, may_skip):
         self.dataset, self.seed, self.sampler, self.groups, self.may_skip = dataset, seed, sampler, groups, may_skip
 
     def __getitem__(self, where: tuple[int, int]) -> tuple[dict, int, dict[int, str]]:

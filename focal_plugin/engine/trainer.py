@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..config.load import build_model
-from ..data import FocalDatasetMapper, leave_out_broken_images
+from ..data import DataError, FocalDatasetMapper, has_boxes, leave_out_broken_images
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
@@ -172,8 +172,26 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Build Detectron2's loader as a ``TrainLoader``, with the mapper that reads ``INPUT.AUGMENTATIONS``."""
-        args = build_detection_train_loader.from_config(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+        """Build Detectron2's loader as a ``TrainLoader``, with the mapper that reads ``INPUT.AUGMENTATIONS``.
+
+        Raises:
+            DataError: no image has a box that is no crowd.
+        """
+        mapper, dataset = FocalDatasetMapper(cfg, is_train=True), []
+        try:
+            args = build_detection_train_loader.from_config(cfg, mapper=mapper)
+            dataset = args["dataset"]
+        except AssertionError as error:
+            if not str(error).startswith("No valid data found"):
+                raise
+        detects = isinstance(dataset, list) and all("annotations" in record for record in dataset)
+        if detects and not any(map(has_boxes, dataset)):
+            count = sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN)
+            raise DataError(
+                "nothing to train on",
+                f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}: {count} images without a box to learn from. "
+                "Look at their annotations; crowds do not count.",
+            )
         return build_train_loader(**args, pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda")
 
     @classmethod

@@ -1,6 +1,7 @@
 """Images of an ``on_error: skip`` set that cannot be read in training: others take their places, reproducibly."""
 
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -96,6 +97,17 @@ def test_a_resumed_run_goes_on_with_the_same_batches(dataset, stop):
     second = build(dataset)
     second.load_state_dict(first.state_dict())
     assert begun + take(second, 30 - stop) == take(build(dataset), 30)
+
+
+def test_a_set_of_another_size_is_reported(dataset, caplog):
+    state = build(dataset).state_dict()
+    build(dataset[:-1]).load_state_dict(state)
+    (message,) = caplog.messages
+    assert "has 39 images, and had 40" in message
+    del state["size"]  # of an earlier version
+    build(dataset[:-1]).load_state_dict(state)
+    build(dataset).load_state_dict(build(dataset).state_dict())
+    assert len(caplog.messages) == 1
 
 
 def test_any_number_of_processes_gives_the_same_substitutes(dataset, monkeypatch):
@@ -251,3 +263,14 @@ def test_a_run_with_broken_images_ends_and_resumes(train_net, tiny_config, tmp_p
     (tmp_path / "resumed/last_checkpoint").write_text("model_0000002.pth")
     train_net("--resume", "OUTPUT_DIR", tmp_path / "resumed", *words)
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("words", [[], ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]])
+@pytest.mark.parametrize("crowds", [False, True])
+def test_a_training_set_without_boxes(train_net, tmp_path, words, crowds):
+    path = tmp_path / "shapes_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [box | {"iscrowd": 1} for box in content["annotations"]] if crowds else []
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"DATASETS\.TRAIN names shapes_train: 6 images without a box to learn from"):
+        train_net(*words)
