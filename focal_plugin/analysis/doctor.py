@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from ..config import ConfigError
 from ..engine.console import off_screen
-from .checks import data, model, settings
+from .checks import data, model, schedule, settings
 from .checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check, Finding
 from .common import MISTAKES, add_flags
 
@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 CHECKS = (
     Check("config", settings.check_config),
     Check("learning rate", settings.check_learning_rate, needs=["config"]),
+    Check("sizes", schedule.check_sizes, needs=["config"]),
     Check("gradient clipping", settings.check_clipping, needs=["config"]),
     Check("unread keys", settings.check_unread_keys, needs=["config"]),
     Check("output folder", settings.check_output_dir, needs=["config"]),
     Check("training data", data.check_data, needs=["config"]),
     Check("test data", data.check_test_data, needs=["config"]),
+    Check("schedule", schedule.check_schedule, needs=["training data"]),
     Check("images", data.check_images, needs=["training data", "test data"]),
     Check("classes", data.check_classes, needs=["training data", "test data"]),
     Check("boxes", data.check_boxes, needs=["training data"]),
@@ -59,6 +61,8 @@ def main(args: argparse.Namespace) -> int:
         for check, finding in examine(case):
             counts[finding.level] += 1
             print(line(check, finding), flush=True)
+            if check.name == "config" and finding.level == ERROR:
+                break  # all others need it
     plurals = {ERROR: "errors", WARNING: "warnings"}
     found = [(level, counts[level]) for level in (ERROR, WARNING, SKIPPED, OK) if counts[level]]
     listed = ", ".join(f"{count} {level if count == 1 else plurals.get(level, level)}" for level, count in found)

@@ -109,7 +109,9 @@ def check_classes(case: Case) -> Iterator[Finding]:
     if absent:
         yield Finding(WARNING, f"No box is of class {few(absent)}, which is never learnt. Add boxes or remove it.")
     if not background and not absent:
-        yield Finding(OK, f"{num_classes} in the data and in MODEL.RETINANET.NUM_CLASSES: {few(names, most=10)}")
+        images = Counter(k for record in case.records for k in {box["category_id"] for box in objects(record)})
+        listed = few((f"{name} in {images[k]:,} images" for k, name in enumerate(names)), most=10)
+        yield Finding(OK, f"{num_classes} in the data and in MODEL.RETINANET.NUM_CLASSES: {listed}")
 
 
 def check_boxes(case: Case) -> Iterator[Finding]:
@@ -253,6 +255,6 @@ def check_positives(case: Case) -> Iterator[Finding]:
     yield Finding(
         WARNING,
         f"{text}: {few(never, most=9)} never has any, nor in {len(case.images):,} images without augmentation. Change "
-        "the sizes of its anchors (MODEL.ANCHOR_GENERATOR.SIZES), or make the model faster by removing the level from "
-        "MODEL.RETINANET.IN_FEATURES.",
+        "the sizes of its anchors (MODEL.ANCHOR_GENERATOR.SIZES), or make the model faster: remove the level from "
+        "MODEL.RETINANET.IN_FEATURES and its sizes from MODEL.ANCHOR_GENERATOR.SIZES (and ASPECT_RATIOS, if by level).",
     )
