@@ -88,6 +88,9 @@ class StepTrainer(SimpleTrainer):
         output_dir: where to save the batch of a step that is not finite, for ``engine.replay``; empty for nowhere.
         gather_metric_period: the losses are written every so many steps, as in Detectron2, and checked in all.
 
+    Raises:
+        ConfigError: ``accumulate`` is below 1, or ``max_skips`` below 0.
+
     Attributes:
         signals: if set, each step tells the other processes which signal this one has received.
     """
@@ -104,6 +107,10 @@ class StepTrainer(SimpleTrainer):
         output_dir: str = "",
         gather_metric_period: int = 1,
     ):
+        for key, value, least in (("ACCUMULATE", accumulate, 1), ("MAX_SKIPS", max_skips, 0)):
+            if value < least:
+                key = f"SOLVER.{key} (in a LazyConfig train.{key.lower()})"
+                raise ConfigError(f"{key} is {value}; expected a whole number ≥ {least}.")
         super().__init__(model, data_loader, optimizer, gather_metric_period)
         self.device_type = next(model.parameters()).device.type
         self.precision = precision

@@ -63,3 +63,9 @@ def test_a_value_that_is_none(train_net, lazy_config, word, key):
 def test_a_device_that_is_none(train_net, lazy_config):
     with pytest.raises(ValueError, match=r"train\.device is 'gpu'; expected cpu, cuda"):
         train_net("train.device=gpu", config=lazy_config)
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_skips", -1), ("accumulate", 0)])
+def test_numbers_that_a_key_may_not_have(train_net, lazy_config, key, value):
+    with pytest.raises(ValueError, match=rf"train\.{key}\) is {value}; expected a whole number"):
+        train_net(f"train.{key}={value}", config=lazy_config)
