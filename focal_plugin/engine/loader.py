@@ -17,7 +17,7 @@ from detectron2.data import DatasetFromList, MapDataset, build_detection_train_l
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..config import ConfigError
 from ..data import DataError
@@ -149,7 +149,7 @@ class TrainLoader:
         seed: int,
         groups: Sequence | None = None,
         may_skip: Sequence[bool] | None = None,
-        collate_fn: Callable = trivial_batch_collator,
+        collate_fn: Callable = default_collate,
         **kwargs,
     ):
         self.dataset, self.sampler, self.batch_size, self.seed, self.groups = dataset, sampler, batch_size, seed, groups

@@ -236,7 +236,7 @@ def test_samples_of_any_kind():
         def __len__(self):
             return 10
 
-    loader = TrainLoader(Squares(), TrainingSampler(10, shuffle=False), 5, seed=0)
+    loader = TrainLoader(Squares(), TrainingSampler(10, shuffle=False), 5, seed=0, collate_fn=list)
     assert list(itertools.islice(loader, 2)) == [[0, 1, 4, 9, 16], [25, 36, 49, 64, 81]]
     samples = [(np.zeros(2), 7, {}), (np.ones(2), 8, {3: "gone"})]
     assert collate_unread(np.stack, samples)[1:] == ([7, 8], {3: "gone"})
