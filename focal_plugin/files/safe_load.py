@@ -189,6 +189,7 @@ _KNOWN: dict[str, Callable] = {
     "builtins.bytes": lambda: b"",  # protocols before 3 call it for empty ones; with a number it would fill the memory
     "builtins.set": set,
     "builtins.frozenset": frozenset,
+    "detectron2.structures.boxes.BoxMode": lambda value: value,  # in files of proposals; the number is as good
 }
 _OLD_NAMES = {"numpy._core.multiarray": "numpy.core.multiarray", "numpy._core.numeric": "numpy.core.numeric"}
 _OLD_NAMES["__builtin__"] = "builtins"
