@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 import pickle
 from pathlib import Path
 from types import ModuleType
@@ -118,9 +119,22 @@ def _local_file(weights: str) -> str:
             raise FileNotFoundError(problem)
         return PathManager.get_local_path(weights)
     package, _, inner = weights.removeprefix("package://").partition("/")
-    spec = importlib.util.find_spec(package)  # found, not imported
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if inner and (Path(folder) / inner).is_file():
-            return str(Path(folder) / inner)
-    problem = f"the package {package} has no file {inner!r}" if spec else f"there is no Python package {package}"
+    folders = _package_folders(package)
+    outside = os.path.isabs(inner) or ".." in Path(inner).parts
+    for path in [folder / inner for folder in folders if inner and not outside]:
+        if path.is_file():
+            return str(path)
+    problem = f"the package {package} has no file {inner!r}" if folders else f"there is no Python package {package!r}"
     raise FileNotFoundError(f"MODEL.FOCAL.TIMM.WEIGHTS is {weights}, but {problem}. Install it, or name another file.")
+
+
+def _package_folders(package: str) -> list[Path]:
+    """Return where a package's files are, without importing it; [] if there is no such package."""
+    top, *below = package.split(".")
+    if not all(name.isidentifier() for name in (top, *below)):
+        return []
+    try:
+        spec = importlib.util.find_spec(top)  # of a name with dots it would import the packages above
+    except ValueError:  # a module without a spec, such as __main__
+        return []
+    return [Path(folder, *below) for folder in (spec and spec.submodule_search_locations) or []]

@@ -73,6 +73,37 @@ def test_a_file_in_an_installed_package(classifier, tmp_path, monkeypatch):
         create_encoder(NAME, "package://some_weights_package/b.pth")
 
 
+@pytest.mark.parametrize("inner", ["models/a.pth", "a.pth"])
+def test_no_package_is_imported(classifier, inner, tmp_path, monkeypatch):
+    """``importlib.util.find_spec`` imports the packages above the one that it looks for."""
+    for folder in ("evilpkg", "evilpkg/a", "evilpkg/a/models"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    path = save(classifier.state_dict(), tmp_path / "evilpkg" / "a" / inner)
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = f"package://evilpkg.a/{inner}"
+    assert_has_weights_of(create_encoder(NAME, weights), classifier)
+    with pytest.raises(FileNotFoundError, match=r"package evilpkg\.b"):
+        create_encoder(NAME, "package://evilpkg.b/a.pth")
+    assert not (tmp_path / "executed").exists() and "evilpkg" not in sys.modules
+    assert path.endswith(inner)
+
+
+@pytest.mark.parametrize("package", ["", ".", "..", ".a", "a.", "a..b", "/etc", "a b", "timm.", "ti\0mm"])
+def test_what_is_no_package(package):
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.FOCAL\.TIMM\.WEIGHTS"):
+        create_encoder(NAME, f"package://{package}/a.pth")
+
+
+def test_a_file_outside_its_package(classifier, tmp_path, monkeypatch):
+    (tmp_path / "some_weights_package").mkdir()
+    save(classifier.state_dict(), tmp_path / "a.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    for inner in ("../a.pth", f"/{tmp_path}/a.pth"):
+        with pytest.raises(FileNotFoundError, match="has no file"):
+            create_encoder(NAME, f"package://some_weights_package/{inner}")
+
+
 @pytest.mark.parametrize(
     "weights", ["package://no_such_package/a.pth", "package://timm", "package://timm/", "no/file.pth"]
 )
