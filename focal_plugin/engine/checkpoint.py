@@ -12,6 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
+from ..config import ConfigError
 from ..files.safe_load import WeightsError, load_torch, load_zoo
 from ..files.weights import Fit, missing_file
 from ..files.write import UNFINISHED, replace_file
@@ -96,7 +97,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         try:
             return super().load(path, checkpointables)
-        except WeightsError:
+        except (ConfigError, WeightsError):
             raise
         except ValueError as error:  # fvcore's message does not name the file
             raise WeightsError(
