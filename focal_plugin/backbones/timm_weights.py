@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..files.regular import regular_path
 from ..files.weights import missing_file
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _local_file(weights: str) -> str:
         expected = "timm, a path, a URL, package://..., or nothing for random weights"
         if problem := missing_file("MODEL.FOCAL.TIMM.WEIGHTS", weights, expected):
             raise FileNotFoundError(problem)
-        return PathManager.get_local_path(weights)
+        return regular_path(weights)
     package, _, inner = weights.removeprefix("package://").partition("/")
     folders = _package_folders(package)
     outside = os.path.isabs(inner) or ".." in Path(inner).parts

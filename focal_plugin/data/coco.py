@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from ..files.regular import open_regular
 from .images import check_image
 from .records import (
     Checker,
@@ -96,8 +96,10 @@ class CocoSet:
 
 def _read_json(path: str) -> dict:
     try:
-        with PathManager.open(path, "r") as file:
+        with open_regular(path) as file:
             content = json.load(file)
+    except OSError as error:
+        raise DataError("file that does not open", str(error)) from error
     except (ValueError, RecursionError) as error:
         raise DataError("file that is not JSON", f"{path}: {error}") from error
     for key in ("images", "categories"):

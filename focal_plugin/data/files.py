@@ -51,10 +51,12 @@ def check_files_of(name: str, key: str, hint: str) -> None:
         FileNotFoundError: it does not.
     """
     metadata = MetadataCatalog.get(name)
-    path = metadata.get("json_file") or metadata.get("dirname")
-    if path and not PathManager.exists(path):
+    json_file, folder = metadata.get("json_file"), metadata.get("dirname")
+    path = json_file or folder
+    if path and not (PathManager.isfile(path) if json_file else PathManager.exists(path)):
+        problem = "is no file" if PathManager.exists(path) else "does not exist"
         raise FileNotFoundError(
-            f"{key} names {name!r}, whose {path} does not exist (current folder: {os.getcwd()}). Detectron2 looks for "
+            f"{key} names {name!r}, whose {path} {problem} (current folder: {os.getcwd()}). Detectron2 looks for "
             "its own data sets in the folder datasets, or in the one that the environment variable DETECTRON2_DATASETS "
             f"names. {hint}"
         )

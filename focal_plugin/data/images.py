@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from detectron2.data.detection_utils import read_image
-from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ..files.regular import open_regular
 from .records import DataError
 
 _ROTATED = (5, 6, 7, 8)  # values of the EXIF tag that swap width and height
@@ -99,11 +99,26 @@ def readable_image(path: str) -> Iterator[None]:
 
 
 @contextmanager
+def open_image(path: str) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """Open an image inside, without decoding its pixels, and the file that it is in.
+
+    Raises:
+        OSError: it does not exist, is no regular file or no image, or is a program: PIL runs Ghostscript on an EPS.
+        SyntaxError, ValueError: PIL finds it broken.
+        Image.DecompressionBombError: it has too many pixels.
+    """
+    with open_regular(path) as file, Image.open(file) as image:
+        if image.format == "EPS":
+            raise OSError("it is EPS, a program in PostScript; expected an image of pixels.")
+        yield image, file
+
+
+@contextmanager
 def _opened(path: str, where: str = "") -> Iterator[Image.Image]:
     """Open the image at ``path``, whose header is read, and whose depth is checked."""
     record = f" ({where})" if where else ""
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        with open_image(path) as (image, file):
             bits = _bits(image, file)
             if bits > 8:
                 raise DataError(

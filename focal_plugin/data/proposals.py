@@ -5,6 +5,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError
+from ..files.regular import open_regular
 from ..files.safe_load import WeightsError, unpickle
 
 _KEYS = "DATASETS.PROPOSAL_FILES_TRAIN or _TEST"
@@ -26,7 +27,7 @@ def load_proposals_into_dataset(dataset_dicts: list[dict], proposal_file: str) -
     where = f"{_KEYS}: {proposal_file}"
     if "://" not in proposal_file and not PathManager.isfile(proposal_file):
         raise ConfigError(f"{where} is no file; expected a file of proposals, a pickle, or its URL.")
-    with PathManager.open(proposal_file, "rb") as file:
+    with open_regular(proposal_file) as file:
         try:
             content = unpickle(file.read(), proposal_file)
         except WeightsError as error:

@@ -1,6 +1,7 @@
 """Data sets in Pascal VOC's layout: an XML file for each image, and a text file for each split."""
 
 import functools
+import io
 import os
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, ParseError
@@ -12,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
+from ..files.regular import open_regular
 from .images import check_image
 from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, join_inside, need, resolve
 
@@ -61,8 +63,10 @@ class VocSet:
     def _image_ids(self, root: str) -> list[str]:
         path = join_inside(os.path.join(root, "ImageSets", "Main"), f"{self.split}.txt", f"split of {self.name!r}")
         try:
-            with PathManager.open(need(path, "split")) as file:
+            with io.TextIOWrapper(open_regular(need(path, "split")), "utf-8") as file:
                 return [line.strip() for line in file if line.strip()]
+        except OSError as error:
+            raise DataError("split that does not open", str(error)) from error
         except UnicodeDecodeError as error:
             raise DataError("split that is not text", f"{path}: {error}") from error
 
@@ -74,7 +78,7 @@ def parse_xml(path: str) -> Element:
         DataError: the file is missing, is no XML, or defines entities.
     """
     try:
-        with PathManager.open(path, "rb") as file:
+        with open_regular(path) as file:
             return parse(file).getroot()
     except FileNotFoundError:
         raise DataError("missing annotation", f"{path} does not exist.") from None

@@ -15,6 +15,8 @@ from ..config import ConfigError
 from ..config.class_frequencies import needs_class_frequencies
 from ..data import check_files, check_num_classes
 from ..evaluation.report import note_start
+from ..files.regular import read_regular
+from ..files.safe_yaml import MOST_BYTES
 from .advice import advise
 from .console import off_screen
 
@@ -38,8 +40,8 @@ def settled_seed(seed: int, output_dir: str, again: bool) -> int:
         return seed
     seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(output_dir, "config.yaml")
     if again and comm.is_main_process() and os.path.exists(path):
-        with open(path) as file:  # as text: a LazyConfig's file may name classes, which must not be imported
-            found = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", file.read(), re.MULTILINE)
+        text = read_regular(path, MOST_BYTES).decode()  # a LazyConfig's may name classes, which must not be imported
+        found = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", text, re.MULTILINE)
         seed = int(found[1]) if found else seed
     return comm.all_gather(seed)[0]
 

@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
+
+from .regular import open_regular
 
 _CONVERT = (
     "Nothing of it was run: tensors, NumPy arrays in a .pkl, numbers, text and containers of them are read. If you "
@@ -32,10 +33,10 @@ def load_torch(path: str) -> dict:
     """Return what ``torch.save`` wrote to ``path``: a dict of tensors and plain values, on the CPU.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a pipe or a device.
         WeightsError: it is damaged, of another kind, or asks for anything but tensors and plain containers.
     """
-    with PathManager.open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # PyTorch raises errors of many types on files that are not its own
@@ -55,14 +56,14 @@ def load_zoo(path: str) -> dict:
         the names are those of another project; ``__author__``, and whatever else the file has.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a pipe or a device.
         WeightsError: it is damaged, of another kind, or asks for anything but arrays and plain containers.
     """
     if path.endswith(".pyth"):
         model = _need_dict(load_torch(path).get("model_state"), f"model_state of {path}")
         model = {name: value for name, value in model.items() if not name.endswith("num_batches_tracked")}
         return {"model": model, "__author__": "pycls", "matching_heuristics": True}
-    with PathManager.open(path, "rb") as file:
+    with open_regular(path) as file:
         content = _need_dict(unpickle(file.read(), path), path)
     if not ("model" in content and "__author__" in content):  # Detectron has "blobs"; ImageNet models have nothing
         blobs = _need_dict(content.get("blobs", content), f"blobs of {path}")

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 import yaml
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
-from detectron2.utils.file_io import PathManager
 from yaml.constructor import ConstructorError
 
 from ..config import ConfigError
+from .regular import read_regular
 from .shipped import CONFIGS, shipped
 
+MOST_BYTES = 1_000_000  # of a config
 _MOST_NODES = 100_000  # of a file, aliases written out: far above any config, far below what fills the memory
 _TOO_DEEP = "is nested too deep, or its _BASE_ leads back to itself."
 
@@ -59,8 +60,12 @@ class _SafeFiles(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
-        with PathManager.open(filename, "rb") as file:
-            content = parse_yaml(file.read(), filename)
+        try:
+            content = parse_yaml(read_regular(filename, MOST_BYTES), filename)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ConfigError(str(error)) from error
         if bases := content.get("_BASE_"):
             content["_BASE_"] = [_find_base(base, filename) for base in (bases if isinstance(bases, list) else [bases])]
         return io.StringIO(yaml.safe_dump(content, sort_keys=False))

@@ -7,8 +7,11 @@ import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
+from ...config import ConfigError
 from ...config.explain import flatten
 from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
+from ...files.regular import read_regular
+from ...files.safe_yaml import MOST_BYTES, parse_yaml
 from .case import ERROR, OK, WARNING, Case, Finding, few
 
 _NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may differ in a resumed run
@@ -93,10 +96,9 @@ def _warnings(messages: list[str], fine: str) -> Iterator[Finding]:
 def _differences(cfg: CfgNode, path: str) -> list[str]:
     """Return the keys whose values differ from those in the config file ``path``, or that it cannot be read."""
     try:
-        with open(path) as file:
-            theirs = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError):
+        theirs = parse_yaml(read_regular(path, MOST_BYTES), path)
+    except (OSError, ConfigError):
         return ["config.yaml, which cannot be read"]
-    ours, theirs = flatten(yaml.safe_load(cfg.dump())), flatten(theirs if isinstance(theirs, dict) else {})
+    ours, theirs = flatten(yaml.safe_load(cfg.dump())), flatten(theirs)
     may_differ = _NOT_THE_RUN | ({"SEED"} if cfg.SEED < 0 else set())  # the run drew one
     return sorted(key for key in {*ours, *theirs} - may_differ if ours.get(key) != theirs.get(key))

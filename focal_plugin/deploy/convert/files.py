@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
 
 from ...config import add_focal_config
+from ...files.regular import regular_path
 from ...files.safe_load import WeightsError, load_torch, load_zoo
 from ...files.weights import compare
 from ...files.write import check_free, replace_file
@@ -62,7 +63,7 @@ def read_content(path: str) -> dict[str, Any]:
         except ImportError as error:
             raise ConvertError(f"{path} needs the package safetensors: pip install safetensors") from error
         try:
-            return torch_part.load_file(path)
+            return torch_part.load_file(regular_path(path))
         except safetensors.SafetensorError as error:
             raise WeightsError(f"{path} is damaged or no file of safetensors': {error}") from error
     return load_torch(path)
