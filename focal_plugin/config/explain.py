@@ -27,7 +27,7 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         where: names the file or the command line in messages.
 
     Raises:
-        ConfigError: there is no such key, it was renamed, or its value has another type.
+        ConfigError: there is no such key, it was renamed, or its value has another type, or none.
     """
     leaves = flatten(cfg)
     keys = [*leaves, *dict.fromkeys(key.rpartition(".")[0] for key in leaves if "." in key)]
@@ -35,6 +35,8 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except (MemoryError, RecursionError) as error:  # of Python's parser, which reads the values that are text
+        raise ConfigError(f"{where}: a value is nested too deep; expected text, a number or a list.") from error
     except (AssertionError, KeyError, ValueError) as error:  # Detectron2's and fvcore's
         text = str(error.args[0]) if error.args else type(error).__name__
         if found := _NO_KEY.fullmatch(text):
@@ -48,6 +50,10 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         else:
             problem = text
         raise ConfigError(f"{where}: {problem}") from error
+    for key, value in flatten(cfg).items():
+        if value is None and leaves.get(key) is not None:  # which yacs allows
+            expected = type(leaves[key]).__name__
+            raise ConfigError(f"{where}: {key} has no value; expected one of type {expected}, or leave the key out.")
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:

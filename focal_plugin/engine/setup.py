@@ -17,7 +17,7 @@ from ..data import check_files, check_num_classes
 from ..evaluation.report import note_start
 from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES
-from .advice import advise
+from .advice import advise, check_steps
 from .console import off_screen
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def start_run(cfg: CfgNode, args) -> None:
         args: the parsed command line.
 
     Raises:
-        ConfigError: no data set is named, or the data sets and the model disagree on the classes.
+        ConfigError: no data set or step is named, or the data sets and the model disagree on the classes.
         FileNotFoundError: the files of a data set are not there.
     """
     start_logs(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
@@ -66,6 +66,8 @@ def start_run(cfg: CfgNode, args) -> None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TRAIN = cfg.DATASETS.PROPOSAL_FILES_TRAIN = ()
+    else:
+        check_steps(cfg)
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         where = args.config_file or "Detectron2's own config; name yours with --config-file"

@@ -8,6 +8,7 @@ every other tag that is not plain YAML is refused.
 import ast
 import functools
 import io
+import itertools
 import operator
 import os
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from .regular import read_regular
 from .shipped import CONFIGS, shipped
 
 MOST_BYTES = 1_000_000  # of a config
-_MOST_NODES = 100_000  # of a file, aliases written out: far above any config, far below what fills the memory
+_MOST_NODES = 50_000  # of a file, aliases written out: far above any config, far below what fills the memory
+_MOST_FILES = 100  # that a config is based on: each may name several
+_MOST_DIGITS = 400  # of a number
 _TOO_DEEP = "is nested too deep, or its _BASE_ leads back to itself."
 
 
@@ -40,11 +43,12 @@ def merge_from_file(cfg: CfgNode, path: str) -> None:
         FileNotFoundError: one of them is not there.
         KeyError: it has a key that ``cfg`` does not have.
     """
+    files = type("_Files", (_SafeFiles,), {"opened": itertools.count()})  # counts those of this config
     try:
-        loaded = CfgNode(_SafeFiles.load_yaml_with_base(path))
+        loaded = CfgNode(files.load_yaml_with_base(path))
     except RecursionError as error:
         raise ConfigError(f"{path} {_TOO_DEEP}") from error
-    version = loaded.get("VERSION") or guess_version(loaded, path)
+    version = _version(loaded, path)
     if version == cfg.VERSION:
         cfg.merge_from_other_cfg(loaded)
         return
@@ -55,11 +59,34 @@ def merge_from_file(cfg: CfgNode, path: str) -> None:
     cfg.update(upgraded)
 
 
+def _version(loaded: CfgNode, path: str) -> int:
+    """Return the version of a config file, or by Detectron2's guess if it names none.
+
+    Raises:
+        ConfigError: it is none of Detectron2's.
+    """
+    version = loaded.get("VERSION")
+    if version is None:
+        try:
+            return guess_version(loaded, path)
+        except TypeError:  # a section that is none, which merging explains
+            return 2
+    if type(version) is not int or version not in (1, 2):
+        raise ConfigError(f"{path}: VERSION is {version!r:.40}; expected 1 or 2, as of Detectron2's configs.")
+    return version
+
+
 class _SafeFiles(CfgNode):
     """fvcore's reader of ``_BASE_`` chains; it is given plain YAML, so that it never falls back to unsafe loading."""
 
+    opened: Iterator[int]
+
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
+        if next(cls.opened) > _MOST_FILES:
+            raise ConfigError(
+                f"{filename} is based on more than {_MOST_FILES} files, or its _BASE_ leads back to itself."
+            )
         try:
             content = parse_yaml(read_regular(filename, MOST_BYTES), filename)
         except FileNotFoundError:
@@ -94,6 +121,12 @@ def parse_yaml(text: str | bytes, where: str) -> dict:
         ConfigError: it is no YAML, no mapping, or asks for more than data.
     """
     try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where} is not text in UTF-8 ({error}); expected a config in YAML, saved as UTF-8."
+        ) from error
+    try:
         content = yaml.load(text, functools.partial(_Loader, where=where))
     except RecursionError as error:
         raise ConfigError(f"{where} {_TOO_DEEP}") from error
@@ -111,13 +144,57 @@ def parse_yaml(text: str | bytes, where: str) -> dict:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with one more tag and a limit on aliases; ``where`` names the text in messages."""
 
-    def __init__(self, text: str | bytes, where: str):
+    def __init__(self, text: str, where: str):
         super().__init__(text)
         self.name = where
+        self.composed = 0
+        self.checked: set[yaml.MappingNode] = set()
+
+    def compose_node(self, parent: yaml.Node, index: object) -> yaml.Node:
+        """Compose a node, as long as there are not too many."""
+        self.composed += 1
+        if self.composed > _MOST_NODES:
+            found = f"the file stands for more than {_MOST_NODES:,} values"
+            raise ConstructorError(None, None, found, self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_document(self, node: yaml.Node) -> object:
         _count(node, {})
         return super().construct_document(node)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Check the keys, before PyYAML writes out what ``<<`` stands for: its keys may be repeated."""
+        if node not in self.checked:
+            self._check_keys(node)
+        self.checked.add(node)
+        super().flatten_mapping(node)
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            value = self.construct_object(key, deep=True)
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                found = f"the key {value!r:.40} is {kind}; expected text (in YAML, quote yes, no and numbers)"
+                raise ConstructorError(None, None, found, key.start_mark)
+            if value in seen:
+                found = f"the key {value!r} is here twice; expected each key once"
+                raise ConstructorError(None, None, found, key.start_mark)
+            seen.add(value)
+
+    def construct_number(self, node: yaml.Node) -> int | float:
+        """Return an int or a float. Long ones take PyYAML long, and nothing in a config is beyond 2^63."""
+        if len(self.construct_scalar(node)) > _MOST_DIGITS:
+            found = f"a number of {len(node.value)} characters; expected at most {_MOST_DIGITS}"
+            raise ConstructorError(None, None, found, node.start_mark)
+        if node.tag.endswith("float"):
+            return self.construct_yaml_float(node)
+        value = self.construct_yaml_int(node)
+        if abs(value) > _LARGEST:
+            raise ConstructorError(None, None, f"the number {node.value:.40} is beyond 2^63", node.start_mark)
+        return value
 
     def construct_eval(self, node: yaml.Node) -> object:
         """Return the value of ``!!python/object/apply:eval ["expression"]``."""
@@ -142,6 +219,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _Loader.construct_eval)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 _Loader.add_constructor(None, _Loader.refuse)
 
 

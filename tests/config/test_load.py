@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from focal_plugin.commands.train import main as train
 from focal_plugin.config.load import find_config, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -90,3 +91,12 @@ def test_no_such_config(elsewhere, name, near):
     assert text.startswith(f"--config-file {name}: there is no such file in {elsewhere}")
     assert text.endswith(".") and "model zoo" in text
     assert near in text and bool(near) == ("Near it: " in text)
+
+
+@pytest.mark.parametrize("steps", [0, -5])
+def test_a_run_of_no_steps(steps, tiny_config, loggers, capsys):
+    assert train(["--config-file", tiny_config, "SOLVER.MAX_ITER", str(steps)]) == 2
+    assert f"SOLVER.MAX_ITER is {steps}; expected a number of steps, at least 1" in capsys.readouterr().err
+    assert train(["--config-file", tiny_config, "--doctor", "SOLVER.MAX_ITER", str(steps)]) == 1
+    assert f"SOLVER.MAX_ITER is {steps}; expected a number of steps, at least 1" in capsys.readouterr().out
+    load_config(tiny_config, ["SOLVER.MAX_ITER", str(steps)])  # an evaluation does not read it

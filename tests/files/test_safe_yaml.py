@@ -2,6 +2,8 @@
 
 import ast
 import logging
+import re
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -101,7 +103,7 @@ HOSTILE = {
     "contains itself": ("&a [*a]", "contains itself"),
     "laughs": (
         "".join(f"\n- &a{i} {[f'*a{i - 1}'] * 10 if i else 'ha'}".replace("'", "") for i in range(9)),
-        "stands for more than 100,000 values",
+        "stands for more than 50,000 values",
     ),
 }
 
@@ -136,7 +138,7 @@ def test_the_trap_works(trap):
         ("_BASE_: [a, 5]\n", "_BASE_ is"),
         ("a: !!int x\n", "config.yaml"),
         ("a: 2001-99-99\n", "config.yaml"),
-        ("? [a]\n: 1\n", "unhashable"),
+        ("? [a]\n: 1\n", "is list; expected text"),
         ("\x00", "config.yaml"),
     ],
 )
@@ -272,3 +274,79 @@ def test_any_yaml_is_a_mapping_or_refused(text):
         return
     assert isinstance(content, dict)
     yaml.safe_dump(content)  # it is data and no more
+
+
+# Mistakes and malice in the form of a file
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"VERSION: 2\nSEED: 1\nSEED: 2\n", r"the key 'SEED' is here twice.*line 3"),
+        (b"VERSION: 2\nMODEL: {MASK_ON: 1, FOCAL: {}, MASK_ON: 2}\n", r"the key 'MASK_ON' is here twice"),
+        (b"VERSION: 2\nINPUT: {AUGMENTATIONS: [{name: a, name: b}]}\n", r"the key 'name' is here twice"),
+        ("VERSION: 2\n".encode("utf-16"), "is not text in UTF-8.*expected"),
+        ("VERSION: 2\n".encode("utf-16-le"), "not allowed"),
+        ("VERSION: 2\n".encode("utf-32"), "is not text in UTF-8"),
+        ("OUTPUT_DIR: ä".encode("latin1"), "is not text in UTF-8"),
+        (b"VERSION: 2\n5: 1\n", r"the key 5 is int; expected text"),
+        (b"VERSION: 2\nMODEL: {yes: 1}\n", r"the key True is bool; expected text"),
+        (b"VERSION: 2\nMODEL: {null: 1}\n", r"the key None is NoneType; expected text"),
+        (b"VERSION: 2\nINPUT: {AUGMENTATIONS: [{1.5: 1}]}\n", r"the key 1\.5 is float; expected text"),
+        (b"VERSION: 2\n2001-01-01: 1\n", "is date; expected text"),
+        (b"VERSION: 2\nSOLVER: {MAX_ITER: null}\n", r"SOLVER\.MAX_ITER has no value; expected one of type int"),
+        (b"VERSION: 2\nSOLVER: {MAX_ITER: 'None'}\n", r"SOLVER\.MAX_ITER has no value; expected one of type int"),
+        (b"SOLVER:\n", r"SOLVER is None.*expected keys"),
+        (b"MODEL:\n", r"MODEL is None.*expected keys"),
+        (b"MODEL: {RPN: 5}\n", r"MODEL\.RPN is 5.*expected keys"),
+        (b"VERSION: 2\nDATASETS: {TRAIN:}\n", r"DATASETS\.TRAIN has no value; expected one of type tuple"),
+        *((f"VERSION: {v}\n".encode(), "VERSION is .*; expected 1 or 2") for v in ("a", "0", "7", "-1", "[1]", "true")),
+        (b"VERSION: 2\nSEED: 1" + b":1" * 400_000, r"a number of 800001 characters"),
+        (b"VERSION: 2\nSEED: 1" + b"0" * 300, r"is beyond 2\^63"),
+        (b"VERSION: 2\nSEED: 0x" + b"f" * 300, r"is beyond 2\^63"),
+        (b"VERSION: 2\nSOLVER: {STEPS: [" + b"1," * 400_000 + b"]}\n", r"stands for more than 50,000 values"),
+        (b"VERSION: 2\nOUTPUT_DIR: '" + b"-" * 90_000 + b"1'\n", r"nested too deep"),
+        (b"VERSION: 2\nOUTPUT_DIR: 2001-01-01\n", r"OUTPUT_DIR.*date"),
+    ],
+    ids=lambda value: ascii(value[:40]),
+)
+def test_malformed_configs(content, says, tmp_path):
+    (tmp_path / "a.yaml").write_bytes(content)
+    start = time.perf_counter()
+    with pytest.raises(ConfigError) as error:
+        load_config(str(tmp_path / "a.yaml"))
+    assert re.search(says, str(error.value), re.DOTALL) and "a.yaml" in str(error.value)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_value_that_is_taken_away_on_the_command_line(tiny_config):
+    for value in ("None", "-" * 90_000 + "1"):
+        with pytest.raises(ConfigError, match=r"The command line: .*(has no value|nested too deep)"):
+            load_config(tiny_config, ["SOLVER.MAX_ITER", value])
+    assert load_config(tiny_config, ["MODEL.WEIGHTS", "(" * 5000]).MODEL.WEIGHTS == "(" * 5000
+
+
+def test_merged_keys_may_be_repeated():
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc:\n  <<: [*a, {z: 4}]\n  x: 5\n"
+    assert parse_yaml(text, "a.yaml") == yaml.safe_load(text)
+
+
+def test_a_byte_order_mark_of_utf_8(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("\ufeffVERSION: 2\nSEED: 7\n".encode())
+    assert load_config(str(tmp_path / "a.yaml")).SEED == 7
+
+
+def test_bases_that_double_with_each_file(tmp_path):
+    """2^60 files to read."""
+    for number in range(60):
+        (tmp_path / f"{number}.yaml").write_text(f"_BASE_: [{number + 1}.yaml, {number + 1}.yaml]\n")
+    (tmp_path / "60.yaml").write_text("VERSION: 2\n")
+    with pytest.raises(ConfigError, match=r"is based on more than 100 files"):
+        load_config(str(tmp_path / "0.yaml"))
+
+
+def test_a_long_chain_of_bases(tmp_path):
+    for number in range(90):
+        (tmp_path / f"{number}.yaml").write_text(f"_BASE_: {number + 1}.yaml\n")
+    (tmp_path / "90.yaml").write_text("SEED: 5\n")
+    assert load_config(str(tmp_path / "0.yaml")).SEED == 5

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from ...config import ConfigError
 from ...config.explain import flatten
-from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
+from ...engine.advice import check_steps, learning_rate, scaled_learning_rate, unread_keys, warmup
 from ...files.regular import read_regular
 from ...files.safe_yaml import MOST_BYTES, parse_yaml
 from .case import ERROR, OK, WARNING, Case, Finding, few
@@ -18,8 +18,9 @@ _NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may d
 
 
 def check_config(case: Case) -> Iterator[Finding]:
-    """Check that the config can be read, its modules imported and its data sets registered."""
+    """Check that the config can be read and has a step to train, its modules imported and its data sets registered."""
     imports = case.cfg.MODEL.FOCAL.IMPORTS
+    check_steps(case.cfg)
     yield Finding(OK, f"{case.config_file or 'defaults'}{f', with {few(imports)} imported' if imports else ''}")
 
 
