@@ -1,5 +1,6 @@
 """Open files that may come from anywhere: a pipe would wait for ever, and a device has no end."""
 
+import errno
 import os
 import stat
 from typing import BinaryIO
@@ -11,7 +12,6 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-    stat.S_IFDIR: "a folder",
 }
 
 
@@ -28,6 +28,8 @@ def regular_path(path: str) -> str:
     """Return where ``path`` is on this machine, as ``open_regular`` opens it, with its errors."""
     local = PathManager.get_local_path(path)
     mode = os.stat(local).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(mode):
         raise OSError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}; expected a file.")
     return local
