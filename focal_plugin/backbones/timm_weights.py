@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..files.regular import regular_path
+from ..files.safe_load import WeightsError, load_torch
 from ..files.weights import missing_file
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
     timm = import_timm()
     path = _local_file(weights)
     try:
+        if not path.endswith(".safetensors"):
+            load_torch(path)  # whose checks PyTorch's own reader, which timm calls, does not make
         tensors = timm.models.load_state_dict(path, weights_only=True)
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (WeightsError, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{weights} is no file of tensors by name (.pth or .safetensors): {error!r}") from error
     with torch.device("meta"):
         classifier = timm.create_model(name)

@@ -33,6 +33,8 @@ _OPTIONAL = {
 }
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS's images
 
+_LARGEST = 2**64  # of a whole number: beyond, many of them can have one hash, and looking one up takes as long as many
+
 
 @dataclass(frozen=True)
 class CocoSet:
@@ -112,7 +114,7 @@ def _read_json(path: str) -> dict:
 def _value(record: object, key: str, kinds: type, where: str):
     """Return ``record[key]``, or raise a ``DataError`` if it is missing or has another type."""
     value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > _LARGEST):
         raise _wrong(key, value, getattr(kinds, "__name__", kinds), where)
     return value
 
@@ -130,13 +132,14 @@ def _check_ids(ids: Iterable[object], what: str, path: str) -> None:
 
 def _categories(content: dict, path: str) -> dict[int | str, str]:
     """The categories' names by id, in the order of the ids."""
-    found = {}
+    found, names = {}, set()
     for number, category in enumerate(content["categories"]):
         where = f"{path}, categories[{number}]"
         key, name = _value(category, "id", int | str, where), _value(category, "name", str, where)
-        if key in found or name in found.values():
+        if key in found or name in names:
             raise DataError("category listed twice", f"{where} has id {key!r} and name {name!r}, as one before it has.")
         found[key] = name
+        names.add(name)
     if not found:
         raise DataError("no classes", f"{path} has no categories.")
     _check_ids(found, "categories", path)
@@ -147,7 +150,9 @@ def _boxes_by_image(content: dict, path: str, checker: Checker) -> dict[int | st
     """Each image's annotations by the image's id, each with its position in the file, for messages."""
     images = [image.get("id") for image in content["images"] if isinstance(image, dict)]
     _check_ids(images, "images", path)
-    images = {image for image in images if isinstance(image, int | str)}
+    images = {
+        image for image in images if isinstance(image, str) or (isinstance(image, int) and abs(image) <= _LARGEST)
+    }
     boxes: dict[int | str, list[tuple[str, dict]]] = {}
     for number, annotation in enumerate(content["annotations"]):
         with checker.record("box"):

@@ -1,4 +1,5 @@
 import sys
+import zipfile
 
 import pytest
 import timm
@@ -208,3 +209,13 @@ def test_the_weights_of_the_quickstart():
         "blocks.6.0.bn3.bias": "_blocks.15._bn2.bias",
     }.items():
         torch.testing.assert_close(found[ours], tensors[theirs], rtol=0, atol=0)
+
+
+def test_a_file_that_takes_long_to_read(tmp_path):
+    """A key of 2^60 values, which an unpickler would hash."""
+    key = b"K\x01" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}" + key + b"K\x01s.")
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(ValueError, match=r"a\.pth is no file of tensors by name.*key.*of type tuple"):
+        create_encoder(NAME, str(tmp_path / "a.pth"))

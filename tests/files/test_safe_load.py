@@ -4,7 +4,14 @@ import collections
 import os
 import pickle
 import pickletools
+import resource
+import signal
+import textwrap
+import time
+import traceback
+import zipfile
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,14 +259,11 @@ CRAFTED = {
     "the type itself": b"cbuiltins\nset\n.",
     "bytes of a size": b"c__builtin__\nbytes\n(K\x05tR.",
     "list of itself": b"]q\x00h\x00a.",
-    "huge memo": b"\x80\x02Nr\xff\xff\xff\xff.",
-    "huge memo in text": b"Np99999999999\n.",
     "huge bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
     "unhashable key": b"}]Ns.",
     "no stop": b"\x80\x02N",
     "empty": b"",
     "text": b"weights",
-    "frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fN.",
     "deep": b"]" * 5000 + b"a" * 4999 + b".",
     "a zip file": b"PK\x03\x04",
 }
@@ -269,6 +273,13 @@ CRAFTED = {
 def test_a_crafted_pickle_is_refused(data):
     with pytest.raises(WeightsError, match=r"^a\.pkl "):
         unpickle(data, "a.pkl")
+
+
+def test_room_is_made_for_what_is_there_alone():
+    """The values' numbers and the length of a frame are none of the memory that is used."""
+    frame = b"\x80\x04\x95" + b"\xff" * 7 + b"\x7fN."
+    for data in (b"\x80\x02Nr\xff\xff\xff\xff.", b"Np99999999999\n.", frame):
+        assert unpickle(data, "a.pkl") is None
 
 
 def test_arrays_of_another_size_than_their_bytes():
@@ -334,6 +345,120 @@ def test_a_file_that_was_not_downloaded(tmp_path, content, says):
     with pytest.raises(WeightsError, match=says) as error:
         load_torch(str(tmp_path / "a.pth"))
     assert "weights_only" not in str(error.value)  # PyTorch's advice is to read it as a program
+
+
+# Pickles that take long
+
+
+def nested(depth, make=b"\x86"):
+    """The opcodes of ``t = (t, t)``, ``depth`` times: 2^depth values to hash, to compare or to print."""
+    return b"K\x01" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + make for i in range(depth))
+
+
+# One hash for all.
+FLOOD = [b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") for k in range(1, 100_000)]
+_RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+BOMBS = {
+    "key": b"\x80\x02}" + nested(60) + b"K\x01s.",
+    "keys": b"\x80\x02}(" + nested(60) + b"K\x01u.",
+    "dict": b"(" + nested(60) + b"K\x01d.",
+    "set by a call": b"\x80\x02cbuiltins\nset\n](" + nested(60) + b"e\x85R.",
+    "frozenset by a call": b"\x80\x02cbuiltins\nfrozenset\n](" + nested(60) + b"e\x85R.",
+    "ordered by a call": b"\x80\x02ccollections\nOrderedDict\n]" + nested(60) + b"K\x01\x86a\x85R.",
+    "set": b"\x80\x04\x8f(" + nested(60) + b"\x90.",
+    "frozenset": b"\x80\x04(" + nested(60) + b"\x91.",
+    "class": b"\x80\x02" + nested(60) + b"0cbuiltins\nset\n](h\x3be\x85\x81.",
+    "one hash": b"\x80\x02}(" + b"".join(key + b"N" for key in FLOOD) + b"u.",
+    "one hash in a set": b"\x80\x04\x8f(" + b"".join(FLOOD) + b"\x90.",
+    "complex keys": b"\x80\x04\x8f(cbuiltins\ncomplex\n(K\x01K\x02tR\x90.",
+    "shape": _RECONSTRUCT + b"(K\x01" + nested(60) + b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR\x89U\x00tb.",
+    "shape of text": _RECONSTRUCT + b"(K\x01(J\xff\xff\xff\x7fU\x01atcnumpy\ndtype\n(U\x02f4K\x00K\x01tR\x89U\x00tb.",
+    "kind": b"cnumpy.core.multiarray\n_reconstruct\n(" + nested(60) + b"NNtR.",
+    "code": b"cnumpy\ndtype\n(" + nested(60) + b"tR.",
+    "encoding": b"c_codecs\nencode\n(Va\n" + nested(60) + b"tR.",
+    "text": b"c_codecs\nencode\n(" + nested(60) + b"Vlatin1\ntR.",
+    "order": b"cnumpy.core.numeric\n_frombuffer\n(U\x00N" + nested(60) + nested(60) + b"tR.",
+    "lists in an error": b"cnumpy.core.numeric\n_frombuffer\n(U\x00N" + nested(60, b"2\x86") + b"U\x01CtR.",
+    "bytearray": b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x00\x00.",
+    "a name of a megabyte": b"c" + b"a" * 1_000_000 + b"\nb\n.",
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_a_pickle_that_takes_long_is_refused(data):
+    run_limited(
+        f"""
+        from focal_plugin.files.safe_load import WeightsError, unpickle
+        try:
+            unpickle({data!r}, "a.pkl")
+        except WeightsError as error:
+            assert str(error).startswith("a.pkl ") and len(str(error)) < 1000
+        else:
+            raise AssertionError
+        """
+    )
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before PyTorch 1.6"])
+@pytest.mark.parametrize("name", ["key", "ordered by a call", "one hash"])
+def test_a_checkpoint_that_takes_long_is_refused(name, old, tmp_path):
+    path = tmp_path / "a.pth"
+    if old:  # a magic number, a version, facts of the machine, the content, and the keys of storages
+        parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})]
+        path.write_bytes(b"".join([*parts, BOMBS[name], pickle.dumps([], 2)]))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", BOMBS[name])
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/byteorder", "little")
+    run_limited(
+        f"""
+        from focal_plugin.files.safe_load import WeightsError, load_torch
+        try:
+            load_torch({str(path)!r})
+        except WeightsError as error:
+            assert "a.pth" in str(error) and len(str(error)) < 1000, error
+        else:
+            raise AssertionError
+        """
+    )
+
+
+def test_a_checkpoint_that_expands_is_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(2_000_000)}}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as whole, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert load_torch(str(tmp_path / "a.pth"))["model"]["a"].shape == (2_000_000,)
+    with pytest.raises(WeightsError, match=r"b\.pth is compressed: .* expected one that torch\.save wrote"):
+        load_torch(str(tmp_path / "b.pth"))
+
+
+def test_a_file_of_many_values_is_read_soon():
+    value = {f"layer{i}": np.zeros(3, np.float32) for i in range(2000)}
+    data, start = pickle.dumps(value, 2), time.perf_counter()
+    assert len(unpickle(data, "a.pkl")) == 2000
+    assert time.perf_counter() - start < 2
+
+
+def run_limited(program, seconds=10):
+    """Run a program in this process's image, with 500 MB more than it has, and end it after some seconds."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, resource.RLIM_INFINITY))
+            signal.alarm(seconds)
+            exec(textwrap.dedent(program), {})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    assert not os.WIFSIGNALED(status), f"ended by signal {os.WTERMSIG(status)}, after {seconds} s if it is 14"
+    assert os.WEXITSTATUS(status) == 0
 
 
 # Any bytes at all
