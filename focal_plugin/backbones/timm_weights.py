@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..files.regular import regular_path
 from ..files.safe_load import WeightsError, load_torch
-from ..files.weights import missing_file
+from ..files.weights import check_values, missing_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def create_encoder(name: str, weights: str, **arguments) -> nn.Module:
         FileNotFoundError: there is no such file or package.
         OSError: timm's weights could not be downloaded.
         ConfigError: timm has no weights of its own for this name.
-        ValueError: the file's weights are not of this architecture.
+        ValueError: the file's weights are not of this architecture, or have NaN or the like.
     """
     timm = import_timm()
     if weights == "timm" and not timm.is_model_pretrained(name):
@@ -97,11 +97,12 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
     head = classifier.pretrained_cfg["classifier"]
     head = (head,) if isinstance(head, str) else tuple(head or ())
     absent = [k for k, shape in wanted.items() if found.get(k) != shape and k.rpartition(".")[0] not in head]
-    if not absent:
-        return tensors
-    if list(wanted.values()) == list(found.values()):
+    if absent and list(wanted.values()) == list(found.values()):
         logger.info(f"{weights}: its names are not timm's, but its order and shapes are; matched by these.")
-        return {key: tensors[found_key] for key, found_key in zip(wanted, found)}
+        tensors, absent = {key: tensors[found_key] for key, found_key in zip(wanted, found)}, []
+    if not absent:
+        check_values(tensors, classifier.state_dict(), weights)
+        return tensors
     raise ValueError(
         f"{weights} does not hold the weights of timm's {name}. Of its {len(wanted)} tensors, {len(absent)} are not "
         f"there by name and shape, such as {absent[0]} {tuple(wanted[absent[0]])}; nor are the file's {len(found)} "

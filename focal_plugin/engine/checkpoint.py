@@ -14,7 +14,7 @@ from detectron2.utils import comm
 
 from ..config import ConfigError
 from ..files.safe_load import WeightsError, load_torch, load_zoo
-from ..files.weights import Fit, missing_file
+from ..files.weights import Fit, check_values, missing_file
 from ..files.write import UNFINISHED, replace_file
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load as Detectron2's checkpointer does.
 
         Raises:
-            WeightsError: the file is damaged, asks for more than data, or is another project's checkpoint.
+            WeightsError: the file is damaged, asks for more than data, is another project's checkpoint, or has weights
+                that no model can use, such as a NaN.
         """
+        self._path = path
         try:
             return super().load(path, checkpointables)
         except (ConfigError, WeightsError):
@@ -151,7 +153,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
     def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
+        # At the end, after names are matched and prefixes removed, and before the first tensor is copied.
+        hook = self.model.register_load_state_dict_pre_hook(
+            lambda model, found, *_: check_values(found, model.state_dict(), self._path)
+        )
+        try:
+            incompatible = super()._load_model(checkpoint)
+        finally:
+            hook.remove()
         missing, unexpected, other_shapes = incompatible
         others = {name for name, _, _ in other_shapes}  # fvcore lists them among the missing ones, too
         self.fit = Fit([name for name in missing if name not in others], unexpected, other_shapes)

@@ -4,8 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
+
+from .unpickle import WeightsError
 
 Shape = tuple[int, ...]
 
@@ -57,6 +60,33 @@ def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fit:
         [name for name in found if name not in expected],
         [(name, theirs, ours) for name, (theirs, ours) in shapes.items() if theirs != ours],
     )
+
+
+def check_values(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> None:
+    """Check that the tensors of the file ``path`` can be copied into those of a model: what has its name and shape.
+
+    Raises:
+        WeightsError: one is sparse, quantised, without values or of another kind of numbers, or has a NaN or infinity.
+    """
+    for name, ours in expected.items():
+        theirs = found.get(name)
+        if theirs is None or theirs.shape != ours.shape:
+            continue
+        if theirs.layout != torch.strided:
+            problem = f"is {theirs.layout}"
+        elif theirs.is_meta:
+            problem = "is meta, without values"
+        elif theirs.is_quantized or _kind(theirs) != _kind(ours):
+            problem = f"is {theirs.dtype}"
+        elif not theirs.to(ours.dtype).isfinite().all():
+            problem = "has a value that is not finite"
+        else:
+            continue
+        raise WeightsError(f"{path}: {name} {problem}; expected finite numbers, dense and of {ours.dtype}.")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def _is_for_training(name: str) -> bool:
