@@ -1,0 +1,38 @@
+"""Every parser gives a value or its documented error, within 2 s and 500 MB, whatever it is given."""
+
+import os
+
+import pytest
+
+from tests.faults import fuzzing
+
+SHORT, LONG = 40, 5000  # cases of each parser
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, on what is in damaged files
+
+
+@pytest.mark.parametrize("name", fuzzing.FUZZERS)
+def test_any_file_gives_a_value_or_an_error(name):
+    outcome = fuzzing.run(fuzzing.FUZZERS[name], SHORT)
+    assert outcome.cases >= SHORT // 2 and outcome.errors
+
+
+@pytest.mark.slow
+def test_thousands_of_files(capsys):
+    """Print the table of ``docs/reliability.md``. ``FUZZ_SEED`` chooses other cases."""
+    number = int(os.environ.get("FUZZ_SEED", 1))
+    outcomes = {name: fuzzing.run(fuzzer, LONG, number) for name, fuzzer in fuzzing.FUZZERS.items()}
+    with capsys.disabled():
+        print(f"\n{fuzzing.table(outcomes)}")
+    assert all(outcome.values and outcome.errors for outcome in outcomes.values())
+
+
+def test_the_limits_hold():
+    st = fuzzing.st
+    for parse, says in (
+        (lambda *_: fuzzing.time.sleep(5), "TooLong"),
+        (lambda *_: bytearray(2**30), "MemoryError"),
+        (lambda *_: os.abort(), "ended with status"),
+        (lambda *_: {}["a"], "KeyError"),
+    ):
+        with pytest.raises(AssertionError, match=says):
+            fuzzing.run(fuzzing.Fuzzer(st.just(1), parse, (ValueError,)), 1)
