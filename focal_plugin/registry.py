@@ -110,12 +110,14 @@ def import_user_modules(cfg: CfgNode) -> None:
     """Import every module named in ``MODEL.FOCAL.IMPORTS``, so that the components they define are registered.
 
     Raises:
-        ConfigError: ``cfg`` does not have the plugin's keys.
+        ConfigError: ``cfg`` does not have the plugin's keys, or one of these is no name.
         ImportError: a module is not found; the message names the key and the module.
     """
     if "FOCAL" not in cfg.MODEL:
         raise ConfigError("The config has no MODEL.FOCAL: call focal_plugin.add_focal_config(cfg) after get_cfg().")
     for module in cfg.MODEL.FOCAL.IMPORTS:
+        if not isinstance(module, str) or not all(map(str.isidentifier, module.split("."))):
+            raise ConfigError(f"MODEL.FOCAL.IMPORTS has {module!r:.80}; expected a dotted name, as of a module.")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -138,12 +140,8 @@ def build_cls_loss(cfg: CfgNode) -> Any:
 
 
 # Detectron2's names for its box losses, so that its configs work unchanged.
-_STOCK_BOX_LOSSES = {
-    "smooth_l1": "SmoothL1BoxLoss",
-    "giou": "GIoUBoxLoss",
-    "diou": "DIoUBoxLoss",
-    "ciou": "CIoUBoxLoss",
-}
+_STOCK_BOX_LOSSES = {"smooth_l1": "SmoothL1BoxLoss", "giou": "GIoUBoxLoss"}
+_STOCK_BOX_LOSSES |= {"diou": "DIoUBoxLoss", "ciou": "CIoUBoxLoss"}
 
 
 def build_box_loss(cfg: CfgNode) -> Any:

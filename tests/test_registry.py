@@ -100,3 +100,12 @@ def test_an_error_inside_a_users_module_is_not_hidden(cfg, tmp_path, monkeypatch
     cfg.MODEL.FOCAL.IMPORTS = ["my_broken_module"]
     with pytest.raises(ModuleNotFoundError, match="something_that_is_not_installed"):
         import_user_modules(cfg)
+
+
+@pytest.mark.parametrize("name", ["", ".", ".a", "a.", "a..b", "a b", "a/b.py", 5, True, None, ["os"], {"a": 1}])
+def test_an_import_that_is_no_name(name):
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.MODEL.FOCAL.IMPORTS = [name]
+    with pytest.raises(ConfigError, match=r"MODEL\.FOCAL\.IMPORTS has .*; expected a dotted name"):
+        import_user_modules(cfg)

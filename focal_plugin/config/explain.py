@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from .keys import ConfigError, add_focal_config
 
+_LONGEST = 1000  # characters of a message
 _NO_KEY = re.compile(r"Non-existent (?:config )?key: (\S+)")
 _NO_TYPE = re.compile(
     r"Type mismatch \(<class '(?:\w+\.)*(\w+)'> vs. <class '(?:\w+\.)*(\w+)'>\) "
@@ -46,10 +47,10 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
             expected, kind, value, key = found.groups()
             example = """, as in "('a', 'b')" or "('a',)" for one""" if expected in ("list", "tuple") else ""
             of = "keys, each with a colon and a value" if expected == "CfgNode" else f"a value of type {expected}"
-            problem = f"{key} is {value} ({kind}); expected {of}{example}."
+            problem = f"{key} is {value[:200]} ({kind}); expected {of}{example}."
         else:
             problem = text
-        raise ConfigError(f"{where}: {problem}") from error
+        raise ConfigError(f"{where}: {problem[:_LONGEST]}") from error
     for key, value in flatten(cfg).items():
         if value is None and leaves.get(key) is not None:  # which yacs allows
             expected = type(leaves[key]).__name__

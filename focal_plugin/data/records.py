@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 logger = logging.getLogger(__name__)
 
 _FAR = 1e9  # pixels: beyond any image
+_LONGEST = 1000  # characters of a message; what a file has in a number's place may be long
 _ROUNDING = 1.0  # pixels that a box may reach outside its image, since tools round, or count pixels from 0 or from 1
 
 NOT_NUMBERS, NO_SIZE, OUTSIDE = "box that is not four numbers", "box of no size", "box outside its image"
@@ -27,6 +28,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, kind: str, message: str, unit: str | None = None) -> None:
+        message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} …"
         super().__init__(f"{kind}: {message}")
         self.kind, self.message, self.unit = kind, message, unit
 

@@ -39,7 +39,12 @@ def load_batch(path: str) -> dict:
     content = load_torch(path)
     if "batch" not in content:
         raise WeightsError(f"{path} holds no batch but {', '.join(map(str, content))[:80]}; expected a diverged_*.pth.")
-    batch = [{key: _from_plain(value) for key, value in image.items()} for image in content["batch"]]
+    try:
+        batch = [{key: _from_plain(value) for key, value in image.items()} for image in content["batch"]]
+    except (AssertionError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        # Detectron2's boxes and instances assert their shapes.
+        problem = f"{path} holds no batch as it was saved ({error!r:.200})"
+        raise WeightsError(f"{problem}; expected a diverged_*.pth.") from error
     return {**content, "batch": batch}
 
 

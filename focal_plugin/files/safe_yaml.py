@@ -24,6 +24,7 @@ from .shipped import CONFIGS, shipped
 MOST_BYTES = 1_000_000  # of a config
 _MOST_NODES = 50_000  # of a file, aliases written out: far above any config, far below what fills the memory
 _MOST_FILES = 100  # that a config is based on: each may name several
+_LONGEST_LINE = 300  # of a message
 _MOST_DIGITS = 400  # of a number
 _TOO_DEEP = "is nested too deep, or its _BASE_ leads back to itself."
 
@@ -130,13 +131,14 @@ def parse_yaml(text: str | bytes, where: str) -> dict:
     except RecursionError as error:
         raise ConfigError(f"{where} {_TOO_DEEP}") from error
     except Exception as error:  # PyYAML raises errors of many types on text that is no YAML
-        raise ConfigError(f"{where}: {error or type(error).__name__}") from error
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"{where}: " + "\n".join(line[:_LONGEST_LINE] for line in lines[:6])) from error
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{where} holds {type(content).__name__}, expected keys and values.")
     bases = content.get("_BASE_", [])
     if not all(isinstance(base, str) for base in (bases if isinstance(bases, list) else [bases])):
-        raise ConfigError(f"{where}: _BASE_ is {bases!r}, expected a path or a list of paths.")
+        raise ConfigError(f"{where}: _BASE_ is {bases!r:.200}, expected a path or a list of paths.")
     return content
 
 

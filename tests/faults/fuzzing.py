@@ -175,7 +175,9 @@ def changed(draw, good: object, most: int = 4):
     """A copy of ``good`` with some of its values replaced, removed or repeated, and others added."""
     content = copy.deepcopy(good)
     for _ in range(draw(st.integers(0, most))):
-        *path, last = draw(st.sampled_from(places(content) or [("new",)]))
+        if not (found := places(content)):
+            break
+        *path, last = draw(st.sampled_from(found))
         node = content
         for key in path:
             node = node[key]
@@ -185,9 +187,8 @@ def changed(draw, good: object, most: int = 4):
         elif action == "remove":
             del node[last]
         elif action == "add" and isinstance(node, dict):
-            node[draw(st.text(max_size=5) | st.sampled_from(["_BASE_", "VERSION", "MODEL", "<<", "id"]))] = draw(
-                anything
-            )
+            new = draw(st.text(max_size=5) | st.sampled_from(["_BASE_", "VERSION", "MODEL", "<<", "id"]))
+            node[new] = draw(anything)
         elif isinstance(node, list):
             node.extend([copy.deepcopy(node[last])] * draw(st.integers(1, 30)))
     return content
@@ -197,7 +198,7 @@ def changed(draw, good: object, most: int = 4):
 def damaged(draw, good: st.SearchStrategy, pieces: list[bytes]):
     """Bytes of ``good`` with some changed, dropped, inserted or repeated."""
     data = draw(good)
-    for _ in range(draw(st.integers(0, 4))):
+    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 4]))):
         at, length = draw(st.integers(0, len(data))), draw(st.integers(0, 8))
         piece = draw(st.binary(max_size=4) | st.sampled_from(pieces))
         data = data[:at] + piece * draw(st.sampled_from([1, 1, 1, 50, 2000])) + data[at + length :]
@@ -389,10 +390,8 @@ def configs(draw):
     return content
 
 
-words = st.lists(
-    st.sampled_from(KEYS) | anything.map(lambda value: str(value).replace("\x00", "")[:4000]) | st.text(max_size=9),
-    max_size=6,
-)
+texts = anything.map(lambda value: str(value)[:4000]) | st.text(max_size=9)
+words = st.lists(st.tuples(st.sampled_from(KEYS) | texts, texts), max_size=3).map(lambda pairs: list(sum(pairs, ())))
 
 # Pickles and checkpoints
 
@@ -460,7 +459,6 @@ CHECKPOINT = {"model": {"a": torch.ones(2, 3), "b": torch.zeros(4).half()}, "ite
 SAVED, OLD = _saved(CHECKPOINT), _saved(CHECKPOINT, old=True)
 with zipfile.ZipFile(io.BytesIO(SAVED)) as _archive:
     MEMBERS = {entry: _archive.read(entry) for entry in _archive.namelist()}
-BATCH = io.BytesIO()
 
 
 @st.composite
@@ -488,11 +486,10 @@ def parse_batch(content, folder):
     return load_batch(str(folder / "a.pth"))
 
 
+INSTANCES = {"Instances": {"gt_boxes": {"Boxes": torch.ones(1, 4)}}, "image_size": [4, 4]}
 BATCH_FILE = {
-    "batch": [
-        {"file_name": "a", "image": [1], "instances": {"Instances": {"gt_boxes": {"Boxes": [1]}}, "image_size": [4, 4]}}
-    ],
-    "model": {"a": [1]},
+    "batch": [{"file_name": "a", "image": torch.zeros(3, 4, 4), "instances": INSTANCES}],
+    "model": {"a": torch.ones(2)},
 }
 
 FUZZERS = {
