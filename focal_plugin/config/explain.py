@@ -100,7 +100,7 @@ def merge_from_list(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 def near_keys(key: str, keys: Sequence[str], most: int = 4) -> list[str]:
     """Return the ``keys`` that ``key`` may mean: those that end like it, or else are spelt like it, nearest first."""
-    key = key.upper()
+    key = key[:200].upper()  # the comparison takes the square of its length
     last = key.rpartition(".")[2]
     alike = [other for other in keys if last in other.rpartition(".")[2]]
     return get_close_matches(key, alike, most, 0.3) or get_close_matches(key, keys, most, 0.75)

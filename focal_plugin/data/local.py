@@ -133,7 +133,7 @@ def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
 
 
 def _parse(entry: Mapping, where: str) -> VocSet | CocoSet:
-    if not isinstance(entry, Mapping) or entry.get("format") not in FORMATS:
+    if not isinstance(entry, Mapping) or str(entry.get("format")) not in FORMATS:
         found = f"format {entry.get('format')!r}" if isinstance(entry, Mapping) else repr(entry)
         raise ConfigError(f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}.")
     kind = FORMATS[entry["format"]]

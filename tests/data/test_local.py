@@ -79,6 +79,8 @@ def test_name_of_a_builtin_data_set():
         ("mine", "'mine'; expected keys and values with a format of voc, coco"),
         ({"name": "mine"}, "format None; expected keys and values with a format of voc, coco"),
         ({**COCO, "format": "yolo"}, "format 'yolo'"),
+        ({**COCO, "format": ["coco"]}, "format ['coco']"),
+        ({**COCO, "format": {}}, "format {}"),
         ({**COCO, "roots": "a"}, "unknown key roots. Format coco takes name (needed), json (needed), images (needed)"),
         ({**COCO, 5: "a"}, "unknown key 5"),
         ({"name": "mine", "format": "voc", "root": "a"}, "missing key split. Format voc takes"),
