@@ -33,10 +33,10 @@ def load_torch(path: str) -> dict:
             raise WeightsError(f"{path} {error}") from error
         except Exception as error:  # PyTorch raises errors of many types on files that are not its own
             if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-                raise WeightsError(f"{path} asks for {wanted[1]}, which is refused. {CONVERT}") from error
+                raise WeightsError(f"{path} asks for {wanted[1]:.200}, which is refused. {CONVERT}") from error
             problem = re.search(r"WeightsUnpickler error: (.+)", str(error))
             problem = problem[1] if problem else first_line(error) if _is_zip(file) else _beginning(file)
-            raise WeightsError(f"{path} is damaged or no file of PyTorch's: {problem}") from error
+            raise WeightsError(f"{path} is damaged or no file of PyTorch's: {problem[:300]}") from error
     return _need_dict(content, path)
 
 

@@ -33,7 +33,8 @@ def build(tmp_path):
         copy = tmp_path / "copy"
         for name in ("docs", "focal_plugin", "configs", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "mkdocs.yml", copy)
+        for name in ("mkdocs.yml", "SECURITY.md"):  # pages link to the latter
+            shutil.copy(ROOT / name, copy)
         change(copy)
         config = load_config(str(copy / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site"))
         config.plugins.on_startup(command="build", dirty=False)

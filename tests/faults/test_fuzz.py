@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults import fuzzing
 
-SHORT, LONG = 40, 2000  # cases of each parser
+SHORT, LONG = 40, 1000  # cases of each parser
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, on what is in damaged files
 
 
