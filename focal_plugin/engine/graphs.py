@@ -4,6 +4,7 @@ A training step launches a thousand kernels. To start them one by one from Pytho
 to compute them; replayed as a CUDA graph they take one call.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ from ..retinanet import FocalRetinaNet
 logger = logging.getLogger(__name__)
 
 MAX_SIZES = 8  # each keeps its logits, deltas and gradients: about 0.9 GB for 8 images of 800 × 1216 in float16
+
+# In PyTorch 2.11 no other thread may use the GPU while it records.
+_RECORDS_BESIDE_THREADS = "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters
 
 Maps = tuple[list[Tensor], list[Tensor]]
 
@@ -40,6 +44,11 @@ def compile_network(model: FocalRetinaNet) -> FocalRetinaNet:
             )
     model.compiled = GraphedNetwork(model)
     return model
+
+
+def pins_batches(device: str, compiled: bool) -> bool:
+    """Whether a loader pins its batches, in a thread: for a GPU, unless this PyTorch cannot record beside threads."""
+    return torch.device(device).type == "cuda" and (_RECORDS_BESIDE_THREADS or not compiled)
 
 
 class GraphedNetwork:
@@ -101,10 +110,11 @@ class CudaRecorder:
         buffers = {buffer: buffer.clone() for buffer in module.buffers()}
         random = torch.cuda.get_rng_state(images.device)
         is_mixed = torch.is_autocast_enabled("cuda")
+        mode = {"capture_error_mode": "thread_local"} if _RECORDS_BESIDE_THREADS else {}
         # Autocast keeps what it has converted until its end, and a replay needs the conversions.
         with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=is_mixed, cache_enabled=False):
             replay = torch.cuda.make_graphed_callables(
-                module, (images.clone(),), allow_unused_input=True, pool=self.pool
+                module, (images.clone(),), allow_unused_input=True, pool=self.pool, **mode
             )
         torch.cuda.set_rng_state(random, images.device)
         with torch.no_grad():

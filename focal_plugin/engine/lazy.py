@@ -24,7 +24,7 @@ from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter
 from .divergence import recorded_divergence
-from .graphs import compile_network
+from .graphs import compile_network, pins_batches
 from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
@@ -108,7 +108,7 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
         cfg.dataloader.train._target_ = build_train_loader
         if "pin_memory" not in cfg.dataloader.train:
-            cfg.dataloader.train.pin_memory = torch.device(cfg.train.device).type == "cuda"
+            cfg.dataloader.train.pin_memory = pins_batches(cfg.train.device, cfg.train.get("compile", False))
     loader = instantiate(cfg.dataloader.train)
     balance = [BalanceHook(model)] if isinstance(model, DenseDetector) else []
     model = data_parallel(model, **cfg.train.get("ddp", {}))

@@ -27,7 +27,7 @@ from .balance import BalanceHook
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
-from .graphs import compile_network
+from .graphs import compile_network, pins_batches
 from .loader import build_train_loader, explained_dead_worker
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
@@ -192,7 +192,7 @@ class Trainer(DefaultTrainer):
                 f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}: {count} images without a box to learn from. "
                 "Look at their annotations; crowds do not count.",
             )
-        return build_train_loader(**args, pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda")
+        return build_train_loader(**args, pin_memory=pins_batches(cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.COMPILE))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

@@ -12,7 +12,7 @@ from torch import nn
 
 from focal_plugin import FocalRetinaNet
 from focal_plugin.config import ConfigError
-from focal_plugin.engine import StepTrainer
+from focal_plugin.engine import StepTrainer, graphs
 from focal_plugin.engine.graphs import GraphedNetwork, compile_network
 from tests.small_retinanet import CLASSES, small_config
 
@@ -129,6 +129,21 @@ def test_evaluation_needs_no_recording():
     model.eval()
     with torch.no_grad():
         assert len(model([image(64, 96, 0)] * 2)) == 2
+
+
+@pytest.mark.parametrize(
+    "device, compiled, old, expected",
+    [
+        ("cpu", False, False, False),
+        ("cuda:1", False, True, True),
+        ("cuda", True, True, False),
+        ("cuda", True, False, True),
+    ],
+)
+def test_where_batches_are_pinned(monkeypatch, device, compiled, old, expected):
+    """A thread does that, and old versions of PyTorch record only where no other thread uses the GPU."""
+    monkeypatch.setattr(graphs, "_RECORDS_BESIDE_THREADS", not old)
+    assert graphs.pins_batches(device, compiled) == expected
 
 
 def test_what_cannot_be_recorded_is_an_error(monkeypatch):
