@@ -105,7 +105,7 @@ TOOLS = {
     | {"analysis", "backbones", "config", "data", "deploy", "engine", "evaluation", "files", "pipelines"},
 }
 # Commands, above all rooms. `__main__` imports a command's module when it is called.
-TOOLS |= {"commands": {"analysis", "config", "deploy", "engine"}, "__main__": {"files"}}
+TOOLS |= {"commands": {"analysis", "config", "deploy", "engine", "files"}, "__main__": {"files"}}
 BELOW = PAPER | TOOLS
 
 

@@ -105,10 +105,10 @@ def machine() -> dict:
 
 
 def read_json(path: Path, otherwise):
-    """Return the content of a file; ``otherwise`` if there is no file, or only the beginning of one."""
+    """Return the content of a file; ``otherwise`` if there is no file, only the beginning of one, or a damaged one."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # not JSON, or no text
         return otherwise
 
 

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,17 @@ from ..analysis.__main__ import main as analyse
 from ..analysis.common import MISTAKES
 from ..config.load import find_config, load_config
 from ..deploy import evaluate_with_tta, model_for_inference
-from ..engine import AtomicCheckpointer, Trainer, launch, lazy, settled_seed, start_run
+from ..engine import (
+    AtomicCheckpointer,
+    Trainer,
+    evaluation_folder,
+    launch,
+    lazy,
+    settled_seed,
+    sole_training,
+    start_run,
+)
+from ..files.write import kept_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +44,17 @@ The flags of training are accepted too, so that a command line can be checked be
 """
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Return the config of the command line, frozen, with the run's log files open."""
-    if args.config_file:
-        args.config_file = find_config(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
-    cfg.SEED = settled_seed(cfg.SEED, cfg.OUTPUT_DIR, args.resume or args.eval_only)
-    cfg.freeze()
-    start_run(cfg, args)
-    return cfg
+def evaluate(cfg: CfgNode, resume: bool, trainer_class: type[Trainer] = Trainer, run_folder: str = "") -> dict:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of a run, and return the results.
 
-
-def evaluate(cfg: CfgNode, resume: bool, trainer_class: type[Trainer] = Trainer) -> dict:
-    """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``, and return the results."""
+    Args:
+        cfg: the config; what is written goes to its ``OUTPUT_DIR``.
+        resume: whether to take the last checkpoint.
+        trainer_class: what builds the model and the evaluators.
+        run_folder: where the run's checkpoints are; ``OUTPUT_DIR`` if empty.
+    """
     model = trainer_class.build_model(cfg)
-    AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    AtomicCheckpointer(model, run_folder or cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     model = model_for_inference(cfg, model)
     results = trainer_class.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
@@ -56,6 +63,23 @@ def evaluate(cfg: CfgNode, resume: bool, trainer_class: type[Trainer] = Trainer)
         trainer_class.report(cfg, model, results)
         verify_results(cfg, results)
     return results
+
+
+def train(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> dict | None:
+    """Train, as the only one in ``OUTPUT_DIR``, and return the results of the last evaluation."""
+    with sole_training(cfg.OUTPUT_DIR):
+        with kept_on_error(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+            _start(cfg, args, cfg.OUTPUT_DIR)
+            trainer = trainer_class(cfg, functools.partial(evaluate_with_tta, cfg) if cfg.TEST.AUG.ENABLED else None)
+            trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+
+def _start(cfg: CfgNode, args: argparse.Namespace, run_folder: str) -> None:
+    """Settle the seed, freeze the config and open the run's log files."""
+    cfg.SEED = settled_seed(cfg.SEED, run_folder, args.resume or args.eval_only)
+    cfg.freeze()
+    start_run(cfg, args)
 
 
 def run(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> dict | None:
@@ -70,12 +94,14 @@ def run(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> dic
     """
     if args.config_file.endswith(".py"):
         return lazy.main(args)
-    cfg = setup(args)
-    if args.eval_only:
-        return evaluate(cfg, args.resume, trainer_class)
-    trainer = trainer_class(cfg, functools.partial(evaluate_with_tta, cfg) if cfg.TEST.AUG.ENABLED else None)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    if args.config_file:
+        args.config_file = find_config(args.config_file)
+    cfg = load_config(args.config_file, args.opts)
+    if not args.eval_only:
+        return train(cfg, args, trainer_class)
+    run_folder, cfg.OUTPUT_DIR = cfg.OUTPUT_DIR, evaluation_folder(cfg.OUTPUT_DIR)
+    _start(cfg, args, run_folder)
+    return evaluate(cfg, args.resume, trainer_class, run_folder)
 
 
 def build_parser(prog: str | None = None, epilog: str = _TRAIN) -> argparse.ArgumentParser:

@@ -4,9 +4,10 @@ from . import lazy
 from .advice import advise
 from .checkpoint import AtomicCheckpointer
 from .loader import TrainLoader, build_train_loader
+from .lock import sole_training
 from .processes import launch
 from .resume import CheckpointHook
-from .setup import settled_seed, start_run
+from .setup import evaluation_folder, settled_seed, start_run
 from .step import StepTrainer
 from .trainer import Trainer
 
@@ -18,8 +19,10 @@ __all__ = [
     "Trainer",
     "advise",
     "build_train_loader",
+    "evaluation_folder",
     "launch",
     "lazy",
     "settled_seed",
+    "sole_training",
     "start_run",
 ]

@@ -1,4 +1,4 @@
-"""Write checkpoints whole or not at all, and resume from the last whole one."""
+"""Write checkpoints whole or not at all, and resume from the last whole one, also with another config."""
 
 import glob
 import logging
@@ -15,11 +15,13 @@ from detectron2.utils import comm
 from ..config import ConfigError
 from ..files.safe_load import WeightsError, load_torch, load_zoo
 from ..files.weights import Fit, check_values, missing_file
-from ..files.write import UNFINISHED, replace_file
+from ..files.write import replace_file
+from .changes import changes, describe, refuse_seed
 
 logger = logging.getLogger(__name__)
 
 
+_IS_FOLDER = 0x10  # an attribute of an entry of a zip archive
 _EXPECTED = "a path, a URL, a name such as detectron2://ImageNetPretrained/MSRA/R-50.pkl, or nothing for random weights"
 
 
@@ -31,10 +33,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
     where it is, and the one before it is used. Nothing in a file is executed (``files.safe_load``).
 
     Attributes:
+        config: what ``changes.plain_config`` makes of the run's config, which is saved too; None if it is not known.
         fit: how the weights that were loaded last fit the model.
+        resumed_from: the checkpoint that the run goes on from; "" for none.
     """
 
+    config: dict[str, Any] | None = None
     fit: Fit
+    resumed_from = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save as fvcore's ``Checkpointer.save`` does.
@@ -47,7 +53,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if "://" in self.save_dir:  # not a file system: nothing can be renamed
             super().save(name, **kwargs)
             return
-        content = {"model": self.model.state_dict()}
+        content = {"model": self.model.state_dict()} | ({} if self.config is None else {"config": self.config})
         content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()} | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
@@ -71,9 +77,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             FileNotFoundError: ``path`` is no file.
             OSError: there are checkpoints to resume from, and none is whole.
+            ConfigError: the one to resume from is of another model, optimiser or seed than the config's.
         """
         if resume and self.has_checkpoint():
-            return self.load(self.last_whole_checkpoint())
+            self.resumed_from = self.last_whole_checkpoint()
+            return self.load(self.resumed_from)
         if self.checkpointables and self.has_checkpoint():
             logger.warning(
                 f"{self.save_dir} holds an earlier run, whose checkpoints this one replaces as it goes. To go on with "
@@ -95,17 +103,21 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             WeightsError: the file is damaged, asks for more than data, is another project's checkpoint, or has weights
                 that no model can use, such as a NaN.
+            ConfigError: as ``resume_or_load``.
         """
-        self._path = path
+        self._path, self._resumes = path, checkpointables is None and bool(self.checkpointables)
+        return super().load(path, checkpointables)
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint to resume from, named in ``last_checkpoint`` or not."""
+        return super().has_checkpoint() or bool(self.save_dir and self._numbered())
+
+    def get_checkpoint_file(self) -> str:
+        """Return the path that ``last_checkpoint`` names; "" if that cannot be read."""
         try:
-            return super().load(path, checkpointables)
-        except (ConfigError, WeightsError):
-            raise
-        except ValueError as error:  # fvcore's message does not name the file
-            raise WeightsError(
-                f"{path} is no checkpoint of Detectron2's: {error} Those of torchvision, MMDetection and Detectron are "
-                "converted by `python -m focal_plugin convert`."
-            ) from error
+            return super().get_checkpoint_file()
+        except UnicodeDecodeError:
+            return ""
 
     def last_whole_checkpoint(self) -> str:
         """Return the path of the checkpoint to resume from, and log which broken ones were passed over.
@@ -117,9 +129,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return self.get_checkpoint_file()
         found, problems = "", []
         if comm.is_main_process():
-            for name in ("*.pth", "last_checkpoint"):
-                for unfinished in glob.glob(os.path.join(glob.escape(self.save_dir), name + UNFINISHED)):
-                    os.remove(unfinished)  # left by a run that was killed while saving
             for path in self._candidates():
                 problem = what_is_broken(path)
                 if not problem:
@@ -135,39 +144,90 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         if problems:
             logger.warning(f"Broken, so not resumed from:\n  {listed}\nGoing on from the one before: {found}.")
+        elif not self.get_checkpoint_file():
+            logger.warning(
+                f"{self.save_dir}/last_checkpoint is gone or unreadable. Going on from {found}, which has the most "
+                "steps of the checkpoints there."
+            )
         return found
 
     def _candidates(self) -> list[str]:
-        """List the checkpoint that ``last_checkpoint`` names, then those before it, the latest first."""
-        last = self.get_checkpoint_file()
+        """List the checkpoint that ``last_checkpoint`` names, then those before it, the latest first.
+
+        All of them, those with the most steps first, if it names none.
+        """
+        last, steps = self.get_checkpoint_file(), self._numbered()
+        final = os.path.join(self.save_dir, "model_final.pth")
+        if final in steps and not last:
+            steps[final] = _steps_of(final)
+        limit = math.inf if last.endswith("model_final.pth") else steps.get(last, math.inf)
+        before = sorted((path for path in steps if path != last and steps[path] < limit), key=steps.get, reverse=True)
+        return [last, *before] if last else before
+
+    def _numbered(self) -> dict[str, float]:
+        """Return the steps of each checkpoint by its path; −1 for model_final.pth, of a shorter run if not the last."""
         steps = {}
         for path in glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")):
             if match := re.fullmatch(r"model_(\d+|final)\.pth", os.path.basename(path)):
-                steps[path] = -1 if match[1] == "final" else int(match[1])  # of a shorter run, if not the last
-        limit = math.inf if last.endswith("model_final.pth") else steps.get(last, math.inf)
-        before = sorted((path for path in steps if path != last and steps[path] < limit), key=steps.get, reverse=True)
-        return [last, *before]
+                steps[path] = -1 if match[1] == "final" else int(match[1])
+        return steps
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         """Read a checkpoint file without executing anything in it."""
         return load_zoo(filename) if filename.endswith((".pkl", ".pyth")) else super()._load_file(filename)
 
     def _load_model(self, checkpoint: Any) -> Any:
+        theirs = checkpoint.pop("config", None) or {}
+        self._changes = changes(theirs, self.config) if theirs and self.config else {}
+        if self._resumes:
+            refuse_seed(self._path, self._changes)
         # At the end, after names are matched and prefixes removed, and before the first tensor is copied.
         hook = self.model.register_load_state_dict_pre_hook(
             lambda model, found, *_: check_values(found, model.state_dict(), self._path)
         )
         try:
             incompatible = super()._load_model(checkpoint)
+        except (ConfigError, WeightsError):
+            raise
+        except ValueError as error:  # fvcore's message does not name the file
+            raise WeightsError(
+                f"{self._path} is no checkpoint of Detectron2's: {error} Those of torchvision, MMDetection and "
+                "Detectron are converted by `python -m focal_plugin convert`."
+            ) from error
         finally:
             hook.remove()
         missing, unexpected, other_shapes = incompatible
         others = {name for name, _, _ in other_shapes}  # fvcore lists them among the missing ones, too
         self.fit = Fit([name for name in missing if name not in others], unexpected, other_shapes)
+        if self._resumes:
+            self._check_resumed(checkpoint)
         return incompatible
+
+    def _check_resumed(self, checkpoint: dict[str, Any]) -> None:
+        """Load the checkpointables here, with an explanation if they or the model do not fit; log what has changed.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        differing = f"Keys that differ, theirs → this config's: {describe(self._changes)}." if self._changes else ""
+        advice = "Resume with its config, or start another run with another OUTPUT_DIR."
+        if problems := self.fit.problems():
+            listed = "; ".join(problems[:2]) + (f"; and {len(problems) - 2} more" if len(problems) > 2 else "")
+            raise ConfigError(f"{self._path} is of another model: {listed}. {differing}\n{advice}")
+        for key in [key for key in self.checkpointables if key in checkpoint]:
+            try:
+                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+            except (ValueError, KeyError) as error:  # of an optimiser
+                raise ConfigError(f"{self._path}, its {key}: {error}. {differing}\n{advice}") from error
+        if self._changes:
+            logger.warning(
+                f"The config has changed since {self._path}. From here on, this one holds: {describe(self._changes)}."
+            )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         super()._log_incompatible_keys(incompatible)
+        if incompatible.incorrect_shapes and self._changes:
+            logger.warning(f"{self._path} is of a run with other values of {describe(self._changes)}.")
         if any(name == "head.cls_score.weight" for name, _, _ in incompatible.incorrect_shapes):
             logger.warning(
                 "The checkpoint has another number of classes than the model: head.cls_score keeps its initial values. "
@@ -185,6 +245,25 @@ def what_is_broken(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        return f"{error} ({os.path.getsize(path)} bytes)"
-    return f"the checksum of {part} in it is wrong" if part else ""
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & _IS_FOLDER]
+        if part:
+            return f"the checksum of {part} in it is wrong"
+        if folders:  # PyTorch reads nothing of it, and gives whatever is in the memory
+            return f"{folders[0]} in it is marked as a folder"
+        _map(path)  # PyTorch reads what zipfile does not
+    except Exception as error:  # a bit of the archive's directory that has flipped raises errors of any type
+        return f"{type(error).__name__}: {error} ({os.path.getsize(path)} bytes)"
+    return ""
+
+
+def _steps_of(path: str) -> float:
+    """Return the steps before a checkpoint's last one; −1 if it is broken."""
+    try:
+        return int(_map(path)["iteration"])
+    except Exception:  # as in what_is_broken
+        return -1
+
+
+def _map(path: str) -> dict[str, Any]:
+    """Read a checkpoint, its tensors only when they are used."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

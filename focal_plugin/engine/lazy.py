@@ -3,6 +3,8 @@
 Beyond the tool: resuming exactly, micro-batches, bfloat16, steps that are not finite, checks of files and words.
 """
 
+from collections.abc import Mapping
+
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
@@ -16,21 +18,22 @@ from ..config import ConfigError
 from ..config.load import find_config, usable_device
 from ..data import check_files_of, leave_out_broken_images
 from ..evaluation.report import log_report
-from ..files.write import explained_full_disk
+from ..files.write import kept_on_error
 from ..kernels.conv_relu import fuse_blocks
 from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
 from ..retinanet import FocalRetinaNet
 from .balance import BalanceHook
+from .changes import plain_config
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter
-from .divergence import recorded_divergence
 from .graphs import compile_network, pins_batches
-from .loader import build_train_loader, explained_dead_worker
+from .loader import build_train_loader
+from .lock import sole_training
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
-from .setup import settled_seed, start_logs
+from .setup import evaluation_folder, settled_seed, start_logs
 from .step import StepTrainer, amp_precision, data_parallel
-from .trainer import EvaluationHook, log_model, resumable_writers, use_channels_last
+from .trainer import EvaluationHook, explained_training, log_model, resumable_writers, use_channels_last
 
 _DETECTRON2_LOADERS = (
     build_detection_train_loader,
@@ -63,8 +66,31 @@ def main(args) -> dict | None:
     if args.eval_only and not cfg.dataloader.get("evaluator"):
         raise ConfigError(f"{args.config_file}: dataloader.evaluator is missing; expected one for --eval-only.")
     cfg.train.device = usable_device(cfg.train.device, "train.device")
-    again = args.resume or args.eval_only
-    cfg.train.seed = settled_seed(cfg.train.get("seed", -1), cfg.train.output_dir, again)
+    run = cfg.train.output_dir
+    if args.eval_only:
+        _move_output(cfg, evaluation_folder(run))
+        results = evaluate(cfg, _start(cfg, args, run))
+    else:
+        with sole_training(run):
+            results = train(cfg, args)
+    if not comm.is_main_process():
+        return None
+    log_report(cfg.train.output_dir, {", ".join(_dataset_names(cfg, "test")): results})
+    return results
+
+
+def _move_output(cfg, folder: str) -> None:
+    """Let an evaluation write to ``folder`` in place of the run's."""
+    before, evaluator = cfg.train.output_dir, cfg.dataloader.evaluator
+    output = evaluator.get("output_dir") if isinstance(evaluator, Mapping) else None
+    if output and f"{output}/".startswith(f"{before}/"):
+        evaluator.output_dir = folder + output[len(before) :]
+    cfg.train.output_dir = folder
+
+
+def _start(cfg, args, run: str) -> nn.Module:
+    """Open the logs and build the model; for an evaluation with its weights, of ``run`` if it resumes."""
+    cfg.train.seed = settled_seed(cfg.train.get("seed", -1), run, args.resume or args.eval_only)
     start_logs(cfg, args, cfg.train.output_dir, cfg.train.device)
     _check_files(cfg, args.eval_only)
     model = instantiate(cfg.model).to(cfg.train.device)
@@ -79,14 +105,8 @@ def main(args) -> dict | None:
     log_model(model)
     if args.eval_only:
         model = data_parallel(model)
-        AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        results = evaluate(cfg, model)
-    else:
-        results = train(cfg, model, args.resume)
-    if not comm.is_main_process():
-        return None
-    log_report(cfg.train.output_dir, {", ".join(_dataset_names(cfg, "test")): results})
-    return results
+        AtomicCheckpointer(model, run).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    return model
 
 
 def evaluate(cfg, model: nn.Module) -> dict:
@@ -101,8 +121,19 @@ def evaluate(cfg, model: nn.Module) -> dict:
     return results
 
 
-def train(cfg, model: nn.Module, resume: bool) -> dict:
-    """Train ``model`` as the config says, and return the results of the last evaluation."""
+def train(cfg, args) -> dict:
+    """Train the model as the config says, and return the results of the last evaluation."""
+    results: dict = {}
+    with kept_on_error(f"{cfg.train.output_dir}/config.yaml"):
+        trainer, start = _build_trainer(cfg, args, results)
+    with explained_training(cfg.train.output_dir):
+        trainer.train(start, cfg.train.max_iter)
+    return results
+
+
+def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int]:
+    """Return the trainer, whose evaluations put their results into ``results``, and its first step."""
+    model, saved = _start(cfg, args, cfg.train.output_dir), plain_config(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
@@ -123,14 +154,14 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
         output_dir=cfg.train.output_dir,
     )
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
-    results = {}
+    checkpointer.config = saved
 
     def evaluate_now() -> dict:
         results.clear()
         results.update(evaluate(cfg, model))
         return results
 
-    tail = [EvaluationHook(cfg.train.eval_period, evaluate_now)]
+    tail = [EvaluationHook(cfg.train.eval_period, evaluate_now, lambda: save)]
     metrics = None
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
@@ -144,15 +175,12 @@ def train(cfg, model: nn.Module, resume: bool) -> dict:
     schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
     trainer.register_hooks([*balance, hooks.IterationTimer(), schedule, save, *tail])
 
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start = 0
-    if resume and checkpointer.has_checkpoint():
-        start = trainer.iter + 1
-    elif resume:
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
+    save.check_steps(start, cfg.train.max_iter)
+    if args.resume and not checkpointer.has_checkpoint():
         save.start_again()
-    with explained_full_disk(cfg.train.output_dir), explained_dead_worker(), recorded_divergence(cfg.train.output_dir):
-        trainer.train(start, cfg.train.max_iter)
-    return results
+    return trainer, start
 
 
 def _check_files(cfg, eval_only: bool) -> None:

@@ -1,8 +1,14 @@
 """Write checkpoints when they are due, with the state of a run that Detectron2's checkpoints lack."""
 
 import logging
+import multiprocessing
+import os
 import signal
-from collections.abc import Iterable, Sequence
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import torch
 from detectron2.engine import HookBase
@@ -22,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 class CheckpointHook(HookBase):
     """Save every ``period`` steps, after the last one, and on SIGTERM or SIGINT, which then ends the run.
+
+    A signal waits for the end of a step, but not for that of an evaluation in ``interruptible``.
 
     The saved state adds the random generators and the model's buffers of each process, the loader's position,
     metrics.json and the numbers it is written from. A run that resumes first completes the step of the checkpoint, by
@@ -63,6 +71,8 @@ class CheckpointHook(HookBase):
         self.loader, self.metrics, self.tail = loader, metrics, list(tail)
         self.signals = StopSignals()
         self._processes: list[dict] = []  # of this step, from all processes
+        self._state: dict | None = None  # of the step, while what follows it is interruptible
+        self._saved: int | None = None  # the step that was saved last
         self._tail_is_done = False
         self._loaded: dict | None = None
 
@@ -93,13 +103,62 @@ class CheckpointHook(HookBase):
                 self._save(step, is_due)
             self._processes = []
         if received:
-            comm.synchronize()  # as soon as one process ends, its launcher ends the others
-            self.signals.remove()
-            logger.warning(
-                f"{signal.Signals(received).name}: stopped after {step + 1} steps, which are saved in "
-                f"{self.periodic.checkpointer.save_dir}. The same command with --resume goes on."
-            )
-            raise SystemExit(128 + received)
+            self._stop(received)
+
+    def _stop(self, received: int) -> NoReturn:
+        comm.synchronize()  # as soon as one process ends, its launcher ends the others
+        self.signals.remove()
+        logger.warning(self._stopped(received))
+        raise SystemExit(128 + received)
+
+    def _stopped(self, received: int) -> str:
+        return (
+            f"{signal.Signals(received).name}: stopped after {self.trainer.iter + 1} steps, which are saved in "
+            f"{self.periodic.checkpointer.save_dir}. The same command with --resume goes on."
+        )
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal saves the step that is done and ends the process at once: for an evaluation after a step.
+
+        For all processes. What is inside must change neither weights nor optimizer; a resumed run does it again.
+        """
+        self._processes = comm.all_gather(self._process_state())
+        peers = comm.all_gather((socket.gethostname(), os.getpid()))
+        received = self.signals.agreed()
+        self._state = self.state_dict()
+        try:
+            if received:
+                self._save_once()
+                self._stop(received)
+            with self.signals.answered(lambda number: self._leave(number, peers)):
+                yield
+        finally:
+            self._processes, self._state = [], None
+
+    def _leave(self, received: int, peers: list[tuple[str, int]]) -> NoReturn:
+        """Tell the run's other processes on this host, save if this is the main one, and end the process."""
+        code = 128 + received
+        try:
+            for host, pid in peers:
+                if host == socket.gethostname() and pid != os.getpid():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, received)
+            self._save_once()
+            logger.warning(self._stopped(received))
+        except Exception as error:
+            code = 1
+            logger.error(f"{signal.Signals(received).name}: the last steps could not be saved: {error}")
+        finally:
+            for process in multiprocessing.active_children():  # those that load images
+                process.kill()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)  # not an error in the main thread, which may be waiting for another process
+
+    def _save_once(self) -> None:
+        if comm.is_main_process() and self._saved != self.trainer.iter:
+            self._save(self.trainer.iter, is_due=False)
 
     def after_train(self) -> None:
         """Save the steps before a failure of the data. From here on, signals end the process."""
@@ -123,6 +182,7 @@ class CheckpointHook(HookBase):
             self.periodic.step(step)
         else:
             self.periodic.save(f"model_{step:07d}", iteration=step)
+        self._saved = step
 
     def _process_state(self) -> dict:
         state = {"rng": rng_state()}
@@ -132,6 +192,8 @@ class CheckpointHook(HookBase):
 
     def state_dict(self) -> dict:
         """Return the state as plain containers and tensors."""
+        if self._state is not None:
+            return self._state
         state = {"processes": self._processes or [self._process_state()], "tail_is_done": self._tail_is_done}
         if hasattr(self.loader, "state_dict"):
             state["loader"] = self.loader.state_dict()
@@ -143,6 +205,18 @@ class CheckpointHook(HookBase):
     def load_state_dict(self, state: dict) -> None:
         """Keep ``state`` until training starts."""
         self._loaded = state
+
+    def check_steps(self, start_iter: int, max_iter: int) -> None:
+        """Check, before training, that the checkpoint has no more steps than the run.
+
+        Raises:
+            ConfigError: it has.
+        """
+        if start_iter > max_iter:
+            raise ConfigError(
+                f"{self.periodic.checkpointer.resumed_from} has {start_iter} steps, and SOLVER.MAX_ITER (in a "
+                f"LazyConfig train.max_iter) is {max_iter}: nothing is left to train. Raise it, or use --eval-only."
+            )
 
     def start_again(self) -> None:
         """Forget an attempt that ended before its first checkpoint: its metrics are written again."""
@@ -175,10 +249,10 @@ class CheckpointHook(HookBase):
     def _finish_step(self) -> None:
         """Do what the step of the checkpoint still lacks, where it is due: save it as the last, evaluate, write."""
         trainer = self.trainer
-        trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+        trainer.iter = trainer.storage.iter = self._saved = trainer.start_iter - 1
         if trainer.start_iter == trainer.max_iter:
             self._processes = comm.all_gather(self._process_state())
-            if not self.periodic.checkpointer.get_checkpoint_file().endswith("model_final.pth"):
+            if not self.periodic.checkpointer.resumed_from.endswith("model_final.pth"):
                 self.periodic.save("model_final", iteration=trainer.iter)
             self._processes = []
         for hook in self.tail:

@@ -17,10 +17,14 @@ from ..data import check_files, check_num_classes
 from ..evaluation.report import note_start
 from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES
+from ..files.write import free_paths
 from .advice import advise, check_steps
 from .console import off_screen
+from .lock import LOCK
 
 logger = logging.getLogger(__name__)
+
+_OF_A_TRAINING = (LOCK, "metrics.json", "last_checkpoint")  # the last two are Detectron2's, too
 
 # Detectron2 collects facts about its environment when a run starts; PyTorch then warns that CUDA finds no GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
@@ -40,10 +44,23 @@ def settled_seed(seed: int, output_dir: str, again: bool) -> int:
         return seed
     seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(output_dir, "config.yaml")
     if again and comm.is_main_process() and os.path.exists(path):
-        text = read_regular(path, MOST_BYTES).decode()  # a LazyConfig's may name classes, which must not be imported
+        # As text: a LazyConfig's file may name classes, which must not be imported. And a disk may have damaged it.
+        text = read_regular(path, MOST_BYTES).decode(errors="replace")
         found = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", text, re.MULTILINE)
         seed = int(found[1]) if found else seed
     return comm.all_gather(seed)[0]
+
+
+def evaluation_folder(output_dir: str) -> str:
+    """Return where an evaluation writes: ``output_dir``, or if that is a training's, a new folder ``eval`` in it.
+
+    So it leaves what the training has written, or is writing at this moment. For all processes of a run.
+    """
+    folder = output_dir
+    if comm.is_main_process() and any(os.path.lexists(os.path.join(output_dir, name)) for name in _OF_A_TRAINING):
+        (folder,) = free_paths(output_dir, "eval")
+        os.makedirs(folder)
+    return comm.all_gather(folder)[0]
 
 
 def start_run(cfg: CfgNode, args) -> None:

@@ -1,9 +1,12 @@
-"""Let a run finish its step and save on SIGTERM and SIGINT."""
+"""Let a run finish its step and save on SIGTERM and SIGINT; what may take minutes is not waited for."""
 
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from detectron2.utils import comm
 
@@ -29,6 +32,7 @@ class StopSignals:
         self.shared: int | None = None
         self._since = 0.0
         self._before: dict = {}
+        self._answers = False
 
     def install(self) -> None:
         """Begin to note signals; only a process's main thread can."""
@@ -54,13 +58,58 @@ class StopSignals:
             return max(comm.all_gather(self.received))
         return self.shared
 
+    @contextmanager
+    def answered(self, answer: Callable[[int], None]) -> Iterator[None]:
+        """Answer the first signal inside at once, in a thread: also while the process waits for others or for C++.
+
+        Does nothing if the signals are not installed.
+
+        Args:
+            answer: called with the signal; ends the process. What is inside goes on meanwhile, but does not end.
+        """
+        if not self._before:
+            yield
+            return
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        turn, over = threading.Lock(), threading.Event()
+
+        def watch() -> None:
+            while byte := ours.recv(1):  # b"" once the other end is closed
+                if byte[0] in SIGNALS:
+                    with turn:
+                        if not over.is_set():
+                            answer(byte[0])
+
+        thread = threading.Thread(target=watch, daemon=True)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._answers = True
+        thread.start()
+        try:
+            yield
+        except BaseException:  # perhaps since the signal has ended another process, for which this one waited
+            time.sleep(0)  # lets the handler run, if a signal is waiting for it
+            if self.received:
+                with turn:
+                    answer(self.received)
+            raise
+        finally:
+            with turn:
+                over.set()
+            self._answers = False
+            signal.set_wakeup_fd(before)
+            theirs.close()
+            thread.join()
+            ours.close()
+
     def _note(self, number: int, frame: object) -> None:
         if not self.received:
             self.received, self._since = number, time.monotonic()
-            text = (
-                f"{signal.Signals(number).name}: finishing this step, then saving. A second signal ends it at once.\n"
-            )
+            what = "saving, then stopping" if self._answers else "finishing this step, then saving"
+            text = f"{signal.Signals(number).name}: {what}. A second signal ends it at once.\n"
             os.write(2, text.encode())  # not the logger, which may be in the middle of a record
+        elif self._answers and comm.get_world_size() > 1:
+            return  # from the processes that have stopped already; this one may be saving
         elif comm.get_world_size() == 1 or time.monotonic() - self._since > _SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

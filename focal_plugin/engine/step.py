@@ -237,8 +237,23 @@ class StepTrainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state saved in any precision; the scaler keeps its initial state if ``state_dict`` has none."""
+        """Load a state saved in any precision; the scaler keeps its initial state if ``state_dict`` has none.
+
+        The optimizer keeps its own learning rate, momentum, weight decay and the like, which the config says now; the
+        learning rate of the moment is scaled to it.
+
+        Raises:
+            ValueError: the state is of another kind of optimizer, or of other groups of parameters.
+        """
+        settings = [_settings(group) for group in self.optimizer.param_groups]
+        for group, ours in zip(state_dict["optimizer"]["param_groups"], settings):
+            if other := {"momentum", "betas", "alpha", "rho"} & (group.keys() ^ ours.keys()):
+                raise ValueError(f"it is of another kind of optimizer, by {', '.join(sorted(other))}")
         super().load_state_dict(state_dict)
+        for group, ours in zip(self.optimizer.param_groups, settings):
+            before = group.get("initial_lr", group["lr"])
+            now = ours.setdefault("initial_lr", ours["lr"])
+            group.update(ours, lr=group["lr"] if before == now or not before else group["lr"] * now / before)
         self.skips = state_dict.get("skips", 0)
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -249,6 +264,11 @@ def _keep_gradients(model: nn.Module) -> None:
     if getattr(getattr(model, "module", model), "compiled", None) is not None:
         for parameter in model.parameters():
             parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+
+
+def _settings(group: dict) -> dict:
+    """The settings of an optimizer's group of parameters."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def largest_gradient(model: nn.Module) -> Tensor:

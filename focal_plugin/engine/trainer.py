@@ -3,7 +3,8 @@
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from detectron2.config import CfgNode
@@ -12,6 +13,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
@@ -24,11 +26,13 @@ from ..evaluation.report import draw_curves, draw_detections, log_report, note_s
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
 from .balance import BalanceHook
+from .changes import plain_config
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, off_screen
 from .divergence import recorded_divergence
 from .graphs import compile_network, pins_batches
 from .loader import build_train_loader, explained_dead_worker
+from .lock import sole_training
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
 from .step import StepTrainer, amp_precision, data_parallel
@@ -77,6 +81,7 @@ class Trainer(DefaultTrainer):
             self._trainer.register_hooks([BalanceHook(model)])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.config = plain_config(cfg)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -84,10 +89,27 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Do as Detectron2's; with nothing to resume from, metrics.json is emptied."""
-        super().resume_or_load(resume)
-        if resume and not self.checkpointer.has_checkpoint():
-            self.checkpoint_hook.start_again()
+        """Do as Detectron2's; with nothing to resume from, metrics.json is emptied.
+
+        Raises:
+            ConfigError: another process trains in ``OUTPUT_DIR``; the checkpoint does not fit the config, or has more
+                steps than ``SOLVER.MAX_ITER``.
+        """
+        with sole_training(self.cfg.OUTPUT_DIR):
+            super().resume_or_load(resume)
+            self.checkpoint_hook.check_steps(self.start_iter, self.max_iter)
+            if resume and not self.checkpointer.has_checkpoint():
+                self.checkpoint_hook.start_again()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load a state; the learning rate follows the config's schedule from here on."""
+        super().load_state_dict(state)
+        groups = self.optimizer.param_groups
+        self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        # Others go on from the rate before; and a checkpoint with too many steps is refused soon.
+        if isinstance(self.scheduler, LRMultiplier) and self.scheduler.last_epoch <= self.max_iter:
+            for group, lr in zip(groups, self.scheduler.get_lr()):
+                group["lr"] = lr
 
     def train(self) -> dict | None:
         """Train, evaluate and report.
@@ -96,7 +118,7 @@ class Trainer(DefaultTrainer):
             The results of the last evaluation; None on other processes than the main one.
         """
         output_dir = self.cfg.OUTPUT_DIR
-        with explained_full_disk(output_dir), explained_dead_worker(), recorded_divergence(output_dir):
+        with sole_training(output_dir), explained_training(output_dir):
             super().train()
         if not comm.is_main_process():
             return None
@@ -129,7 +151,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(EarlyWriter(self.writers))
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[place] = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        hooks[place] = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate, lambda: self.checkpoint_hook)
         if self.evaluate_also is not None:  # before the writers, which close after training
             hooks.insert(place + 1, EvaluationHook(0, self._evaluate_also))
         self.checkpoint_hook = CheckpointHook(
@@ -233,11 +255,36 @@ class Trainer(DefaultTrainer):
         )
 
 
+@contextmanager
+def explained_training(output_dir: str) -> Iterator[None]:
+    """Explain the errors of a training inside: a full disk, a process that loads images and died, a divergence."""
+    with explained_full_disk(output_dir), explained_dead_worker(), recorded_divergence(output_dir):
+        yield
+
+
 class EvaluationHook(EvalHook):
     """Detectron2's ``EvalHook``, except that it evaluates after training only if all steps are done.
 
-    Detectron2's also does when the last step has failed, or when a signal ends the run there.
+    Detectron2's also does when the last step has failed, or when a signal ends the run there. And a signal during an
+    evaluation between steps does not wait for its end.
+
+    Args:
+        period, function: as those of ``EvalHook``.
+        save: returns the ``CheckpointHook`` of the run.
     """
+
+    def __init__(self, period: int, function: Callable[[], dict], save: Callable[[], CheckpointHook] | None = None):
+        super().__init__(period, function)
+        self._save = save
+
+    def after_step(self) -> None:
+        """Evaluate, if this step is one of the period's but not the last."""
+        with self._save().interruptible() if self._save and self._is_due() else nullcontext():
+            super().after_step()
+
+    def _is_due(self) -> bool:
+        done = self.trainer.iter + 1
+        return self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter
 
     def after_train(self) -> None:
         """Evaluate, if the run is complete."""

@@ -15,13 +15,13 @@ def read_metrics(path: str) -> dict[str, tuple[list[int], list[float]]]:
     """Return the series in one of Detectron2's ``metrics.json``: for each name its iterations and values, in order.
 
     A run that starts again, or resumes from an earlier iteration, appends to the file; the later lines of an iteration
-    replace the earlier ones. A line that a killed run left incomplete is skipped.
+    replace the earlier ones. A line that a killed run left incomplete, or a disk damaged, is skipped.
 
     Raises:
         ValueError: a line has no integer ``iteration``; the message names the line.
     """
     lines: list[dict] = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text)

@@ -5,13 +5,15 @@ one that the program names gets a number (``free_paths``).
 """
 
 import errno
+import glob
 import itertools
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-UNFINISHED = ".part"  # the ending of a file's name while it is written
+UNFINISHED = ".part"  # the ending of a file's name while it is written, after the host and process that write it
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,7 +53,7 @@ def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         OSError: it could not be written, and is unchanged.
     """
-    unfinished = path + UNFINISHED
+    unfinished = f"{path}@{process_name()}{UNFINISHED}"
     try:
         with open(unfinished, "wb") as file:
             write(file)
@@ -68,6 +70,52 @@ def replace_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
         number = getattr(cause, "errno", None)
         message = f"{path} could not be written, and is as it was: {error}"
         raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+def process_name() -> str:
+    """Return the host and the number of this process, for the names of files that no other process may touch."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def is_running_elsewhere(name: str) -> bool:
+    """Return whether ``name``, of ``process_name``, is that of another process of this host that is still running."""
+    host, _, pid = name.rpartition("-")
+    if host != socket.gethostname() or not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def remove_unfinished(folder: str, *patterns: str) -> None:
+    """Remove what ``replace_file`` has left of files named like ``patterns`` in ``folder`` when it was killed.
+
+    Only for whoever alone writes such files there: processes of other hosts are taken for dead.
+    """
+    for pattern in patterns:
+        for path in glob.glob(os.path.join(glob.escape(folder), f"{pattern}*{UNFINISHED}")):
+            if not is_running_elsewhere(path.removesuffix(UNFINISHED).rpartition("@")[2]):
+                os.remove(path)
+
+
+@contextmanager
+def kept_on_error(path: str) -> Iterator[None]:
+    """Put the content of the file ``path`` back if what is inside fails; a file that was not there may stay."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError:
+        content = None
+    try:
+        yield
+    except BaseException:
+        if content is not None:
+            replace_file(path, lambda file: file.write(content))
+        raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import resource
 import zipfile
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from focal_plugin.engine import AtomicCheckpointer
+from focal_plugin.config import ConfigError
+from focal_plugin.engine import AtomicCheckpointer, sole_training
 from focal_plugin.engine import checkpoint as module
 from focal_plugin.engine.checkpoint import what_is_broken
 from focal_plugin.files.safe_load import WeightsError
@@ -150,12 +152,56 @@ def test_those_of_later_steps_are_of_another_run(tmp_path):
     assert resume(tmp_path) == 9  # of a shorter run, which this one went on with
 
 
-@pytest.mark.parametrize("name", ["", "\0" * 20, "nothing.pth"])
+@pytest.mark.parametrize("name", [b"", bytes(20), b"nothing.pth", b"\x93\xff.pth"])
 def test_last_checkpoint_names_no_file(tmp_path, name):
     save(tmp_path, 1)
     save(tmp_path, 2)
-    (tmp_path / "last_checkpoint").write_text(name)
+    (tmp_path / "last_checkpoint").write_bytes(name)
     assert resume(tmp_path) == 2
+
+
+@pytest.mark.parametrize("lost", [[], [9], [9, 3]])
+def test_last_checkpoint_is_gone(tmp_path, caplog, lost):
+    """The one with the most steps is taken, and that is said."""
+    for steps in (1, 9, 3):  # model_final has 9
+        save(tmp_path, steps)
+    (tmp_path / "last_checkpoint").unlink()
+    for steps in lost:
+        cut(tmp_path / ("model_final.pth" if steps == 9 else f"model_{steps:07d}.pth"))
+    assert resume(tmp_path) == {0: 9, 1: 3, 2: 1}[len(lost)]
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "Going on from" in record.message and ("last_checkpoint is gone" in record.message or lost)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_any_bit_flips(tmp_path, part):
+    """Wherever it is in the file: the checkpoint is as it was, or that before it is used."""
+    small = nn.Linear(2, 2)
+    nn.init.constant_(small.weight, 1.0)
+    for steps in (1, 2):
+        AtomicCheckpointer(small, str(tmp_path), counter=Counter(steps)).save(f"model_{steps:07d}", iteration=steps)
+    path = tmp_path / "model_0000002.pth"
+    content = path.read_bytes()
+    directory = content.index(b"PK\x01\x02")
+    generator = random.Random(part)
+    bits = list(range(8 * directory, 8 * len(content)))[part::8] if part else range(0, 8 * directory, 257)
+    for bit in generator.sample(bits, min(len(bits), 150)):
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        checkpointer = AtomicCheckpointer(nn.Linear(2, 2), str(tmp_path), counter=Counter())
+        steps = checkpointer.resume_or_load("", resume=True)["iteration"]
+        assert steps == checkpointer.checkpointables["counter"].steps and steps in (1, 2)
+        assert bool((checkpointer.model.weight == 1).all())
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    save(tmp_path, 1)
+    other = AtomicCheckpointer(nn.Linear(64, 32), str(tmp_path), counter=Counter())
+    with pytest.raises(
+        ConfigError, match=r"model_0000001\.pth is of another model: weight is \(64, 64\), expected \(32, 64"
+    ):
+        other.resume_or_load("", resume=True)
 
 
 class Killed(BaseException):
@@ -194,7 +240,8 @@ def test_killed_while_saving(tmp_path, monkeypatch, where, call):
     assert resume(tmp_path) == (2 if named == "model_0000002.pth" else 1)
     if done:
         assert named == "model_0000002.pth"
-    assert not list(tmp_path.glob("*.part"))  # what was left has been cleared away
+    with sole_training(str(tmp_path)):  # what was left is cleared away
+        assert not list(tmp_path.glob("*.part"))
 
 
 def test_killed_while_writing(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+from focal_plugin.config import ConfigError
 from focal_plugin.engine import AtomicCheckpointer, StepTrainer, Trainer
 from focal_plugin.engine.metrics import MetricsWriter, load_storage_state, storage_state
 from focal_plugin.engine.rng import rng_state, seeded, set_rng_state
+from focal_plugin.evaluation.curves import read_metrics
 from tests.engine.same import assert_same, assert_same_run, final, metrics
 
 
@@ -216,3 +218,121 @@ def test_the_numbers_of_metrics_json_go_on(tmp_path):
         writer.close()
     assert path.read_text().splitlines() == expected
     assert json.loads(expected[1]) == {"iteration": 34, "loss": np.median(np.arange(15, 35) ** 2), "lr": 3.4, "time": 1}
+
+
+def lr(output):
+    """The learning rate of each step that is in metrics.json."""
+    return {line["iteration"]: line["lr"] for line in metrics(output) if "lr" in line}
+
+
+def group(output):
+    return final(output)["trainer"]["_trainer"]["optimizer"]["param_groups"][0]
+
+
+def test_what_the_user_says_on_resume_holds(train_net, tmp_path, capfd):
+    """Of keys whose values the optimizer's and the schedule's state hold, too; the log names each, old and new."""
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path]
+    train_net(*words, "SOLVER.MAX_ITER", 2)
+    assert (group(tmp_path)["momentum"], group(tmp_path)["initial_lr"]) == (0.9, 0.001)
+    capfd.readouterr()
+    changed = ["SOLVER.BASE_LR", 0.002, "SOLVER.MOMENTUM", 0.5, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.NESTEROV", True]
+    train_net("--resume", *words, *changed, "SOLVER.MAX_ITER", 5, "SOLVER.STEPS", (4,))
+    found = group(tmp_path)
+    assert {name: found[name] for name in ("momentum", "nesterov", "initial_lr", "weight_decay")} == {
+        "momentum": 0.5,
+        "nesterov": True,
+        "initial_lr": 0.002,
+        "weight_decay": 0.01,
+    }
+    assert found["lr"] == pytest.approx(0.0002)  # after STEPS
+    assert lr(tmp_path)[4] == pytest.approx(0.0002)
+    screen = capfd.readouterr().out
+    for change in ("SOLVER.BASE_LR 0.001 → 0.002", "SOLVER.MOMENTUM 0.9 → 0.5", "SOLVER.STEPS [] → [4]"):
+        assert change in screen
+    assert "OUTPUT_DIR" not in screen.partition("this one holds")[2].splitlines()[0]
+    train_net("--resume", *words, *changed, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,))
+    assert "this one holds: SOLVER.MAX_ITER 5 → 6." in capfd.readouterr().out
+
+
+def test_the_first_step_after_a_change_has_the_new_rate(train_net, tmp_path, monkeypatch):
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path]
+    train_net(*words, "SOLVER.MAX_ITER", 2)
+    rates = []
+    run_step = StepTrainer.run_step
+
+    def noted(trainer):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        run_step(trainer)
+
+    monkeypatch.setattr(StepTrainer, "run_step", noted)
+    train_net("--resume", *words, "SOLVER.BASE_LR", 0.004, "SOLVER.MAX_ITER", 4)
+    assert rates == pytest.approx([0.004, 0.004])
+
+
+def test_what_a_lazy_config_says_on_resume_holds(train_net, lazy_config, tmp_path, capfd):
+    words = ["dataloader.evaluator=null", f"train.output_dir={tmp_path}"]
+    train_net(*words, "train.max_iter=2", config=lazy_config)
+    train_net("--resume", *words, "train.max_iter=3", "optimizer.lr=0.005", config=lazy_config)
+    found = final(tmp_path)["trainer"]["optimizer"]["param_groups"][0]
+    assert found["initial_lr"] == 0.005
+    assert "optimizer.lr 0.001 → 0.005" in capfd.readouterr().out
+    with pytest.raises(ConfigError, match=r"train\.seed is 3, and .*model_final\.pth is of a run with 1"):
+        train_net("--resume", *words, "train.seed=3", "train.max_iter=4", config=lazy_config)
+    with pytest.raises(ConfigError, match=r"another kind of optimizer, by betas, momentum.*optimizer\._target_ torch"):
+        train_net("--resume", *words, "optimizer._target_=torch.optim.AdamW", "train.max_iter=4", config=lazy_config)
+
+
+def test_what_cannot_hold_on_resume_is_refused(train_net, tmp_path):
+    """And the folder is as it was."""
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path]
+    train_net(*words, "SOLVER.MAX_ITER", 2)
+    before = (tmp_path / "config.yaml").read_bytes(), (tmp_path / "metrics.json").read_bytes()
+    for key, value, message in (
+        ("SEED", 2, r"SEED is 2, and .*model_final\.pth is of a run with 1, whose random numbers go on"),
+        ("MODEL.RETINANET.NUM_CONVS", 2, r"is of another model: head\.\S+ is missing.*NUM_CONVS 1 → 2"),
+        ("MODEL.FPN.OUT_CHANNELS", 8, r"is of another model: .*expected \(.*MODEL\.FPN\.OUT_CHANNELS 16 → 8"),
+        ("SOLVER.BIAS_LR_FACTOR", 2.0, r"its trainer: .*group.*SOLVER\.BIAS_LR_FACTOR 1\.0 → 2\.0"),
+        ("SOLVER.MAX_ITER", 1, r"model_final\.pth has 2 steps, and SOLVER\.MAX_ITER .*is 1: nothing is left to train"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_net("--resume", *words, key, value)
+        assert ((tmp_path / "config.yaml").read_bytes(), (tmp_path / "metrics.json").read_bytes()) == before
+    train_net("--resume", *words, "SOLVER.MAX_ITER", 3)  # as before
+
+
+def test_weights_of_another_shape_name_the_keys(train_net, tmp_path, capfd):
+    train_net(*NO_TEST, "OUTPUT_DIR", tmp_path / "one", "SOLVER.MAX_ITER", 1)
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path / "two", "SOLVER.MAX_ITER", 1, "MODEL.FPN.OUT_CHANNELS", 8]
+    train_net(*words, "MODEL.WEIGHTS", tmp_path / "one/model_final.pth")
+    assert "is of a run with other values of MODEL.FPN.OUT_CHANNELS 16 → 8" in capfd.readouterr().out
+
+
+def test_last_checkpoint_is_gone(train_net, tmp_path, capfd):
+    words = [*NO_TEST, "SOLVER.CHECKPOINT_PERIOD", 1]
+    train_net(*words, "OUTPUT_DIR", tmp_path / "broken", "SOLVER.MAX_ITER", 3)
+    (tmp_path / "broken/last_checkpoint").unlink()
+    train_net("--resume", *words, "OUTPUT_DIR", tmp_path / "broken", "SOLVER.MAX_ITER", 5)
+    assert "last_checkpoint is gone or unreadable. Going on from" in capfd.readouterr().out
+    train_net(*words, "OUTPUT_DIR", tmp_path / "whole", "SOLVER.MAX_ITER", 5)
+    assert_same(final(tmp_path / "broken")["model"], final(tmp_path / "whole")["model"])
+    assert metrics(tmp_path / "broken")[0] == metrics(tmp_path / "whole")[0]
+
+
+def test_a_broken_last_checkpoint_is_written_again(train_net, tmp_path):
+    """All steps are done, and the checkpoint of the last one is not whole."""
+    words = [*NO_TEST, "SOLVER.CHECKPOINT_PERIOD", 1, "OUTPUT_DIR", tmp_path]
+    train_net(*words)
+    whole = final(tmp_path)["model"]
+    (tmp_path / "model_final.pth").write_bytes((tmp_path / "model_final.pth").read_bytes()[:-99])
+    train_net("--resume", *words)
+    assert_same(final(tmp_path)["model"], whole)
+
+
+def test_damaged_text_files(train_net, tmp_path):
+    """A disk may give back anything: what can be done without them is done."""
+    words = [*NO_TEST, "SEED", -1, "OUTPUT_DIR", tmp_path]
+    train_net(*words, "SOLVER.MAX_ITER", 2)
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe" + (tmp_path / "config.yaml").read_bytes())
+    train_net("--resume", *words, "SOLVER.MAX_ITER", 3)
+    (tmp_path / "metrics.json").write_bytes(b"\xff\xfe\n" + (tmp_path / "metrics.json").read_bytes())
+    assert read_metrics(str(tmp_path / "metrics.json"))
