@@ -15,7 +15,9 @@ DATASETS.TEST, each as it is and reflected to a larger size. An existing file is
 
 import argparse
 import copy
+import glob
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,8 @@ from tqdm import tqdm
 
 from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..config.explain import split_pairs
-from ..files.write import check_free
+from ..engine.signals import exit_on_sigterm
+from ..files.write import check_free, is_running, process_name
 from ..retinanet import FocalRetinaNet
 from .export_check import ExportError, compare_detections, compare_maps, expected_maps, find_candidates
 from .export_formats import FORMATS, Run, quiet
@@ -42,6 +45,7 @@ from .loading import class_metadata, load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
 
+_UNFINISHED = ".export-"  # the beginning of a folder's name
 _NUM_IMAGES = 4  # of DATASETS.TEST, to compare on
 
 
@@ -73,6 +77,7 @@ def export_model(
         ExportError: the model cannot be exported, or the file computes something else. No file is left.
         FileExistsError: ``output`` exists.
         ImportError: a package that ONNX needs is missing.
+        OSError: the file cannot be written.
         ValueError: an option has another value.
     """
     if format not in FORMATS:
@@ -92,19 +97,31 @@ def export_model(
     module = ExportedHeads(folded, image_input) if raw else ExportedDetector(folded, class_wise_nms, image_input)
     names = output_names(model, raw)
     os.makedirs(os.path.dirname(output), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(output), prefix=".export-") as work:  # same disk: one rename
-        path = os.path.join(work, "model")
+    _remove_left(os.path.dirname(output))
+    prefix = f"{_UNFINISHED}{process_name()}-"
+    with exit_on_sigterm(), tempfile.TemporaryDirectory(dir=os.path.dirname(output), prefix=prefix) as work:
+        path = os.path.join(work, "model")  # on the same disk: one rename
         try:
             with torch.no_grad(), quiet():
                 write(module, path, names, metadata or {}, opset)
                 loaded = run(path)
         except ImportError:
             raise
+        except OSError as error:
+            raise OSError(error.errno, f"{output} could not be written, and nothing is left of it: {error}") from error
         except Exception as error:  # exporters raise many types for what they do not support
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
         check(model, loaded, images, raw, image_input)
         check_free(output, "--output")  # again: the export has taken minutes
         os.rename(path, output)
+
+
+def _remove_left(folder: str) -> None:
+    """Remove what exports that were killed have left in ``folder``."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f"{_UNFINISHED}*")):
+        process = os.path.basename(path).removeprefix(_UNFINISHED).rpartition("-")[0]
+        if is_running(process) is False:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bool, image_input: ImageInput) -> None:

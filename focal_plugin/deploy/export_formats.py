@@ -1,12 +1,13 @@
 """The formats of exported models: writing a file of each, and running it."""
 
 import importlib
+import io
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def write_torchscript(
 ) -> None:
     """Write a TorchScript file, with the metadata as extra files."""
     traced = torch.jit.trace(module, _example(module), check_trace=False)
-    torch.jit.save(traced, path, _extra_files=_texts(metadata))
+    _write(path, lambda file: torch.jit.save(traced, file, _extra_files=_texts(metadata)))
 
 
 def run_torchscript(path: str) -> Run:
@@ -67,14 +68,21 @@ def write_torch_export(
 ) -> None:
     """Write a file of ``torch.export``, with the metadata as extra files."""
     program = torch.export.export(module, (_example(module),), dynamic_shapes=_dynamic_shapes(module), strict=False)
-    with open(path, "wb") as file:  # given a path, PyTorch insists on the ending .pt2
-        torch.export.save(program, file, extra_files=_texts(metadata))
+    _write(path, lambda file: torch.export.save(program, file, extra_files=_texts(metadata)))
 
 
 def run_torch_export(path: str) -> Run:
     """Load a file of ``torch.export`` and return a function that runs it."""
     with open(path, "rb") as file:
         return _as_arrays(torch.export.load(file).module())
+
+
+def _write(path: str, save: Callable[[BinaryIO], None]) -> None:
+    """Write what ``save`` writes: on a full disk PyTorch's own writer ends the process."""
+    buffer = io.BytesIO()
+    save(buffer)
+    with open(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 # name: (write, run, how NMS is written, whether on the CPU alone)

@@ -6,7 +6,8 @@
 An INPUT is an image, a folder (the images directly in it), a pattern, a video, or the number of a camera, which Ctrl+C
 stops. Each gets an annotated copy in the output folder. detections.json has all detections in COCO's results format;
 images.json has the images and categories that its ids refer to. pycocotools reads both with
-COCO("images.json").loadRes("detections.json"), unless there is no detection. No file is overwritten: if a name is
+COCO("images.json").loadRes("detections.json"), unless there is no detection. Both are whole after each image, also if
+the command is killed then. No file is overwritten: if a name is
 taken, a number is added. The copy of a video of odd width or height has one column or row less, since OpenCV writes
 even sizes.
 
@@ -32,6 +33,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..config.explain import split_pairs
+from ..engine.signals import exit_on_sigterm
+from ..files.growing import GrowingJson
 from ..files.write import free_paths
 from .inputs import ImageError, Source, find_sources
 from .media import VIDEO_CODECS, Video, VideoOutput, draw
@@ -77,7 +80,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Predict. Return 0, 1 if not all was read and written, 2 for a mistake of the user's, or 130 after Ctrl+C."""
+    """Predict. Return 0, 1 if not all was read and written, 2 for a mistake of the user's, or 130 after Ctrl+C.
+
+    Raises:
+        SystemExit: 143, after SIGTERM.
+    """
     args = build_parser(prog).parse_intermixed_args(argv)
     try:
         words, opts = split_pairs(args.words)
@@ -94,14 +101,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             batch_size=args.batch,
         )
         os.makedirs(args.output, exist_ok=True)
+        results = Results(predictor.metadata, args.output)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = Results(predictor.metadata)
     problems: list[str] = []
     code = 0
     try:
-        predict(predictor, sources, args.output, results, problems)
+        with exit_on_sigterm():
+            predict(predictor, sources, args.output, results, problems)
     except KeyboardInterrupt:
         print("Stopped. The results so far are kept.", file=sys.stderr)
         code = 130
@@ -109,21 +117,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"error: {error}. The results so far are kept.", file=sys.stderr)
         code = 1
     finally:
-        is_saved = _save(results, args.output, args.score_thresh)
+        is_saved = _close(results, args.score_thresh)
         if problems:
             print(f"{len(problems)} of {len(sources)} inputs not read:", *problems, sep="\n  ", file=sys.stderr)
     return code or int(bool(problems) or not is_saved)
 
 
-def _save(results: "Results", folder: str, score_thresh: float) -> bool:
-    """Write the JSON files to ``folder``, print the result, and return whether it worked."""
+def _close(results: "Results", score_thresh: float) -> bool:
+    """Close the JSON files, print the result, and return whether it worked."""
     try:
-        written = results.save(folder)
+        written = results.close()
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return False
-    found = f"{len(results.images)} images, {len(results.detections)} detections"
-    if not results.detections:
+    found = f"{results.images.count} images, {results.detections.count} detections"
+    if not results.detections.count:
         found += f" with a score above {score_thresh:g} (--score-thresh)"
     print(f"{found}. Written: {', '.join(written)}")
     return True
@@ -215,54 +223,65 @@ def predict_video(predictor: Predictor, video: Video, folder: str, results: "Res
 class Results:
     """Detections in COCO's results format, and the images and categories that their ids refer to.
 
+    They are written as they come, to detections.json and images.json; both names have the same number, if any.
+
     Args:
         metadata: the class names, and the ids of the categories if the data set has its own; otherwise a category's id
             is the index of its class.
+        folder: where to write.
 
     Attributes:
         images: an entry for each image, with ids from 1. ``file_name`` is the path as given, ``annotated`` the name of
             the annotated copy, and ``frame_id`` the number of a video's frame, from 0.
         detections: an entry for each detection.
+
+    Raises:
+        OSError: the files cannot be written.
     """
 
-    def __init__(self, metadata: Metadata):
-        self.images: list[dict] = []
-        self.detections: list[dict] = []
-        self._names = metadata.get("thing_classes")
+    def __init__(self, metadata: Metadata, folder: str):
+        names = metadata.get("thing_classes")
+        self._names = dict(enumerate(names)) if names else None
         self._ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+        self._found: set[int] = set()  # categories
+        detections, images = free_paths(folder, "detections.json", "images.json")
+        self.detections = GrowingJson(detections)
+        head = {"info": {"description": "The images of the detections."}, "annotations": []}
+        self.images = GrowingJson(images, f'{json.dumps(head)[:-1]}, "images": ', self._categories())
 
     def add(self, instances: Instances, **image) -> None:
-        """Add an image with its detections, which are on the CPU; ``image`` are further fields of its entry."""
-        height, width = instances.image_size
-        self.images.append({"id": len(self.images) + 1, **image, "height": height, "width": width})
-        for detection in instances_to_coco_json(instances, len(self.images)):
-            index = detection["category_id"]
-            self.detections.append({**detection, "category_id": self._ids.get(index, index)})
-
-    def save(self, folder: str) -> list[str]:
-        """Write detections.json and images.json and return their paths. Both have the same number, if any.
+        """Add an image with its detections, which are on the CPU; ``image`` are further fields of its entry.
 
         Raises:
-            OSError: one could not be written, and was removed.
+            OSError: they could not be written.
         """
-        found = sorted({detection["category_id"] for detection in self.detections})
-        names = dict(enumerate(self._names)) if self._names else {index: str(index) for index in found}
-        content = {
-            "info": {"description": "The images of the detections."},
-            "images": self.images,
-            "annotations": [],
-            "categories": [{"id": self._ids.get(index, index), "name": name} for index, name in names.items()],
-        }
-        paths = free_paths(folder, "detections.json", "images.json")
-        for path, value in zip(paths, (self.detections, content)):
-            with open(path, "x") as file:
-                try:
-                    json.dump(value, file)
-                    file.flush()
-                except OSError:
-                    os.remove(path)
-                    raise
-        return paths
+        (height, width), number = instances.image_size, self.images.count + 1
+        found = instances_to_coco_json(instances, number)
+        found = [{**one, "category_id": self._ids.get(one["category_id"], one["category_id"])} for one in found]
+        self._found |= {one["category_id"] for one in found}
+        # The image first: a detection of an image that is not in the list is none of COCO's.
+        self.images.add([{"id": number, **image, "height": height, "width": width}], self._categories())
+        try:
+            self.detections.add(found)
+        except OSError:
+            self.images.undo()
+            raise
+
+    def _categories(self) -> str:
+        """The end of images.json: the categories, of a data set without names those that were found."""
+        names = self._names or {index: str(index) for index in sorted(self._found)}
+        categories = [{"id": self._ids.get(index, index), "name": name} for index, name in names.items()]
+        return f', "categories": {json.dumps(categories)}}}'
+
+    def close(self) -> list[str]:
+        """Close the files, and return their paths.
+
+        Raises:
+            OSError: one could not be synced to the disk.
+        """
+        for file in (self.detections, self.images):
+            file.close()
+        return [self.detections.path, self.images.path]
 
 
 if __name__ == "__main__":

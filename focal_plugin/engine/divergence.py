@@ -23,6 +23,8 @@ from .window import split
 
 logger = logging.getLogger(__name__)
 
+_KEPT = 3  # batches of skipped steps in a run
+
 
 @dataclass(frozen=True)
 class DivergenceReport:
@@ -106,7 +108,8 @@ def explain(trainer, losses: dict[str, float], gradient: float, batch: list[dict
     """The accounts of the processes whose losses are not finite, or of all if it is a gradient. For all processes.
 
     Args:
-        trainer: a ``StepTrainer`` in the step, before the weights change. Its ``output_dir`` gets the batch.
+        trainer: a ``StepTrainer`` in the step, before the weights change. Its ``output_dir`` gets the batch, if the
+            step ends the run or is one of the first ``_KEPT`` that are skipped.
         losses: this process's.
         gradient: its largest.
         batch: its images.
@@ -126,7 +129,8 @@ def explain(trainer, losses: dict[str, float], gradient: float, batch: list[dict
         report = None
     else:
         images = [str(image.get("file_name", image.get("image_id", "?"))) for image in batch]
-        path = _save(trainer, model, batch, losses) if trainer.output_dir else ""
+        keeps = trainer.skips < _KEPT or trainer.skips >= trainer.max_skips  # each file has all weights
+        path = _save(trainer, model, batch, losses) if trainer.output_dir and keeps else ""
         report = DivergenceReport(comm.get_rank(), losses, images, cause, path)
     return [report for report in comm.all_gather(report) if report is not None]
 

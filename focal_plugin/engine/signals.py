@@ -16,6 +16,23 @@ EXIT_CODES = tuple(128 + number for number in SIGNALS)  # of a run that has save
 _SAME_SECONDS = 1.0
 
 
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is inside by ``SystemExit`` with 143, so that files are closed and folders removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StopSignals:
     """Note the first SIGTERM or SIGINT while installed; a second one ends the process at once.
 

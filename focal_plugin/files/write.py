@@ -77,11 +77,11 @@ def process_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-def is_running_elsewhere(name: str) -> bool:
-    """Return whether ``name``, of ``process_name``, is that of another process of this host that is still running."""
+def is_running(name: str) -> bool | None:
+    """Return whether the process is running whose ``process_name`` was ``name``; None for one of another host."""
     host, _, pid = name.rpartition("-")
-    if host != socket.gethostname() or not pid.isdecimal() or int(pid) == os.getpid():
-        return False
+    if host != socket.gethostname() or not pid.isdecimal():
+        return None
     try:
         os.kill(int(pid), 0)
     except PermissionError:
@@ -98,7 +98,8 @@ def remove_unfinished(folder: str, *patterns: str) -> None:
     """
     for pattern in patterns:
         for path in glob.glob(os.path.join(glob.escape(folder), f"{pattern}*{UNFINISHED}")):
-            if not is_running_elsewhere(path.removesuffix(UNFINISHED).rpartition("@")[2]):
+            process = path.removesuffix(UNFINISHED).rpartition("@")[2]
+            if process == process_name() or not is_running(process):
                 os.remove(path)
 
 

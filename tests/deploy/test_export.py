@@ -1,7 +1,12 @@
+import errno
 import json
+import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -28,6 +33,7 @@ from focal_plugin.deploy import export, export_formats
 from focal_plugin.deploy.export_check import Candidates, ExportError, compare_detections, expected_maps, find_candidates
 from focal_plugin.deploy.export_formats import FORMATS, quiet
 from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
+from focal_plugin.files.write import process_name
 
 SERVING = Path(__file__).parents[2] / "docs" / "export.md"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -465,6 +471,50 @@ def test_what_the_exporter_cannot_express_is_said(photo, tmp_path):
     model.head.register_forward_hook(lambda module, args, output: 1 / 0)
     with pytest.raises(ExportError, match="torch-export cannot express this model: ZeroDivisionError"):
         export.export_model(model, tmp_path / "x", "torch-export", {"a photo": crop(photo, 64, 64)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["torchscript", "torch-export"])
+def test_a_full_disk_is_said(format, photo, tmp_path):
+    """In a process of its own, since PyTorch's writer would end it."""
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            export.export_model(tiny_model(), tmp_path / "x", format, {"a photo": crop(photo, 64, 64)})
+        except OSError as error:
+            said = error.errno == errno.EFBIG and "could not be written, and nothing is left of it" in str(error)
+            os._exit(0 if said else 2)
+        except BaseException:
+            os._exit(1)
+        os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_exports_leave_is_removed(photo, tmp_path):
+    """By the next one, unless it is of a process that lives."""
+    host = process_name().rpartition("-")[0]
+    living, dead = tmp_path / f".export-{process_name()}-a", tmp_path / f".export-{host}-{2**22 + 1}-b"
+    living.mkdir()
+    dead.mkdir()
+    export.export_model(tiny_model(), tmp_path / "x", "torchscript", {"a photo": crop(photo, 64, 64)}, raw=True)
+    assert living.exists() and not dead.exists()
+
+
+def test_sigterm_leaves_nothing(photo, tmp_path, monkeypatch):
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    monkeypatch.setitem(FORMATS, "torchscript", (told, *FORMATS["torchscript"][1:]))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what this process does at it, outside
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            export.export_model(tiny_model(), tmp_path / "x", "torchscript", {"a photo": crop(photo, 64, 64)})
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert list(tmp_path.iterdir()) == []
 
 

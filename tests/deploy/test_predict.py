@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import cv2
@@ -254,8 +255,9 @@ def test_a_build_of_opencv_without_codecs_says_so(video, tmp_path, monkeypatch):
         output.add(np.zeros((8, 8, 3), np.uint8), None)
 
 
-@pytest.mark.parametrize("json_too", [False, True])
-def test_a_full_disk_is_an_error_that_keeps_what_was_done(run, tmp_path, monkeypatch, capsys, json_too):
+@pytest.mark.parametrize("where", ["picture", "json"])
+def test_a_full_disk_is_an_error_that_keeps_what_was_done(run, tmp_path, monkeypatch, capsys, where):
+    """The JSON files are whole, with all images before."""
     add = predict.Results.add
 
     def full(*args, **kwargs):
@@ -263,19 +265,45 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_done(run, tmp_path, monkeyp
 
     def add_and_fill_the_disk(self, *args, **kwargs):
         add(self, *args, **kwargs)
-        monkeypatch.setattr(predict, "draw", full)
-        if json_too:
-            monkeypatch.setattr(predict.json, "dump", full)
+        if where == "picture":
+            monkeypatch.setattr(predict, "draw", full)
+        else:
+            monkeypatch.setattr(self.detections, "add", full)
 
     monkeypatch.setattr(predict.Results, "add", add_and_fill_the_disk)
     assert run(str(tmp_path / "shapes_test")) == 1
     error = capsys.readouterr().err
     assert "error: [Errno 28] No space left on device: 'the disk'" in error and "Traceback" not in error
     assert (tmp_path / "out/0.png").exists()
-    if json_too:
-        assert files(tmp_path / "out") == ["0.png"]  # nothing half written
-    else:
-        assert len(load(tmp_path / "out", "images.json")["images"]) == 1
+    assert len(load(tmp_path / "out", "images.json")["images"]) == 1
+    assert {found["image_id"] for found in load(tmp_path / "out")} == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_it_keeps_what_was_done(tiny_config, weights, tmp_path, number):
+    """COCO's tools read the files as they are then."""
+    child = os.fork()
+    if not child:
+        detect, count = Predictor.detect, iter(range(9))
+
+        def killed(self, images):
+            if next(count) == 3:
+                os.kill(os.getpid(), number)
+            return detect(self, images)
+
+        Predictor.detect = killed
+        words = ["--config-file", tiny_config, "--weights", weights, "--output", str(tmp_path / "out")]
+        try:
+            main([*words, str(tmp_path / "shapes_test")])
+        except SystemExit as error:
+            os._exit(error.code)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (143 if number == signal.SIGTERM else -number)
+    truth = COCO(str(tmp_path / "out/images.json"))
+    assert [Path(image["file_name"]).name for image in truth.dataset["images"]] == ["0.png", "1.png", "2.png"]
+    found = truth.loadRes(str(tmp_path / "out/detections.json"))
+    assert {found["image_id"] for found in found.dataset["annotations"]} == {1, 2, 3}
 
 
 def test_ctrl_c_keeps_what_was_done(run, tmp_path, monkeypatch, capsys):

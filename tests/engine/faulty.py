@@ -1,18 +1,21 @@
 """What a process of tests/engine/test_faults.py does: train, until it is killed at a given place."""
 
+import ctypes
 import importlib.util
 import io
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
 
 import focal_plugin  # noqa: F401
-from focal_plugin.engine import StepTrainer
+from focal_plugin.engine import StepTrainer, Trainer
 
 TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
 
@@ -94,7 +97,44 @@ def worker(place):
     StepTrainer.run_step = without
 
 
+def signalled(where):
+    """A signal arrives in an evaluation, which takes a minute: of Python's code, or of C++ code that no signal ends."""
+
+    def arrange(place):
+        test, count = Trainer.test, iter(range(1, 99))
+
+        def slow(*args):
+            if next(count) == place:
+                os.kill(os.getpid(), signal.SIGTERM)
+                torch.rand(3)  # as a sampler does
+                if where == "python":
+                    time.sleep(60)
+                else:
+                    ctypes.CDLL(None).system(b"sleep 60 & wait")
+            return test(*args)
+
+        Trainer.test = staticmethod(slow)
+
+    return arrange
+
+
+def slow_rank(place):
+    """The process of that rank is still in its first evaluation, for a minute, when the others wait for it."""
+    test = Trainer.test
+
+    def slow(*args):
+        if comm.get_rank() == place:
+            (Path(args[0].OUTPUT_DIR) / f"evaluates.{os.getpid()}").touch()
+            time.sleep(60)
+        return test(*args)
+
+    Trainer.test = staticmethod(slow)
+
+
 FAULTS = {
+    "signal in Python": signalled("python"),
+    "signal in C++": signalled("c++"),
+    "slow rank": slow_rank,
     "in a write": in_a_write,
     "before a sync": before_a_call("fsync"),
     "before a rename": before_a_call("replace"),

@@ -74,6 +74,23 @@ def test_killed_and_resumed(start, tmp_path):
     assert not list((tmp_path / "killed").glob("*.part"))
 
 
+EVALUATED = ["DATASETS.TEST", "('shapes_test',)", "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 5]
+
+
+@pytest.mark.parametrize("where", ["signal in Python", "signal in C++"])
+def test_a_signal_in_an_evaluation(start, tmp_path, where):
+    """The step before it is saved, and the run ends within seconds. Resumed, it evaluates, and goes on as the whole."""
+    began = time.monotonic()
+    assert ended(start("stopped", *EVALUATED, fault=where, place=2)) == 143, (tmp_path / "stopped.log").read_text()
+    assert time.monotonic() - began < 45  # the start included; the evaluation would take 60
+    log = (tmp_path / "stopped.log").read_text()
+    assert "stopped after 4 steps, which are saved" in log
+    assert (tmp_path / "stopped/last_checkpoint").read_text() == "model_0000003.pth"
+    assert ended(start("stopped", *EVALUATED)) == 0
+    assert ended(start("whole", *EVALUATED)) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_any_moment(start, tmp_path, workers):

@@ -13,8 +13,9 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
+from focal_plugin.config import ConfigError
 from focal_plugin.data import FocalDatasetMapper
-from focal_plugin.engine import StepTrainer, replay
+from focal_plugin.engine import StepTrainer, divergence, replay
 from focal_plugin.engine.batch_file import load_batch, save_batch
 from tests.engine.same import final, metrics
 
@@ -83,11 +84,57 @@ def test_steps_are_skipped_and_their_number_kept(train_net, tmp_path, spoilt, wo
     assert all(value.isfinite().all() for value in state["model"].values())
     skips = state["trainer"]["_trainer"]["skips"]
     assert 2 <= skips <= 4  # two images of six, in two rounds of three steps
-    assert len(list(tmp_path.glob("diverged_*.pth"))) == skips
+    assert len(list(tmp_path.glob("diverged_*.pth"))) == min(skips, 3)
     assert not (tmp_path / "diverged.json").exists()
     assert all(math.isfinite(value) for line in metrics(tmp_path) for value in line.values())
     with pytest.raises(FloatingPointError):
         train_net("--resume", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 99, *words)
+
+
+def test_few_batches_are_kept_and_that_of_the_end(train_net, tmp_path, monkeypatch):
+    """Each has all weights of the model."""
+    monkeypatch.setattr(divergence, "_KEPT", 1)
+    monkeypatch.setattr(StepTrainer, "forward", lambda *args: {"loss": torch.full((), math.nan, requires_grad=True)})
+    with pytest.raises(FloatingPointError):
+        train_net("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 9, "SOLVER.MAX_SKIPS", 3, *NO_TEST)
+    assert sorted(path.name[:16] for path in tmp_path.glob("*.pth")) == ["diverged_0000000", "diverged_0000003"]
+
+
+@pytest.mark.parametrize(
+    ("words", "precision", "parts"),
+    [
+        ([], "bfloat16", 1),
+        (["SOLVER.AMP.ENABLED", "False"], "float32", 1),
+        (["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"], "float16", 1),
+        (["SOLVER.ACCUMULATE", 2], "bfloat16", 2),
+    ],
+)
+def test_replay_computes_as_it_is_told(train_net, tmp_path, spoilt, monkeypatch, words, precision, parts):
+    """In the run's precision and parts, or in those of the command line."""
+    amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
+    with pytest.raises(FloatingPointError) as error:
+        train_net("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 6, *amp, *NO_TEST)
+    found = []
+    forward = StepTrainer.forward
+
+    def noted(trainer, model, batch):
+        with trainer.autocast():
+            found.append(str((torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
+        return forward(trainer, model, batch)
+
+    monkeypatch.setattr(StepTrainer, "forward", noted)
+    replay.replay(error.value.reports[0].batch_file, words)
+    assert found == [f"torch.{precision}"] * parts
+
+
+def test_replay_refuses_what_changes_nothing(tmp_path):
+    save_batch(str(tmp_path / "batch.pth"), [], nn.Linear(1, 1))
+    (tmp_path / "config.yaml").write_text("VERSION: 2\n")
+    with pytest.raises(ConfigError, match=r"SOLVER\.BASE_LR, SOLVER\.MAX_ITER: not a part of one step's"):
+        replay.replay(
+            str(tmp_path / "batch.pth"),
+            ["SOLVER.BASE_LR", "1", "SOLVER.AMP.ENABLED", "True"] + ["SOLVER.MAX_ITER", "2"],
+        )
 
 
 def test_a_batch_in_a_file(tmp_path):
@@ -109,7 +156,11 @@ def test_a_batch_in_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(None, "No such file"), (b"not a zip file", "damaged"), ({"model": {}}, "holds no batch but model")],
+    [
+        (None, "there is no such file; expected a diverged_"),
+        (b"not a zip file", "damaged"),
+        ({"model": {}}, "holds no batch but model"),
+    ],
 )
 def test_a_file_that_is_no_batch(tmp_path, monkeypatch, capsys, content, problem):
     path = tmp_path / "batch.pth"
@@ -129,8 +180,8 @@ def test_a_file_that_is_no_batch(tmp_path, monkeypatch, capsys, content, problem
     [
         (None, [], "config.yaml"),
         ("dataloader: {}\n", [], "there is no key dataloader"),  # a LazyConfig's
-        ("VERSION: 2\n", ["SOLVER.BASE_RL", "1"], "SOLVER.BASE_LR"),
-        ("VERSION: 2\n", ["SOLVER.BASE_LR"], "pairs of a key and its value"),
+        ("VERSION: 2\n", ["MODEL.DEVISE", "1"], "MODEL.DEVICE"),
+        ("VERSION: 2\n", ["MODEL.DEVICE"], "pairs of a key and its value"),
     ],
 )
 def test_a_config_that_cannot_be_read(tmp_path, monkeypatch, capsys, config, words, problem):

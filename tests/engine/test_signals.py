@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -68,6 +69,38 @@ def test_a_second_signal_ends_it_at_once(first, second):
         os._exit(2)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == second
+
+
+def test_a_signal_is_answered_at_once():
+    """In a thread, while the main thread waits; before and after, signals are only noted."""
+    before, answers = signal.set_wakeup_fd(-1), []
+    with StopSignals().answered(answers.append):  # not installed
+        pass
+    signals = StopSignals()
+    signals.install()
+    try:
+        with signals.answered(answers.append):
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while not answers and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert answers == [signal.SIGTERM] and signals.received == signal.SIGTERM
+        assert signal.set_wakeup_fd(-1) == before == -1
+        with pytest.raises(ValueError, match="of the evaluation"), signals.answered(answers.append):
+            raise ValueError("of the evaluation")
+        assert answers == [signal.SIGTERM] * 2  # an error after a signal: perhaps since another process has ended
+    finally:
+        signals.remove()
+
+
+def test_an_error_in_an_evaluation_is_that_error():
+    signals = StopSignals()
+    signals.install()
+    try:
+        with pytest.raises(ValueError, match="of the evaluation"), signals.answered(pytest.fail):
+            raise ValueError("of the evaluation")
+    finally:
+        signals.remove()
 
 
 def test_signals_do_what_they_did_before():
