@@ -38,7 +38,7 @@ def test_train_evaluate_draw(train_net, output, capfd):
     assert "bbox/AP" in lines[-1]
     assert list(output.glob("events.out.tfevents.*"))
     state = torch.load(output / "model_final.pth", weights_only=True)
-    assert state.keys() == {"model", "trainer", "iteration"}
+    assert state.keys() == {"model", "trainer", "iteration", "config"}
     assert state["model"]["normalizer.mean"] != 100  # what the losses are divided by goes with the weights
 
     screen = capfd.readouterr().out

@@ -250,7 +250,7 @@ def what_is_broken(path: str) -> str:
             return f"the checksum of {part} in it is wrong"
         if folders:  # PyTorch reads nothing of it, and gives whatever is in the memory
             return f"{folders[0]} in it is marked as a folder"
-        _map(path)  # PyTorch reads what zipfile does not
+        read_whole(path)  # PyTorch reads what zipfile does not
     except Exception as error:  # a bit of the archive's directory that has flipped raises errors of any type
         return f"{type(error).__name__}: {error} ({os.path.getsize(path)} bytes)"
     return ""
@@ -259,11 +259,11 @@ def what_is_broken(path: str) -> str:
 def _steps_of(path: str) -> float:
     """Return the steps before a checkpoint's last one; −1 if it is broken."""
     try:
-        return int(_map(path)["iteration"])
+        return int(read_whole(path)["iteration"])
     except Exception:  # as in what_is_broken
         return -1
 
 
-def _map(path: str) -> dict[str, Any]:
-    """Read a checkpoint, its tensors only when they are used."""
+def read_whole(path: str) -> dict[str, Any]:
+    """Return what is in a checkpoint of which ``what_is_broken`` says nothing; its tensors are read when used."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -15,9 +15,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from focal_plugin.analysis.__main__ import main
+from focal_plugin.analysis.checks import settings
 from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
 from focal_plugin.analysis.doctor import CHECKS, examine
 from focal_plugin.config.load import load_config
+from focal_plugin.engine.changes import plain_config
 
 ROOT = Path(__file__).parents[2]
 FINE = {
@@ -200,12 +202,14 @@ def test_unread_keys(find):
 def earlier_run(tiny_config, tmp_path):
     """The folder of a run of this config, with other values."""
 
-    def write(*opts, config=True):
-        folder = tmp_path / "output"
+    def write(*opts, config=True, recorded=True):
+        folder, cfg = tmp_path / "output", load_config(tiny_config, options(*opts))
         folder.mkdir(exist_ok=True)
-        (folder / "last_checkpoint").write_text("model_0000099.pth")
+        (folder / "last_checkpoint").write_text("model_0000001.pth")
+        content = {"iteration": 1, **({"config": plain_config(cfg)} if recorded else {})}
+        torch.save(content, folder / "model_0000001.pth")
         if config:
-            (folder / "config.yaml").write_text(load_config(tiny_config, options(*opts)).dump())
+            (folder / "config.yaml").write_text(cfg.dump())
 
     return write
 
@@ -216,13 +220,37 @@ def test_output_folder(find, earlier_run):
 
     earlier_run()
     ((level, text),) = find("output folder")
-    assert level == WARNING and "--resume" in text and "model_0000099.pth" in text
+    assert level == WARNING and "--resume" in text and "model_0000001.pth" in text
     assert find("output folder", resume=True)[0][0] == OK
 
     earlier_run("SOLVER.BASE_LR", 0.5, "MODEL.RETINANET.NUM_CLASSES", 7)
     ((level, text),) = find("output folder")
     assert level == ERROR and "MODEL.RETINANET.NUM_CLASSES, SOLVER.BASE_LR" in text and "another OUTPUT_DIR" in text
-    assert find("output folder", resume=True)[0][0] == WARNING
+    ((level, text),) = find("output folder", resume=True)
+    assert level == WARNING and "SOLVER.BASE_LR 0.5 → 0.001" in text
+
+
+def test_resuming_is_checked(find, earlier_run, tmp_path):
+    """As training does: by the checkpoint's own config, its steps, and whether it is whole."""
+    earlier_run()
+    ((level, text),) = find("output folder", "SEED", 5, resume=True)
+    assert level == ERROR and "SEED 1 → 5" in text
+    ((level, text),) = find("output folder", "SOLVER.MAX_ITER", 1, resume=True)
+    assert level == ERROR and "has 2 steps, and SOLVER.MAX_ITER is 1" in text
+    (tmp_path / "output/last_checkpoint").unlink()
+    assert find("output folder", resume=True)[0][0] == OK
+    earlier_run("SOLVER.BASE_LR", 0.5, recorded=False)  # of Detectron2
+    ((level, text),) = find("output folder", resume=True)
+    assert level == WARNING and "SOLVER.BASE_LR 0.5 → 0.001" in text
+    (tmp_path / "output/model_0000001.pth").write_bytes(b"PK")
+    ((level, text),) = find("output folder", resume=True)
+    assert level == ERROR and "no checkpoint in" in text
+
+
+def test_a_folder_in_use(find, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "holder", lambda folder: "process 7 on node3")
+    ((level, text), *_) = find("output folder")
+    assert level == ERROR and "process 7 on node3 trains there" in text
 
 
 def test_the_seed_that_an_earlier_run_drew_is_no_difference(find, earlier_run):

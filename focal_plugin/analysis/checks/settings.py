@@ -3,18 +3,18 @@
 import os
 from collections.abc import Iterator
 
-import yaml
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
 from ...config import ConfigError
 from ...config.explain import flatten
+from ...engine import AtomicCheckpointer
 from ...engine.advice import check_steps, learning_rate, scaled_learning_rate, unread_keys, warmup
+from ...engine.changes import changes, describe, plain_config
+from ...engine.checkpoint import read_whole
+from ...engine.lock import holder
 from ...files.regular import read_regular
 from ...files.safe_yaml import MOST_BYTES, parse_yaml
 from .case import ERROR, OK, WARNING, Case, Finding, few
-
-_NOT_THE_RUN = {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}  # may differ in a resumed run
 
 
 def check_config(case: Case) -> Iterator[Finding]:
@@ -58,20 +58,21 @@ def check_unread_keys(case: Case) -> Iterator[Finding]:
 def check_output_dir(case: Case) -> Iterator[Finding]:
     """Check that the run will not overwrite the checkpoints of another one."""
     folder = case.cfg.OUTPUT_DIR
-    checkpointer = DetectionCheckpointer(None, folder)
+    checkpointer = AtomicCheckpointer(None, folder)
+    if training := holder(folder):
+        yield Finding(
+            ERROR, f"OUTPUT_DIR {folder} is in use: {training} trains there. Wait, or set another OUTPUT_DIR."
+        )
     if not checkpointer.has_checkpoint():
         problem = "there is no run to --resume: training starts from the beginning" if case.resume else ""
         yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no checkpoints yet'}")
         return
-    last = os.path.basename(checkpointer.get_checkpoint_file())
+    if case.resume:
+        yield from _check_resumed(case, checkpointer)
+        return
+    last = os.path.basename(checkpointer.get_checkpoint_file()) or "without last_checkpoint"
     different = _differences(case.cfg, os.path.join(folder, "config.yaml"))
-    if case.resume and not different:
-        yield Finding(OK, f"OUTPUT_DIR {folder}: resumes from {last}")
-    elif case.resume:
-        yield Finding(
-            WARNING, f"OUTPUT_DIR {folder}: resumes from {last}, of a run with other values of {few(different)}."
-        )
-    elif different:
+    if different:
         yield Finding(
             ERROR,
             f"OUTPUT_DIR {folder} holds another run ({last}), with other values of {few(different)}: its checkpoints "
@@ -85,6 +86,24 @@ def check_output_dir(case: Case) -> Iterator[Finding]:
         )
 
 
+def _check_resumed(case: Case, checkpointer: AtomicCheckpointer) -> Iterator[Finding]:
+    """Check what a resumed run does with the keys that have changed since its checkpoint."""
+    path, most = checkpointer.last_whole_checkpoint(), case.cfg.SOLVER.MAX_ITER
+    content = read_whole(path)
+    theirs = content.get("config") or _read_config(os.path.join(case.cfg.OUTPUT_DIR, "config.yaml"))
+    changed = changes(theirs, plain_config(case.cfg)) if theirs else {}
+    if case.cfg.SEED < 0:
+        changed.pop("SEED", None)  # the run's is taken
+    if (steps := content.get("iteration", -1) + 1) > most:
+        yield Finding(ERROR, f"{path} has {steps} steps, and SOLVER.MAX_ITER is {most}: nothing is left to train.")
+    elif "SEED" in changed:
+        yield Finding(ERROR, f"{path} is of a run with other values of {describe(changed)}: leave out SEED.")
+    elif changed:
+        yield Finding(WARNING, f"resumes from {path}, with other values from there on: {describe(changed)}.")
+    else:
+        yield Finding(OK, f"OUTPUT_DIR {case.cfg.OUTPUT_DIR}: resumes from {os.path.basename(path)}")
+
+
 def has_encoder_weights(cfg: CfgNode) -> bool:
     """Return whether the backbone loads weights of its own."""
     return cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and bool(cfg.MODEL.FOCAL.TIMM.WEIGHTS)
@@ -96,10 +115,15 @@ def _warnings(messages: list[str], fine: str) -> Iterator[Finding]:
 
 def _differences(cfg: CfgNode, path: str) -> list[str]:
     """Return the keys whose values differ from those in the config file ``path``, or that it cannot be read."""
-    try:
-        theirs = parse_yaml(read_regular(path, MOST_BYTES), path)
-    except (OSError, ConfigError):
+    if (theirs := _read_config(path)) is None:
         return ["config.yaml, which cannot be read"]
-    ours, theirs = flatten(yaml.safe_load(cfg.dump())), flatten(theirs)
-    may_differ = _NOT_THE_RUN | ({"SEED"} if cfg.SEED < 0 else set())  # the run drew one
-    return sorted(key for key in {*ours, *theirs} - may_differ if ours.get(key) != theirs.get(key))
+    different = changes(theirs, plain_config(cfg)).keys()
+    return sorted(different - ({"SEED"} if cfg.SEED < 0 else set()))  # the run drew one
+
+
+def _read_config(path: str) -> dict | None:
+    """Return the keys of a config file; None if it cannot be read."""
+    try:
+        return flatten(parse_yaml(read_regular(path, MOST_BYTES), path))
+    except (OSError, ConfigError):
+        return None
