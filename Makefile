@@ -18,11 +18,12 @@ INPUTS := setup.cfg setup.py pyproject.toml $(wildcard requirements/*)
 STAMP := $(VENV)/.setup-$(shell { echo $(call quote,$(DETECTRON2)); cat $(INPUTS); } | sha256sum | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs bench bench-quick
+.PHONY: help setup demo test test-slow test-faults lint format docs bench bench-quick
 
 help:
 	@echo 'make demo         train on aerial images of trees, evaluate, draw what the detector sees'
 	@echo 'make test         style and tests; make test-slow: the tests that take longer'
+	@echo 'make test-faults  hundreds of random faults, and what became of the runs they hit'
 	@echo 'make lint         style and types only; make format puts right what it can'
 	@echo 'make docs         the site of docs/, in site/'
 	@echo 'make bench        speed and memory beside Detectron2; make bench-quick: in a few minutes'
@@ -58,6 +59,10 @@ test: lint
 
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
+
+# The whole campaign of random faults on training, evaluation, predict and export: about 20 minutes.
+test-faults: setup
+	FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults $(ARGS)
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -17,7 +17,7 @@ _SPENT = {  # keys that a run reads at its start alone
     "MODEL.RETINANET.PRIOR_PROB": "the bias is trained",
     "MODEL.FOCAL.BIAS_INIT.NAME": "the bias is trained",
 }
-_SEEDS = ("SEED", "train.seed")
+SEEDS = ("SEED", "train.seed")
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -45,7 +45,7 @@ def refuse_seed(path: str, changed: Mapping[str, tuple[Any, Any]]) -> None:
     Raises:
         ConfigError: the seed has changed.
     """
-    for key in changed.keys() & set(_SEEDS):
+    for key in changed.keys() & set(SEEDS):
         old, new = changed[key]
         raise ConfigError(
             f"{key} is {new}, and {path} is of a run with {old}, whose random numbers go on. Leave {key} out or set it "

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import zipfile
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -150,6 +151,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 "steps of the checkpoints there."
             )
         return found
+
+    def recorded_config(self) -> dict[str, Any]:
+        """Return the config in the latest checkpoint that can be read, as ``config``; {} if none has it."""
+        for path in self._candidates() if self.save_dir and "://" not in self.save_dir else ():
+            with suppress(Exception):  # a broken one; the next is tried
+                return read_whole(path)["config"]
+        return {}
 
     def _candidates(self) -> list[str]:
         """List the checkpoint that ``last_checkpoint`` names, then those before it, the latest first.

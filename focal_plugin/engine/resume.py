@@ -121,8 +121,10 @@ class CheckpointHook(HookBase):
     def interruptible(self) -> Iterator[None]:
         """Inside, a signal saves the step that is done and ends the process at once: for an evaluation after a step.
 
-        For all processes. What is inside must change neither weights nor optimizer; a resumed run does it again.
+        For all processes. What is inside must change neither weights nor optimizer; a resumed run does it again. The
+        random numbers that it draws, which may depend on the processes that load images, are none of training's.
         """
+        rng = rng_state()
         self._processes = comm.all_gather(self._process_state())
         peers = comm.all_gather((socket.gethostname(), os.getpid()))
         received = self.signals.agreed()
@@ -135,6 +137,7 @@ class CheckpointHook(HookBase):
                 yield
         finally:
             self._processes, self._state = [], None
+            set_rng_state(rng)
 
     def _leave(self, received: int, peers: list[tuple[str, int]]) -> NoReturn:
         """Tell the run's other processes on this host, save if this is the main one, and end the process."""

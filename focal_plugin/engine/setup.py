@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode
@@ -17,8 +18,10 @@ from ..data import check_files, check_num_classes
 from ..evaluation.report import note_start
 from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES
-from ..files.write import free_paths
+from ..files.write import free_paths, set_aside
 from .advice import advise, check_steps
+from .changes import SEEDS
+from .checkpoint import AtomicCheckpointer
 from .console import off_screen
 from .lock import LOCK
 
@@ -33,7 +36,7 @@ logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA
 def settled_seed(seed: int, output_dir: str, again: bool) -> int:
     """Return ``seed`` or, if it is negative, a random one, the same in all processes.
 
-    Each run writes its seed to the ``config.yaml`` of its folder, so that it can be resumed exactly, and repeated.
+    Each run records its seed in its checkpoints and ``config.yaml``, so that it can be resumed exactly, and repeated.
 
     Args:
         seed: the config's ``SEED``, or a LazyConfig's ``train.seed``.
@@ -42,13 +45,23 @@ def settled_seed(seed: int, output_dir: str, again: bool) -> int:
     """
     if seed >= 0:
         return seed
-    seed, path = int.from_bytes(os.urandom(4)) >> 1, os.path.join(output_dir, "config.yaml")
-    if again and comm.is_main_process() and os.path.exists(path):
-        # As text: a LazyConfig's file may name classes, which must not be imported. And a disk may have damaged it.
-        text = read_regular(path, MOST_BYTES).decode(errors="replace")
-        found = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", text, re.MULTILINE)
-        seed = int(found[1]) if found else seed
+    seed = int.from_bytes(os.urandom(4)) >> 1
+    if again and comm.is_main_process() and (found := _recorded_seed(output_dir)) is not None:
+        seed = found
     return comm.all_gather(seed)[0]
+
+
+def _recorded_seed(output_dir: str) -> int | None:
+    """Return the seed of the run in a folder, by its checkpoints or its config.yaml; None if it is not known."""
+    config, path = AtomicCheckpointer(None, output_dir).recorded_config(), os.path.join(output_dir, "config.yaml")
+    if found := [config[key] for key in SEEDS if config.get(key) is not None]:
+        return found[0]
+    if not os.path.exists(path):
+        return None
+    # As text: a LazyConfig's file may name classes, which must not be imported. And a disk may have damaged it.
+    text = read_regular(path, MOST_BYTES).decode(errors="replace")
+    match = re.search(r"^(?:SEED|train:\n(?: .*\n)*?  seed): (\d+)$", text, re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def evaluation_folder(output_dir: str) -> str:
@@ -103,7 +116,8 @@ def start_logs(cfg, args, output_dir: str, device: str) -> None:
         device: what the model will run on.
     """
     note_start(output_dir)
-    with off_screen("detectron2"):
+    config = set_aside(os.path.join(output_dir, "config.yaml")) if comm.is_main_process() else nullcontext()
+    with off_screen("detectron2"), config:
         default_setup(cfg, args)
     plugin_logger = setup_logger(output_dir, distributed_rank=comm.get_rank(), name="focal_plugin")
     for handler in plugin_logger.handlers:

@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 UNFINISHED = ".part"  # the ending of a file's name while it is written, after the host and process that write it
@@ -114,9 +114,27 @@ def kept_on_error(path: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if content is not None:
-            replace_file(path, lambda file: file.write(content))
+        with suppress(OSError):  # the original error matters more
+            if content is not None:
+                replace_file(path, lambda file: file.write(content))
         raise
+
+
+@contextmanager
+def set_aside(path: str) -> Iterator[None]:
+    """Rename the file ``path`` while another program writes it anew; if that fails, the file is as it was."""
+    aside = f"{path}@{process_name()}{UNFINISHED}"
+    try:
+        os.replace(path, aside)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        os.replace(aside, path)  # needs no room on a full disk
+        raise
+    os.remove(aside)
 
 
 @contextmanager

@@ -83,6 +83,20 @@ def test_a_resumed_lazy_run_without_a_seed(interrupted, train_net, lazy_config, 
     assert_same_run(broken, whole)
 
 
+def test_an_evaluation_does_not_change_training(train_net, tmp_path):
+    """It draws random numbers, as many as there are processes that load images."""
+    words = ["MODEL.FOCAL.CLS_LOSS.NAME", "SampledBCELoss", "INPUT.AUGMENTATIONS", AUGMENTED]
+    periods = {"none": (0, 0), "often": (1, 0), "workers": (1, 2)}
+    for name, (period, workers) in periods.items():
+        words += ["TEST.EVAL_PERIOD", period, "DATALOADER.NUM_WORKERS", workers]
+        train_net("OUTPUT_DIR", tmp_path / name, *words)
+    states = {name: final(tmp_path / name) for name in periods}
+    rng = {name: state["trainer"]["hooks"]["CheckpointHook"]["processes"] for name, state in states.items()}
+    for name in ("often", "workers"):
+        assert_same(states[name]["model"], states["none"]["model"])
+        assert_same(rng[name], rng["none"])
+
+
 def test_the_order_does_not_depend_on_workers(train_net, tmp_path):
     words = [*NO_TEST, "INPUT.AUGMENTATIONS", AUGMENTED, "SOLVER.CHECKPOINT_PERIOD", 2]
     for workers in (0, 1, 2):
@@ -332,7 +346,12 @@ def test_damaged_text_files(train_net, tmp_path):
     """A disk may give back anything: what can be done without them is done."""
     words = [*NO_TEST, "SEED", -1, "OUTPUT_DIR", tmp_path]
     train_net(*words, "SOLVER.MAX_ITER", 2)
-    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe" + (tmp_path / "config.yaml").read_bytes())
-    train_net("--resume", *words, "SOLVER.MAX_ITER", 3)
+    before = (tmp_path / "config.yaml").read_bytes()
+    for damaged in (b"\xff\xfe" + before, b""):  # the seed is in the checkpoint, too
+        (tmp_path / "config.yaml").write_bytes(damaged)
+        train_net("--resume", *words, "SOLVER.MAX_ITER", 3)
+        assert re.findall(b"^SEED: .*$", (tmp_path / "config.yaml").read_bytes(), re.MULTILINE) == re.findall(
+            b"^SEED: .*$", before, re.MULTILINE
+        )
     (tmp_path / "metrics.json").write_bytes(b"\xff\xfe\n" + (tmp_path / "metrics.json").read_bytes())
     assert read_metrics(str(tmp_path / "metrics.json"))
