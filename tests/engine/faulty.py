@@ -5,6 +5,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,9 +16,17 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 import focal_plugin  # noqa: F401
-from focal_plugin.engine import StepTrainer, Trainer
+from focal_plugin.data import FocalDatasetMapper
+from focal_plugin.engine import StepTrainer, Trainer, launch
 
 TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
+
+
+def train_rank(rank, port, *args):
+    """``train`` as process ``rank`` of two, as torchrun would have it."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    train(*args)
 
 
 def train(words, log, fault=None, place=0):
@@ -33,7 +42,7 @@ def train(words, log, fault=None, place=0):
     spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(default_argument_parser().parse_args([str(word) for word in words]))
+    launch(module.main, 1, args=(default_argument_parser().parse_args([str(word) for word in words]),))
 
 
 def die():
@@ -119,22 +128,41 @@ def signalled(where):
 
 
 def slow_rank(place):
-    """The process of that rank is still in its first evaluation, for a minute, when the others wait for it."""
+    """The process of that rank is in an evaluation for a minute, and others wait for it; the log says when."""
     test = Trainer.test
 
     def slow(*args):
+        print("EVALUATES", flush=True)
         if comm.get_rank() == place:
-            (Path(args[0].OUTPUT_DIR) / f"evaluates.{os.getpid()}").touch()
             time.sleep(60)
         return test(*args)
 
     Trainer.test = staticmethod(slow)
 
 
+def full_disk(place):
+    """No file may have more bytes than that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (place, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def broken_image(place):
+    """The image of that number is broken, as the training's mapper says it."""
+    read, count = FocalDatasetMapper.__call__, iter(range(1, 9999))
+
+    def broken(mapper, record):
+        if mapper.is_train and next(count) == place:
+            raise ValueError(f"{record['file_name']} is broken")
+        return read(mapper, record)
+
+    FocalDatasetMapper.__call__ = broken
+
+
 FAULTS = {
     "signal in Python": signalled("python"),
     "signal in C++": signalled("c++"),
     "slow rank": slow_rank,
+    "full disk": full_disk,
+    "broken image": broken_image,
     "in a write": in_a_write,
     "before a sync": before_a_call("fsync"),
     "before a rename": before_a_call("replace"),

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -214,7 +213,7 @@ class Campaign:
             kind = "a full disk" if is_mounted else "a limit of file sizes"
             with self.faults(f"{kind} of random size"):
                 try:
-                    process = self.train(output, **({} if is_mounted else {"fault": "limit", "place": room // 4}))
+                    process = self.train(output, **({} if is_mounted else {"fault": "full disk", "place": room // 4}))
                     code = self.ended(process)
                     assert code in (0, 1), f"it ended with {code}"
                     if is_mounted:
@@ -373,10 +372,3 @@ def quiet():
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-
-
-def limit(place):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (place, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-faulty.FAULTS["limit"] = limit
