@@ -36,7 +36,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Return changes for a message: "SOLVER.BASE_LR 0.01 → 0.02; ..."."""
     notes = {key: f" (not read any more: {_SPENT[key]})" for key in changed if key in _SPENT}
-    return "; ".join(f"{key} {old} → {new}{notes.get(key, '')}" for key, (old, new) in changed.items())
+    return "; ".join(f"{key} {_show(old)} → {_show(new)}{notes.get(key, '')}" for key, (old, new) in changed.items())
 
 
 def refuse_seed(path: str, changed: Mapping[str, tuple[Any, Any]]) -> None:
@@ -51,6 +51,10 @@ def refuse_seed(path: str, changed: Mapping[str, tuple[Any, Any]]) -> None:
             f"{key} is {new}, and {path} is of a run with {old}, whose random numbers go on. Leave {key} out or set it "
             f"to {old}; for a run with another seed, set another OUTPUT_DIR."
         )
+
+
+def _show(value: Any) -> str:
+    return "(empty)" if value == "" else "(absent)" if value is None else str(value)
 
 
 def _last(key: str) -> str:

@@ -314,6 +314,17 @@ def test_what_cannot_hold_on_resume_is_refused(train_net, tmp_path):
     train_net("--resume", *words, "SOLVER.MAX_ITER", 3)  # as before
 
 
+def test_keys_of_the_start_are_marked(train_net, tmp_path, capfd):
+    """They hold no more: what they had to do with is in the checkpoint."""
+    words = [*NO_TEST, "OUTPUT_DIR", tmp_path]
+    train_net(*words, "SOLVER.MAX_ITER", 1)
+    changed = ["MODEL.WEIGHTS", "elsewhere.pth", "MODEL.RETINANET.PRIOR_PROB", 0.02]
+    train_net("--resume", *words, *changed, "SOLVER.MAX_ITER", 2)
+    screen = capfd.readouterr().out
+    assert "MODEL.WEIGHTS (empty) → elsewhere.pth (not read any more: the checkpoint has the weights)" in screen
+    assert "PRIOR_PROB 0.01 → 0.02 (not read any more: the bias is trained)" in screen
+
+
 def test_weights_of_another_shape_name_the_keys(train_net, tmp_path, capfd):
     train_net(*NO_TEST, "OUTPUT_DIR", tmp_path / "one", "SOLVER.MAX_ITER", 1)
     words = [*NO_TEST, "OUTPUT_DIR", tmp_path / "two", "SOLVER.MAX_ITER", 1, "MODEL.FPN.OUT_CHANNELS", 8]
