@@ -48,6 +48,7 @@ class Campaign:
         self.config, self.weights, self.folder = config, weights, Path(folder)
         self.random = random.Random(seed)
         self.table: dict[str, Row] = {}
+        self.turns: Counter = Counter()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tests.faults.campaign"])
         self.count = 0
@@ -57,6 +58,11 @@ class Campaign:
         self.whole = self.new("whole")
         assert self.ended(self.train(self.whole)) == 0, self.log(self.whole)
         self.duration = time.monotonic() - began
+
+    def next(self, *kinds):
+        """The one of ``kinds`` after that of the last call with these."""
+        self.turns[kinds] += 1
+        return kinds[self.turns[kinds] % len(kinds)]
 
     # Processes
 
@@ -157,8 +163,7 @@ class Campaign:
             output, process = self.new("stopped"), None
             process = self.train(output)
             self.after(process, self.duration)
-            kind = "evaluation or report" if self.log(output).count("Start inference") else "training"
-            with self.faults(f"SIGTERM or SIGINT during {kind}"):
+            with self.faults("SIGTERM or SIGINT at a random moment"):
                 if process.is_alive():
                     os.kill(process.pid, self.random.choice([signal.SIGTERM, signal.SIGINT]))
                 code = self.ended(process, SIGNAL_SECONDS)
@@ -168,10 +173,10 @@ class Campaign:
 
     def signals_in_evaluations(self, number):
         """As a process of a scheduler's, in an evaluation that takes a minute."""
-        for i in range(number):
-            output = self.new("evaluating")
-            with self.faults("SIGTERM in a long evaluation"):
-                code = self.ended(self.train(output, fault=("signal in Python", "signal in C++")[i % 2], place=1), 45)
+        for _ in range(number):
+            output, where = self.new("evaluating"), self.next("Python", "C++")
+            with self.faults(f"SIGTERM in a long evaluation, in {where}"):
+                code = self.ended(self.train(output, fault=f"signal in {where}", place=1), 45)
                 assert code == 143, f"it ended with {code}: {self.log(output)}"
                 self.resumes(output)
 
@@ -233,8 +238,8 @@ class Campaign:
         ]
         kinds += ["a checkpoint is cut", "training images vanish"]
         images = Path(self.config).parent / "shapes_train"
-        for i in range(number):
-            output, kind = self.new("files"), kinds[i % len(kinds)]
+        for _ in range(number):
+            output, kind = self.new("files"), self.next(*kinds)
             with self.faults(kind):
                 process = self.train(output, fault="in a step", place=self.random.randint(2, 5))
                 if kind == "training images vanish":
@@ -263,8 +268,8 @@ class Campaign:
 
     def two_in_a_folder(self, number):
         """A second training is refused, and an evaluation works; the first goes on as if it was alone."""
-        for i in range(number):
-            output, flags = self.new("two"), ["--eval-only", "--resume"] if i % 2 else []
+        for _ in range(number):
+            output, flags = self.new("two"), self.next((), ("--eval-only", "--resume"))
             with self.faults("an evaluation beside a training" if flags else "a second training in the folder"):
                 first = self.train(output)
                 while first.is_alive() and "Saving checkpoint" not in self.log(output):
@@ -325,15 +330,18 @@ class Campaign:
             assert self.ended(self.start(exports, self.config, self.weights, output)) == 0
             assert [path.name for path in output.iterdir()] == ["detector.ts"]
 
-    def run(self, share=1.0, rounds=4, minutes=60):
-        """Inject ``share`` of all faults, at least one of each kind a round; no round begins after so many minutes."""
+    def run(self, share=1.0, kinds=(), rounds=4, minutes=60):
+        """Inject ``share`` of all faults, at least one of each kind a round; no round begins after so many minutes.
+
+        Only those of the methods ``kinds``, if there are any.
+        """
         end = time.monotonic() + 60 * minutes
         numbers = {"bits": 80, "kills": 40, "kills_in_writes": 36, "signals": 24, "signals_in_evaluations": 4}
         numbers |= {"full_disks": 12, "files": 12, "two_in_a_folder": 12, "predictions": 10, "exports": 6}
         rounds = rounds if share == 1 else 1
         for _ in range(rounds):
             if time.monotonic() < end:
-                for kind, number in numbers.items():
+                for kind, number in [(kind, numbers[kind]) for kind in kinds or numbers]:
                     getattr(self, kind)(max(1, round(share * number / rounds)))
                     (self.folder / "table.md").write_text(f"{self}\n")
         return self.table

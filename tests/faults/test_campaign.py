@@ -1,4 +1,7 @@
-"""The campaign of faults: whole with `make test-faults`, a tenth of it among the slow tests."""
+"""The campaign of faults: whole with `make test-faults`, a tenth of it among the slow tests.
+
+KINDS="files bits" in the environment chooses methods of ``Campaign``.
+"""
 
 import os
 import time
@@ -21,7 +24,7 @@ def test_nothing_is_lost(tiny_config, tmp_path, capsys):
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     began = time.monotonic()
     campaign = Campaign(tiny_config, str(tmp_path / "weights.pth"), tmp_path / "runs", seed=0)
-    table = campaign.run(float(os.environ.get("FAULTS", "0.1")))
+    table = campaign.run(float(os.environ.get("FAULTS", "0.1")), os.environ.get("KINDS", "").split())
     with capsys.disabled():
         print(f"\n{campaign}\n{time.monotonic() - began:.0f} s, a run takes {campaign.duration:.1f} s")
     problems = [problem for row in table.values() for problem in row.problems]
