@@ -433,7 +433,7 @@ def test_a_folder_that_was_moved(ablation, table, tmp_path):
     assert set(starts(tmp_path / "elsewhere").values()) == {1}
 
 
-@pytest.mark.parametrize("name", ["gamma_1/seed1/config-ablation.yaml.part", "report.json"])
+@pytest.mark.parametrize("name", ["gamma_1/seed1/config-ablation.yaml", "report.json"])
 def test_what_cannot_be_written_is_told(ablation, table, name, capfd):
     """As on a full disk."""
     (table / name).mkdir(parents=True)
