@@ -241,7 +241,7 @@ class Campaign:
         for _ in range(number):
             output, kind = self.new("files"), self.next(*kinds)
             with self.faults(kind):
-                process = self.train(output, fault="in a step", place=self.random.randint(2, 5))
+                process = self.train(output, fault="in a step", place=self.random.randint(4, 5))  # of two checkpoints
                 if kind == "training images vanish":
                     self.after(process, self.duration)
                     images.rename(images.with_name("away"))
