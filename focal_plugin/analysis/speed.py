@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from tabulate import tabulate
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from ..config import ConfigError
 from ..config.load import load_config
 from ..deploy import optimize_for_inference
-from ..engine import Trainer
+from ..engine import AtomicCheckpointer, Trainer
 from ..evaluation import style
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
@@ -161,7 +160,7 @@ def parse_ap(name: str, text: str) -> float:
 
 def last_checkpoint(folder: Path) -> str:
     """Return the path of a run's last checkpoint, which need not be there."""
-    return DetectionCheckpointer(None, str(folder)).get_checkpoint_file() or str(folder / "model_final.pth")
+    return AtomicCheckpointer(None, str(folder)).get_checkpoint_file() or str(folder / "model_final.pth")
 
 
 def last_ap(folder: Path) -> float | None:

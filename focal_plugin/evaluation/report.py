@@ -126,7 +126,7 @@ def _holds_empty_list(path: str) -> bool:
     with open(path) as file:
         try:
             return json.load(file) == []
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or no text
             return False
 
 
