@@ -5,6 +5,7 @@ convolutions of a ResNet-50: each reads and writes all activations. Elsewhere, a
 functions here compute the same with PyTorch's own operators.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,9 +20,14 @@ from torch.autograd.function import once_differentiable
 from ..layers.frozen_norm import FrozenNormConv2d
 from ..layers.replace import replace_modules
 
+logger = logging.getLogger(__name__)
+
 # By norm: the state that its scale and shift are of, the buffers of that state, and scale and shift. Not in the norm,
 # so that copies and pickles of it have none; freed with the norm.
 _kept: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+_NO_KERNEL = ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED")  # in PyTorch's errors
+_without_kernel: set[Any] = set()
 
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups
 
@@ -155,10 +161,22 @@ def _scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry) -> Tensor:
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    stride, padding, dilation, groups = geometry
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+    """Run the fused kernel, or where cuDNN has none the four operators, which is logged once for each kind of layer."""
+    kind = x.dtype, weight.shape, geometry, residual is None
+    if kind not in _without_kernel:
+        try:
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+            stride, padding, dilation, groups = geometry
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NO_KERNEL):
+                raise
+            shape = "×".join(map(str, weight.shape))
+            logger.info(f"cuDNN has no fused kernel for a convolution with weights of {shape} in {x.dtype}: {error}")
+            _without_kernel.add(kind)
+    y = F.conv2d(x, weight, bias, *geometry)
+    return F.relu_(y if residual is None else y.add_(residual))
 
 
 class _ConvReLU(torch.autograd.Function):

@@ -17,9 +17,9 @@ from focal_plugin.layers import fold_frozen_norms
 BLOCKS = {
     "basic": lambda norm: BasicBlock(8, 8, norm=norm),
     "basic, projected": lambda norm: BasicBlock(8, 16, stride=2, norm=norm),
-    "bottleneck": lambda norm: BottleneckBlock(8, 8, bottleneck_channels=4, norm=norm),
-    "bottleneck, projected": lambda norm: BottleneckBlock(8, 16, bottleneck_channels=4, stride=2, norm=norm),
-    "groups": lambda norm: BottleneckBlock(8, 8, bottleneck_channels=4, num_groups=2, dilation=2, norm=norm),
+    "bottleneck": lambda norm: BottleneckBlock(8, 8, bottleneck_channels=8, norm=norm),
+    "bottleneck, projected": lambda norm: BottleneckBlock(8, 16, bottleneck_channels=8, stride=2, norm=norm),
+    "groups": lambda norm: BottleneckBlock(8, 8, bottleneck_channels=8, num_groups=2, dilation=2, norm=norm),
     "stem": lambda norm: BasicStem(3, 8, norm=norm),
 }
 
@@ -137,6 +137,35 @@ def test_without_gradients_nothing_is_kept(stand_in):
     assert not y.requires_grad and y.equal(conv(x).relu())
     (y,) = conv_relu(conv.requires_grad_(False), [x])
     assert y.grad_fn is None
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(fused, "_without_kernel", set())
+
+
+def test_layers_for_which_cudnn_has_no_kernel_are_logged_once(stand_in, nothing_known, monkeypatch, caplog):
+    def refuse(*args):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", refuse)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", refuse)
+    theirs = fold_frozen_norms(randomize(BLOCKS["bottleneck"]("FrozenBN")).double())
+    ours = fuse_blocks(copy.deepcopy(theirs))
+    with caplog.at_level("INFO", logger=fused.__name__):
+        for _ in range(2):
+            assert_same(ours, theirs, torch.randn(2, 8, 6, 5, dtype=torch.float64))
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 3 and "weights of 8×8×1×1 in torch.float64" in logged[0]  # one for each convolution
+
+
+def test_other_errors_of_cudnn_are_the_users(stand_in, nothing_known, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        conv_relu(nn.Conv2d(4, 4, 1).double(), [torch.randn(1, 4, 3, 3, dtype=torch.float64)])
 
 
 class Special(nn.Conv2d):
