@@ -73,7 +73,6 @@ def test_the_set_is_sound(voc):
         (load_coco, "a.json"),
         (load_coco, "JPEGImages/a.png"),
     ],
-    ids=str,
 )
 def test_a_pipe_in_a_data_set(load, name, voc):
     (voc / name).unlink()
