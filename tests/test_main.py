@@ -151,7 +151,7 @@ def test_run_takes_another_trainer(tiny_config, monkeypatch):
         (["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES is 3"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth, which is no file"),
         (["MODEL.FOCAL.IMPORTS", "['no_such_module']"], "MODEL.FOCAL.IMPORTS names 'no_such_module'"),
-        (["DATASETS.LOCAL", "[{'name': 'x', 'format': 'yolo'}]"], "has format 'yolo'"),
+        (["DATASETS.LOCAL", "[{'name': 'x', 'format': 'yolov8'}]"], "has format 'yolov8'"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -147,9 +147,9 @@ def _defaults() -> CN:
     cfg.MODEL.FOCAL.INFERENCE.CLIP_BEFORE_NMS = False
 
     cfg.DATASETS = CN()
-    # Data sets to register: `{name: ..., format: voc, root: ..., split: ...}` or
-    # `{name: ..., format: coco, json: ..., images: ...}`. `data.voc.VocSet` and `data.coco.CocoSet` describe these keys
-    # and the others (`classes`, `on_error`, `difficult`).
+    # Data sets to register: `{name: ..., path: ...}` for a folder whose format is found out, or with a `format` (`voc`,
+    # `coco`, `yolo` or `csv`) and its files. `focal_plugin.data.formats` has a class for each, which describes its
+    # keys. "Your own data" has examples.
     cfg.DATASETS.LOCAL = []
     cfg.INPUT = CN()
     # More augmentations for training, after the resizing and the flip: classes of `detectron2.data.transforms` with

@@ -11,11 +11,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import ConfigError
 from .coco import CocoSet
+from .csv_file import CsvSet
+from .formats import FORMATS, FolderSet
 from .images import decode_all
 from .records import Checker, DataError
 from .voc import VocSet
+from .yolo import YoloSet
 
-FORMATS = {"voc": VocSet, "coco": CocoSet}
+DataSet = VocSet | CocoSet | YoloSet | CsvSet | FolderSet
 
 
 class LocalDataset:
@@ -27,7 +30,7 @@ class LocalDataset:
         left_out: after the first call, the number of images and boxes left out, by ("image" or "box", kind of defect).
     """
 
-    def __init__(self, entry: VocSet | CocoSet) -> None:
+    def __init__(self, entry: DataSet) -> None:
         self.entry = entry
         self.left_out: Counter[tuple[str, str]] = Counter()
         self._is_decoded = False
@@ -112,7 +115,8 @@ def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
     """Register a data set, such as ``{"name": "mine", "format": "coco", "json": "a.json", "images": "imgs"}``.
 
     Args:
-        entry: ``format`` ("voc" or "coco") and the attributes of ``VocSet`` or ``CocoSet``.
+        entry: ``format`` ("voc", "coco", "yolo" or "csv") and the attributes of ``VocSet``, ``CocoSet``, ``YoloSet`` or
+            ``CsvSet``; or a ``path`` to search and the other attributes of ``FolderSet``.
         where: the entry, for messages.
 
     Raises:
@@ -132,19 +136,25 @@ def register_local_dataset(entry: Mapping, where: str = "data set") -> None:
         raise ConfigError(f"{where}: {parsed.name!r} is registered already as {taken.entry}; choose another name.")
 
 
-def _parse(entry: Mapping, where: str) -> VocSet | CocoSet:
-    if not isinstance(entry, Mapping) or str(entry.get("format")) not in FORMATS:
+def _parse(entry: Mapping, where: str) -> DataSet:
+    searched = isinstance(entry, Mapping) and "path" in entry
+    needs_format = isinstance(entry, Mapping) and ("format" in entry or not searched)
+    if not isinstance(entry, Mapping) or (needs_format and str(entry.get("format")) not in FORMATS):
         found = f"format {entry.get('format')!r}" if isinstance(entry, Mapping) else repr(entry)
-        raise ConfigError(f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}.")
-    kind = FORMATS[entry["format"]]
-    values = {key: value for key, value in entry.items() if key != "format"}
+        raise ConfigError(
+            f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}, or with a path to "
+            "find it in."
+        )
+    kind = FolderSet if searched else FORMATS[entry["format"]]
+    values = dict(entry) if searched else {key: value for key, value in entry.items() if key != "format"}
     known = {field.name: field.default for field in fields(kind)}
     unknown = [str(key) for key in values if key not in known]
     missing = [key for key, default in known.items() if default is MISSING and key not in values]
     for problem, keys in (("unknown", unknown), ("missing", missing)):
         if keys:
             listed = ", ".join(f"{key} (needed)" if known[key] is MISSING else key for key in known)
-            raise ConfigError(f"{where}: {problem} key {', '.join(keys)}. Format {entry['format']} takes {listed}.")
+            what = "A path to search" if searched else f"Format {entry['format']}"
+            raise ConfigError(f"{where}: {problem} key {', '.join(keys)}. {what} takes {listed}.")
     choices = {"on_error": ("raise", "skip"), "difficult": ("keep", "ignore")}
     for key, value in values.items():
         if key == "classes":
@@ -153,7 +163,10 @@ def _parse(entry: Mapping, where: str) -> VocSet | CocoSet:
             raise ConfigError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[key])}.")
         elif not isinstance(value, str) or not value:
             raise ConfigError(f"{where}: {key} is {value!r}; expected text (in YAML, quote what looks like a number).")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_classes(classes: object, where: str) -> list[str] | None:

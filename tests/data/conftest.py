@@ -4,6 +4,7 @@ import json
 from xml.sax.saxutils import escape
 
 import pytest
+import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -112,3 +113,65 @@ class CocoFile:
 @pytest.fixture
 def coco_file(tmp_path):
     return CocoFile(tmp_path / "coco")
+
+
+class YoloFolder:
+    """Writes images/ and labels/ in YOLO's layout."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def image(self, name, lines=None, size=(60, 40), split="train"):
+        """``lines``: of the label file; None, there is none."""
+        path = self.root / "images" / split / name
+        _save_image(path, size)
+        if lines is not None:
+            label = (self.root / "labels" / split / name).with_suffix(".txt")
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text("".join(f"{line}\n" for line in lines))
+
+    def describe(self, **content):
+        self.root.mkdir(exist_ok=True)
+        path = self.root / "data.yaml"
+        path.write_text(yaml.safe_dump({"train": "images/train", "names": ["cat", "dog"], **content}))
+        return path
+
+    def load(self, split="train", name="local", **keys):
+        if "images" not in keys:
+            keys = {"data": str(self.root / "data.yaml"), "split": split, **keys}
+        register_local_dataset({"name": name, "format": "yolo", **keys})
+        return DatasetCatalog.get(name)
+
+
+@pytest.fixture
+def yolo_folder(tmp_path):
+    return YoloFolder(tmp_path / "yolo")
+
+
+class CsvFile:
+    """Writes a CSV file and its images."""
+
+    header = "image_path,xmin,ymin,xmax,ymax,label"
+
+    def __init__(self, folder):
+        self.path = folder / "trees.csv"
+        self.rows = []
+
+    def row(self, name, *words, size=(60, 40)):
+        if name and not (self.path.parent / name).exists():
+            _save_image(self.path.parent / name, size)
+        self.rows.append(",".join(map(str, (name, *words))))
+
+    def write(self, header=header):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join([header, *self.rows, ""]))
+        return str(self.path)
+
+    def load(self, name="local", **keys):
+        register_local_dataset({"name": name, "format": "csv", "csv": self.write(), **keys})
+        return DatasetCatalog.get(name)
+
+
+@pytest.fixture
+def csv_file(tmp_path):
+    return CsvFile(tmp_path / "csv")

@@ -76,11 +76,20 @@ def test_name_of_a_builtin_data_set():
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("mine", "'mine'; expected keys and values with a format of voc, coco"),
-        ({"name": "mine"}, "format None; expected keys and values with a format of voc, coco"),
-        ({**COCO, "format": "yolo"}, "format 'yolo'"),
+        ("mine", "'mine'; expected keys and values with a format of voc, coco, yolo, csv"),
+        ({"name": "mine"}, "format None; expected keys and values with a format of voc, coco, yolo, csv"),
+        (
+            {**COCO, "format": "yolov8"},
+            "format 'yolov8'; expected keys and values with a format of voc, coco, yolo, csv,",
+        ),
         ({**COCO, "format": ["coco"]}, "format ['coco']"),
         ({**COCO, "format": {}}, "format {}"),
+        ({"name": "mine", "path": "a", "format": "yolov8"}, "format 'yolov8'; expected"),
+        ({"name": "mine", "path": "a", "json": "b"}, "unknown key json. A path to search takes name (needed), path"),
+        ({"name": "mine", "format": "csv"}, "missing key csv. Format csv takes"),
+        ({"name": "mine", "format": "yolo"}, "takes data and split, or images and perhaps labels; found neither"),
+        ({"name": "mine", "format": "yolo", "data": "a"}, "found data"),
+        ({"name": "mine", "format": "yolo", "data": "a", "split": "val", "images": "b"}, "found data, images, split"),
         ({**COCO, "roots": "a"}, "unknown key roots. Format coco takes name (needed), json (needed), images (needed)"),
         ({**COCO, 5: "a"}, "unknown key 5"),
         ({"name": "mine", "format": "voc", "root": "a"}, "missing key split. Format voc takes"),
