@@ -21,6 +21,8 @@ warnings.filterwarnings(
 class FocalDatasetMapper(DatasetMapper):
     """Detectron2's ``DatasetMapper`` with ``INPUT.AUGMENTATIONS``, which in training follow the resizing and the flip.
 
+    Boxes in whole pixels are scaled exactly; Detectron2 cuts them off to whole pixels of the resized image.
+
     The boxes of crowds become the image's ``ignore_boxes``: (M, 4) ``Boxes``, transformed as the image is. An image
     without crowds has no such key.
     """
@@ -43,6 +45,8 @@ class FocalDatasetMapper(DatasetMapper):
         return args
 
     def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple) -> None:
+        for annotation in dataset_dict["annotations"]:  # Detectron2 would scale whole numbers to whole numbers
+            annotation["bbox"] = np.asarray(annotation["bbox"], dtype=np.float64).tolist()
         crowds = [
             {key: annotation[key] for key in ("bbox", "bbox_mode")}
             for annotation in dataset_dict["annotations"]

@@ -128,7 +128,8 @@ def check_box(box: Sequence[float], size: tuple[int, int], where: str, first: in
     if defect := box_defect(box, (math.inf, math.inf)) or box_defect((x0 - first, y0 - first, x1, y1), size):
         image = f" in an image of {size[0]}×{size[1]}" if defect == OUTSIDE else ""
         raise DataError(defect, f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}){image}.")
-    return [max(x0 - first, 0.0), max(y0 - first, 0.0), min(x1, float(size[0])), min(y1, float(size[1]))]
+    clipped = (max(x0 - first, 0), max(y0 - first, 0), min(x1, size[0]), min(y1, size[1]))
+    return [float(value) for value in clipped]  # Detectron2 would scale whole numbers to whole numbers
 
 
 def has_boxes(record: dict) -> bool:

@@ -366,3 +366,10 @@ def test_all_images_are_broken(coco_file):
     coco_file.load(on_error="skip")
     with pytest.raises(DataError, match="no image: in data set 'local'"):
         leave_out_broken_images("local")
+
+
+def test_whole_numbers_become_floats(coco_file):
+    """What transforms a box computes in its type: whole numbers would be cut off."""
+    coco_file.image(1)
+    coco_file.box(1, (5, 5, 10, 10))
+    assert {type(value) for value in coco_file.load()[0]["annotations"][0]["bbox"]} == {float}

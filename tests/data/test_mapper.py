@@ -160,3 +160,22 @@ def test_an_image_that_cannot_be_read_is_named(record, is_train, spoil, says):
     with pytest.raises(DataError, match=says) as error:
         FocalDatasetMapper(make_cfg(), is_train)(record)
     assert record["file_name"] in str(error.value)
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+@pytest.mark.parametrize("container", [list, tuple, np.array])
+def test_boxes_in_whole_pixels_are_scaled_exactly(record, container, crowd):
+    """Detectron2 computes the boxes of a resized image in the numbers' own type, and so cut whole ones off."""
+    (box,) = record["annotations"]
+    box.update(bbox=container([3, 4, 9, 17]), iscrowd=crowd)
+    cfg = make_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN = (30,)
+    sample = FocalDatasetMapper(cfg, True)(record)
+    boxes = sample["ignore_boxes"] if crowd else sample["instances"].gt_boxes
+    np.testing.assert_allclose(boxes.tensor, [[2.25, 3, 6.75, 12.75]])
+    assert list(box["bbox"]) == [3, 4, 9, 17]
+    box.update(bbox=container([3, 4, 6, 13]), bbox_mode=BoxMode.XYWH_ABS)
+    if container is not np.array:  # which Detectron2 does not convert one by one
+        sample = FocalDatasetMapper(cfg, True)(record)
+        boxes = sample["ignore_boxes"] if crowd else sample["instances"].gt_boxes
+        np.testing.assert_allclose(boxes.tensor, [[2.25, 3, 6.75, 12.75]])
