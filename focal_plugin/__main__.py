@@ -11,6 +11,7 @@ from .files.shipped import CONFIGS
 # By name: the function to call with the other words and the program's name, and what it does.
 COMMANDS = {
     "quickstart": ("data.quickstart:main", "write a small data set to try things on: trees seen from the air"),
+    "data": ("data.__main__:main", "make data sets of data sets: tiles, other formats, splits; and look at one"),
     "doctor": ("commands.train:doctor_main", "check config, data and weights before training"),
     "train": ("commands.train:main", "train a model and evaluate it"),
     "eval": ("commands.train:eval_main", "evaluate a trained model"),

@@ -13,7 +13,19 @@ from focal_plugin.commands import train
 from focal_plugin.engine import Trainer
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"train", "eval", "predict", "export", "convert", "doctor", "analysis", "ablation", "replay", "quickstart"}
+NAMES = {
+    "train",
+    "eval",
+    "predict",
+    "export",
+    "convert",
+    "doctor",
+    "analysis",
+    "ablation",
+    "replay",
+    "quickstart",
+    "data",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +52,11 @@ def test_no_command(capsys):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("pridict", "Near it: predict."), ("evaluate", "Near it: eval."), ("xyz", "The commands: quickstart, doctor, ")],
+    [
+        ("pridict", "Near it: predict."),
+        ("evaluate", "Near it: eval."),
+        ("xyz", "The commands: quickstart, data, doctor, "),
+    ],
 )
 def test_an_unknown_command(capsys, name, hint):
     assert front.main([name, "--help"], "focal") == 2
@@ -59,7 +75,8 @@ def test_a_command_has_its_own_help(capsys, name):
 
 @pytest.mark.parametrize(
     "module",
-    ["analysis", "ablation", "deploy.predict", "deploy.export", "deploy.convert", "data.quickstart", "engine.replay"],
+    ["analysis", "ablation", "data", "deploy.predict", "deploy.export", "deploy.convert", "data.quickstart"]
+    + ["engine.replay"],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_each_module_is_still_a_program(capsys, monkeypatch, module):

@@ -93,7 +93,7 @@ PAPER = {
 BASE = {"config.keys", "registry", "structures", "layers"}
 TOOLS = {
     "files": {"config.keys"},
-    "data": {"config.keys", "files", "structures"},
+    "data": {"config.keys", "evaluation", "files", "structures"},
     "backbones": {"config.keys", "files", "registry"},
     "pipelines": {"anchors", "class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},

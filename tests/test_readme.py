@@ -177,7 +177,7 @@ def test_flags_of_commands_are_known(page):
     for words in commands(PAGES[page]):
         if words[0] == "focal" and words[1] in COMMANDS:
             command = ["anchors" if word == "<what>" else word for word in words[1:3]]
-            command = command if command[0] in ("analysis", "convert") else command[:1]
+            command = command if command[0] in ("analysis", "convert", "data") else command[:1]
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in help_of(*command), f"{flag} of {' '.join(words)}"
 

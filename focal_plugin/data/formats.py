@@ -23,6 +23,7 @@ _LAYOUTS = (
     "voc: Annotations, ImageSets/Main/*.txt and JPEGImages; coco: a .json with images and categories; "
     "yolo: a .yaml with names and train, or images and labels; csv: a .csv with image_path, xmin, ..., label"
 )
+_NO_NAMES = ("annotations", "_annotations.coco")  # of COCO's files, that say nothing of a split
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')  # COCO's, of an image
 
 
@@ -53,7 +54,8 @@ class FolderSet:
         path: the folder, or a JSON, YAML or CSV file.
         format: one of ``FORMATS``; empty, any.
         split: where the folder has several, which: a list of VOC's, a key of YOLO's YAML file or a folder in YOLO's
-            ``images``, the name of a CSV file or COCO's JSON file or, if that is in a folder of its own, of the folder.
+            ``images``, the name of a CSV file or COCO's JSON file or, if that is in a folder of its own or called
+            ``annotations.json``, of the folder.
         classes: class names in the order of their indices; None, see the format.
         on_error: "raise" stops at the first bad record, "skip" leaves bad records out and counts them.
     """
@@ -76,9 +78,11 @@ class FolderSet:
         return make_set(found[0], self.name, self.classes, self.on_error).load(checker)
 
 
-def make_set(found: Found, name: str, classes: list[str] | None, on_error: str) -> VocSet | CocoSet | YoloSet | CsvSet:
-    """Return the data set that was found."""
-    return FORMATS[found.format](name=name, classes=classes, on_error=on_error, **found.keys)
+def make_set(
+    found: Found, name: str, classes: list[str] | None, on_error: str, **keys: str
+) -> VocSet | CocoSet | YoloSet | CsvSet:
+    """Return the data set that was found, with further ``keys`` of its class."""
+    return FORMATS[found.format](name=name, classes=classes, on_error=on_error, **found.keys, **keys)
 
 
 def find_sets(path: str, format: str = "", split: str = "") -> list[Found]:
@@ -125,8 +129,10 @@ def _find_coco(root: Path) -> Iterator[Found]:
         content = path.read_bytes()  # to parse it would take long
         if content.lstrip()[:1] != b"{" or b'"images"' not in content or b'"categories"' not in content:
             continue
-        home = path.parent.parent if path.parent.name == "annotations" else path.parent
+        apart = path.parent.name == "annotations" and not (path.parent / "images").is_dir()  # as in COCO itself
+        home = path.parent.parent if apart else path.parent
         split = path.stem if root.is_file() or home in (root, root.parent) else home.name
+        split = home.resolve().name if split in _NO_NAMES else split
         yield Found("coco", split, {"json": str(path), "images": str(_images_of(content, home, path))})
 
 
@@ -158,7 +164,7 @@ def _find_yolo(root: Path) -> Iterator[Found]:
     for split in splits:
         yield Found("yolo", split, {"images": str(images / split), "labels": str(labels / split)})
     if not splits:
-        yield Found("yolo", "images", {"images": str(images), "labels": str(labels)})
+        yield Found("yolo", root.resolve().name, {"images": str(images), "labels": str(labels)})
 
 
 def _find_csv(root: Path) -> Iterator[Found]:

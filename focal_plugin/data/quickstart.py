@@ -12,19 +12,14 @@ the overlap may be an object of several tiles, and counts in each of them.
 import argparse
 import importlib.util
 import json
-import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
+from ..files.write import whole_folder
 from .records import Checker
-from .tiles import overlapping_spans
+from .tiles import check_tiling, cut_tiles
 from .voc import parse_xml, read_record
+from .writers import write_coco
 
 SOURCES = {"train": "2019_YELL_2_528000_4978000_image_crop2", "val": "2019_YELL_2_541000_4977000_image_crop"}
 CLASSES = ["Tree"]
@@ -49,36 +44,6 @@ def source_folder() -> Path:
     )
 
 
-def tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Cut a side of ``length`` pixels into spans (start, stop) that overlap by at least ``overlap`` pixels.
-
-    All have one size, the one near ``tile`` that leaves no rest.
-    """
-    count = max(1, round((length - overlap) / (tile - overlap)))
-    return overlapping_spans(length, math.ceil((length + (count - 1) * overlap) / count), overlap)
-
-
-def clip_to_tile(
-    boxes: np.ndarray, tile: tuple[int, int, int, int], min_inside: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Clip (G, 4) XYXY boxes to a tile.
-
-    Args:
-        boxes: in pixels of the whole image.
-        tile: (x0, y0, x1, y1) of the tile.
-        min_inside: the least share of an object's area that is inside.
-
-    Returns:
-        (M, 4) boxes in pixels of the tile, of those that reach into it; and (M,) bool, whether they are objects there.
-    """
-    x0, y0, x1, y1 = tile
-    clipped = np.clip(boxes, [x0, y0, x0, y0], [x1, y1, x1, y1])
-    sides, whole = clipped[:, 2:] - clipped[:, :2], boxes[:, 2:] - boxes[:, :2]
-    share = sides.prod(axis=1) / whole.prod(axis=1)  # (G,)
-    reaches = (sides > 0).all(axis=1)
-    return clipped[reaches] - [x0, y0, x0, y0], share[reaches] >= min_inside
-
-
 def make_quickstart(output: str, tile: int = 400, overlap: int = 110, min_inside: float = 0.5) -> Path:
     """Cut the two images into tiles and write them to ``output``/{train, val}, unless that was done before.
 
@@ -94,25 +59,20 @@ def make_quickstart(output: str, tile: int = 400, overlap: int = 110, min_inside
         FileNotFoundError: the package deepforest is not installed.
         ValueError: an argument is out of range.
     """
-    if not 0 <= overlap < tile or not 0 < min_inside <= 1:
-        found = f"tile {tile}, overlap {overlap}, min_inside {min_inside}"
-        raise ValueError(f"The quickstart's tiles: {found}; expected 0 <= overlap < tile and 0 < min_inside <= 1.")
+    check_tiling(tile, overlap, min_inside)
     folder = Path(output)
     made_from = {"sources": SOURCES, "tile": tile, "overlap": overlap, "min_inside": min_inside}
     if _is_made(folder, made_from):
         return folder
     source = source_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:  # same disk: one rename
-        whole = Path(work) / folder.name
-        for split, stem in SOURCES.items():
-            _cut(source, stem, whole / split, tile, overlap, min_inside)
-        (whole / _MARK).write_text(json.dumps(made_from, indent=2))
-        try:
-            os.rename(whole, folder)
-        except OSError:  # someone else was faster
-            if not _is_made(folder, made_from):
-                raise
+    try:
+        with whole_folder(folder) as whole:
+            for split, stem in SOURCES.items():
+                _cut(source, stem, whole / split, tile, overlap, min_inside)
+            (whole / _MARK).write_text(json.dumps(made_from, indent=2))
+    except OSError:
+        if not _is_made(folder, made_from):  # else someone was faster
+            raise
     return folder
 
 
@@ -133,33 +93,8 @@ def _cut(source: Path, stem: str, folder: Path, tile: int, overlap: int, min_ins
     xml, png = str(source / f"{stem}.xml"), str(source / f"{stem}.png")
     class_ids = {name: index for index, name in enumerate(CLASSES)}
     record = read_record(parse_xml(xml), xml, png, stem, class_ids, Checker(stem))
-    boxes = np.array([annotation["bbox"] for annotation in record["annotations"]])  # (G, 4)
-    (folder / "images").mkdir(parents=True)
-    images, annotations = [], []
-    with Image.open(png) as whole:
-        pixels = whole.convert("RGB")
-    rows, columns = (tile_spans(record[side], tile, overlap) for side in ("height", "width"))
-    for top, bottom in tqdm(rows, desc=f"Cutting {stem}", unit="row", delay=3, leave=False):
-        for left, right in columns:
-            corners = (left, top, right, bottom)
-            name = f"{stem}_{left}_{top}.png"
-            pixels.crop(corners).save(folder / "images" / name)
-            size = {"width": right - left, "height": bottom - top}
-            images.append({"id": len(images) + 1, "file_name": name, **size})
-            for (x0, y0, x1, y1), is_object in zip(*clip_to_tile(boxes, corners, min_inside)):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": len(images),
-                        "category_id": 1,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": int(not is_object),
-                    }
-                )
-    categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations.json").write_text(json.dumps(content))
+    tiles = cut_tiles([record], [stem], folder / "images", tile=tile, overlap=overlap, min_visible=min_inside)
+    write_coco(folder / "annotations.json", tiles, CLASSES)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -54,7 +54,11 @@ class Checker:
             logger.debug("Data set %r: left out one %s. %s", self.dataset, unit, error)
 
     def report(self, records: Sequence[dict]) -> None:
-        """Log in one line what was kept and, by kind of defect, what was left out."""
+        """Log the ``summary`` of the records that were kept."""
+        logger.log(logging.WARNING if self.left_out else logging.INFO, self.summary(records))
+
+    def summary(self, records: Sequence[dict]) -> str:
+        """Return in one line what was kept and, by kind of defect, what was left out."""
         boxes = [box for record in records for box in record["annotations"]]
         line = f"Data set {self.dataset!r}: {len(records)} images, {len(boxes)} boxes"
         if crowds := sum(box["iscrowd"] for box in boxes):
@@ -64,7 +68,7 @@ class Checker:
             if kinds:
                 listed = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
                 line += f"; {units} left out: {sum(kinds.values())} ({listed})"
-        logger.log(logging.WARNING if self.left_out else logging.INFO, line)
+        return line
 
 
 def join_inside(folder: str, name: str, where: str) -> str:

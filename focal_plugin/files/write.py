@@ -9,8 +9,10 @@ import glob
 import itertools
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 UNFINISHED = ".part"  # the ending of a file's name while it is written, after the host and process that write it
@@ -135,6 +137,33 @@ def set_aside(path: str) -> Iterator[None]:
         os.replace(aside, path)  # needs no room on a full disk
         raise
     os.remove(aside)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` at the end. After an error inside, nothing remains of it.
+
+    Args:
+        path: the folder to make: nothing is there, or an empty folder.
+        replace: take the place of the folder that is there, whatever it holds.
+
+    Raises:
+        OSError: there is something at ``path``, and ``replace`` is not given.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:  # same disk: one rename
+        made, former = Path(work) / "made", Path(work) / "former"
+        made.mkdir()
+        yield made
+        try:
+            if replace and path.exists():
+                os.rename(path, former)
+            os.rename(made, path)
+        except BaseException:
+            if former.exists() and not path.exists():
+                os.rename(former, path)
+            raise
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def test_several_splits(folders, voc_root):
 
 def test_several_formats(folders, coco_file, csv_file):
     csv_file.path.rename(coco_file.folder / "trees.csv")
-    with pytest.raises(DataError, match=r"several data sets: .*coco, split annotations .*; csv, split trees"):
+    with pytest.raises(DataError, match=r"several data sets: .*coco, split coco .*; csv, split trees"):
         load(coco_file.folder)
     assert len(load(coco_file.folder, name="coco", format="coco")) == 2
 
@@ -105,12 +105,13 @@ def test_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("json_file", "images", "split"),
     [
-        ("annotations.json", "images", "annotations"),
-        ("annotations.json", ".", "annotations"),
+        ("annotations.json", "images", "root"),
+        ("annotations.json", ".", "root"),
         ("annotations/instances_train2017.json", "train2017", "instances_train2017"),
         ("annotations/instances_train2017.json", "images/train2017", "instances_train2017"),
         ("annotations/train.json", "images", "train"),
         ("train/annotations.json", "train/images", "train"),
+        ("annotations/annotations.json", "annotations/images", "annotations"),
         ("train/_annotations.coco.json", "train", "train"),  # Roboflow's
     ],
 )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from focal_plugin.data import quickstart, register_local_dataset
-from focal_plugin.data.quickstart import clip_to_tile, make_quickstart, tile_spans
+from focal_plugin.data.quickstart import make_quickstart
+from focal_plugin.data.tiles import clip_to_tile, tile_spans
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("deepforest") is None, reason="needs `pip install --no-deps deepforest==2.1.0`"
@@ -45,10 +46,11 @@ def test_clip_to_tile():
             [-5, 0, 200, 99],
         ]
     )
-    clipped, is_object = clip_to_tile(boxes, (5, 5, 100, 100), min_inside=0.5)
+    clipped, is_object, indices = clip_to_tile(boxes, (5, 5, 100, 100), min_visible=0.5)
     expected = [[5, 5, 15, 15], [90, 5, 95, 15], [87, 87, 95, 95], [88, 87, 95, 95], [0, 0, 95, 94]]  # 5th is outside
     np.testing.assert_array_equal(clipped, expected)
     assert is_object.tolist() == [True, True, True, False, False]  # shares 1, .5, .64, .35, .44
+    assert indices.tolist() == [0, 1, 2, 3, 5]
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_two_runs_at_once(source, tmp_path, monkeypatch):
     "args", [{"tile": 0}, {"overlap": -1}, {"overlap": 400}, {"min_inside": 0}, {"min_inside": 1.1}]
 )
 def test_arguments_out_of_range(tmp_path, args):
-    with pytest.raises(ValueError, match="expected 0 <= overlap < tile and 0 < min_inside <= 1"):
+    with pytest.raises(ValueError, match="expected 0 <= overlap < size and 0 < share <= 1"):
         make_quickstart(str(tmp_path / "made"), **args)
 
 

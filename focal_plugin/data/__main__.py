@@ -1,0 +1,230 @@
+"""Data sets from data sets: cut into tiles, in another format, or split; and a picture of one. No image is changed.
+
+IN is a folder, or a JSON, YAML or CSV file, whose format is found out as it is for a path in DATASETS.LOCAL. OUT is a
+new folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from ..config import ConfigError
+from ..files.write import check_free, replace_file, whole_folder
+from .formats import FORMATS, find_sets, make_set
+from .records import Checker, DataError
+from .sheet import count_boxes, draw_sheet
+from .splits import groups_of, split_records
+from .tiles import check_tiling, cut_tiles
+from .writers import LAYOUTS, flat_names, write_coco, write_dataset
+
+_MARK = "made_by.json"  # what a folder was made by; --force replaces no other
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line: a subcommand for each thing to do."""
+    parser = argparse.ArgumentParser(
+        prog=prog or "python -m focal_plugin.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+
+    tile = _add(commands, "tile", _tile, "cut images into tiles, as a data set in COCO's format")
+    tile.add_argument("--size", type=int, default=800, metavar="PIXELS", help="the approximate side of a tile")
+    tile.add_argument("--overlap", type=int, default=100, metavar="PIXELS", help="what neighbouring tiles share")
+    text = "the least share of an object that a tile shows; where it shows less, the region is ignored"
+    tile.add_argument("--min-visible", type=float, default=0.5, metavar="SHARE", help=text)
+
+    convert = _add(commands, "convert", _convert, "write the data set in another format, with copies of its images")
+    convert.add_argument("--to", choices=LAYOUTS, required=True, help="the format")
+
+    split = _add(commands, "split", _split, "split the images at random into train, val and test")
+    split.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the images, for val")
+    split.add_argument("--test", type=float, default=0.0, metavar="SHARE", help="of the images, for test; 0: no test")
+    text = (
+        "what stays together: image; a regular expression, whose first group (or else whole match) in the image's path "
+        "in the data set names its group; or a .csv with the columns image_path and group"
+    )
+    split.add_argument("--by", default="image", metavar="WHAT", help=text)
+    split.add_argument("--seed", type=int, default=0, help="of the shuffling")
+    split.add_argument("--to", choices=LAYOUTS, help="the format to write (default: that of IN)")
+
+    show = _add(commands, "show", _show, "draw some images with their boxes, and count boxes by class and size", False)
+    show.add_argument("--output", default="sheet.png", metavar="FILE", help="the picture, a PNG")
+    show.add_argument("--num-images", type=int, default=16, metavar="N", help="the images to draw")
+    return parser
+
+
+def _add(commands, name: str, run: Callable, summary: str, writes_folder: bool = True) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("path", metavar="IN", help="the data set: a folder, or a JSON, YAML or CSV file")
+    if writes_folder:
+        parser.add_argument("output", metavar="OUT", help="the folder to make")
+    parser.add_argument("--format", choices=FORMATS, default="", help="the format of IN, where it holds several")
+    parser.add_argument("--split", default="", help="of IN, where it holds several; all, if the command takes several")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="the classes in the order of their indices")
+    parser.add_argument("--difficult", choices=["keep", "ignore"], default="keep", help="VOC's difficult objects")
+    parser.add_argument(
+        "--on-error", choices=["raise", "skip"], default="raise", help="stop at a bad record, or skip it"
+    )
+    force = "replace OUT, if one of these commands made it" if writes_folder else "overwrite the picture"
+    parser.add_argument("--force", action="store_true", help=force)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words of the command line; those of this process if not given.
+        prog: the name of the program in usage lines.
+
+    Returns:
+        0; 2 if the user has to correct the command line or a file.
+    """
+    args = build_parser(prog).parse_args(argv)
+    try:
+        args.run(args)
+    except (ConfigError, DataError, FileExistsError) as error:
+        hint = " Correct it, or leave such records out with --on-error skip." if getattr(error, "unit", None) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _tile(args: argparse.Namespace) -> None:
+    try:
+        check_tiling(args.size, args.overlap, args.min_visible)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _check_output(args)
+    _, splits, classes = _read(args)
+    names = flat_names(record["file_name"] for records in splits.values() for record in records)
+    numbers = {"tile": args.size, "overlap": args.overlap, "min_visible": args.min_visible}
+    with whole_folder(args.output, replace=args.force) as folder:
+        for split, records in splits.items():
+            stems = [os.path.splitext(names[record["file_name"]])[0] for record in records]
+            splits[split] = cut_tiles(records, stems, folder / split / "images", **numbers)
+            write_coco(folder / split / "annotations.json", splits[split], classes)
+        _mark(folder, args)
+    _print_written(args, "coco", splits, classes)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    _check_output(args)
+    _, splits, classes = _read(args)
+    _write(args, args.to, splits, classes)
+
+
+def _split(args: argparse.Namespace) -> None:
+    shares = {"train": 1 - args.val - args.test, "val": args.val, "test": args.test}
+    if not min(shares["val"], shares["test"]) >= 0 or not shares["train"] > 1e-9:
+        raise ConfigError(f"--val {args.val:g}, --test {args.test:g}: expected shares from 0 on, less than 1 in all.")
+    _check_output(args)
+    format, splits, classes = _read(args, most=1)
+    (records,) = splits.values()
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(record["file_name"])) for record in records])
+    paths = [os.path.relpath(record["file_name"], folder) for record in records]
+    groups = groups_of(paths, args.by)
+    shares = {split: share for split, share in shares.items() if share > 0}
+    _write(args, args.to or format, split_records(records, groups, shares, args.seed), classes)
+
+
+def _show(args: argparse.Namespace) -> None:
+    if args.num_images < 1:
+        raise ConfigError(f"--num-images is {args.num_images}; expected at least 1.")
+    if not args.force:
+        check_free(args.output, "--output", "overwrite it with --force")
+    _, splits, classes = _read(args, most=1)
+    (records,) = splits.values()
+    sheet = draw_sheet(records, classes, args.num_images)
+    replace_file(args.output, lambda file: sheet.save(file, "PNG"))
+    print(count_boxes(records, classes))
+    print(f"Written: {args.output}")
+
+
+def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[str, list[dict]], list[str]]:
+    """Return the format of IN, the records of its splits, and the classes, on which all splits then agree.
+
+    Raises:
+        DataError: IN holds several formats, or more splits than ``most``, or a record is wrong.
+    """
+    found = find_sets(args.path, args.format, args.split)
+    is_one = len({one.format for one in found}) == 1 and len({one.split for one in found}) == len(found)
+    if not is_one or (most and len(found) > most):
+        listed = "; ".join(map(str, found))
+        raise DataError("several data sets", f"{args.path} holds {listed}. Choose by --format and --split, or by file.")
+    read, names = {}, {}
+    for one in found:
+        keys = {"difficult": args.difficult} if one.format == "voc" else {}
+        dataset = make_set(one, f"{args.path}, {one.split}", args.classes, args.on_error, **keys)
+        checker = Checker(dataset.name, args.on_error)
+        read[one.split], metadata = dataset.load(checker)
+        names[one.split] = metadata["thing_classes"]
+        print(f"{checker.summary(read[one.split])}; format {one.format}")
+        if not read[one.split]:
+            raise DataError("no image", f"in {one}: none is listed, or all were left out.")
+    classes = list(dict.fromkeys(name for listed in names.values() for name in listed))
+    for split, records in read.items():
+        for box in (box for record in records for box in record["annotations"]):
+            box["category_id"] = classes.index(names[split][box["category_id"]])
+    return found[0].format, read, classes
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Check that OUT may be made: there is nothing or an empty folder, or with --force what these commands made.
+
+    Raises:
+        FileExistsError: it may not.
+    """
+    folder = Path(args.output)
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not args.force:
+        check_free(folder, "OUT", "overwrite it with --force")
+    elif os.path.lexists(folder) and not (folder / _MARK).is_file():
+        raise FileExistsError(f"{folder} has no {_MARK}: no data command made it. Remove it, or choose another OUT.")
+    elif Path(args.path).resolve().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"IN is in {folder}, which --force would replace. Choose another OUT.")
+
+
+def _write(args: argparse.Namespace, format: str, splits: dict[str, list[dict]], classes: list[str]) -> None:
+    with whole_folder(args.output, replace=args.force) as folder:
+        left_out = write_dataset(folder, format, splits, classes)
+        _mark(folder, args)
+    for what, count in left_out.items():
+        print(f"warning: {count} {what} left out, for which format {format} has no mark.", file=sys.stderr)
+    _print_written(args, format, splits, classes)
+
+
+def _mark(folder: Path, args: argparse.Namespace) -> None:
+    words = {key: value for key, value in vars(args).items() if key not in ("run", "force", "output")}
+    (folder / _MARK).write_text(json.dumps(words, indent=2))
+
+
+def _print_written(args: argparse.Namespace, format: str, splits: dict[str, list[dict]], classes: list[str]) -> None:
+    listed = ", ".join(f"{split} with {len(records)} images" for split, records in splits.items())
+    print(f"Written: {args.output}, {listed}. In a config:")
+    print("DATASETS:\n  LOCAL:")
+    for found in find_sets(args.output, format):
+        entry = {"name": f"my_{found.split}", "path": args.output, "split": found.split}
+        if format in ("voc", "csv"):  # which have no list of classes
+            entry["classes"] = classes
+        text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+        print(f"    - {text.strip()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The commands on data, from the command line to data sets that are read back."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import yaml
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from focal_plugin.data import register_local_dataset
+from focal_plugin.data.__main__ import main
+
+
+@pytest.fixture
+def coco(coco_file):
+    """Images of noise, 90×70: the first with a box in its middle, every third one without any."""
+    rng = np.random.default_rng(0)
+    coco_file.content["categories"].append({"id": 2, "name": "dog"})
+    for number in range(1, 11):
+        coco_file.image(number, (90, 70))
+        pixels = rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(coco_file.folder / "images" / f"{number}.png")
+        if number % 3:
+            coco_file.box(number, (35, 25, 20, 20), category_id=1 + number % 2)
+    coco_file.write()
+    return coco_file
+
+
+def read(text):
+    """The data sets of the config that a command prints."""
+    entries = yaml.safe_load(text[text.index("DATASETS:") :])["DATASETS"]["LOCAL"]
+    sets = {}
+    for number, entry in enumerate(entries):
+        register_local_dataset({**entry, "name": f"{len(DatasetCatalog)}_{number}"})
+        sets[entry["split"]] = DatasetCatalog.get(f"{len(DatasetCatalog) - 1}_{number}")
+    return sets
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "csv"])
+def test_convert(coco, tmp_path, capsys, to):
+    before = files(coco.folder)
+    assert main(["convert", str(coco.folder), str(tmp_path / "out"), "--to", to]) == 0
+    output = capsys.readouterr().out
+    assert "10 images, 7 boxes; format coco" in output and "Written: " in output
+    (records,) = read(output).values()
+    records.sort(key=lambda record: int(os.path.basename(record["file_name"])[:-4]))
+    assert [len(record["annotations"]) for record in records] == [int(n % 3 > 0) for n in range(1, 11)]
+    assert [b["category_id"] for r in records for b in r["annotations"]] == [n % 2 for n in range(1, 11) if n % 3]
+    assert files(coco.folder) == before
+    assert json.loads((tmp_path / "out/made_by.json").read_text())["what"] == "convert"
+
+
+def test_all_splits_are_converted_and_agree_on_the_classes(csv_file, tmp_path, capsys):
+    csv_file.row("a.png", 1, 1, 9, 9, "dog")
+    csv_file.write()
+    csv_file.path.rename(csv_file.path.parent / "train.csv")
+    csv_file.rows.clear()
+    csv_file.row("b.png", 1, 1, 9, 9, "cat")
+    csv_file.row("b.png", 2, 2, 9, 9, "dog")
+    csv_file.write()
+    csv_file.path.rename(csv_file.path.parent / "val.csv")
+    assert main(["convert", str(csv_file.path.parent), str(tmp_path / "out"), "--to", "yolo"]) == 0
+    sets = read(capsys.readouterr().out)
+    names = yaml.safe_load((tmp_path / "out/data.yaml").read_text())["names"]
+    assert {s: [names[b["category_id"]] for r in found for b in r["annotations"]] for s, found in sets.items()} == {
+        "train": ["dog"],
+        "val": ["cat", "dog"],
+    }
+
+
+def test_crowds_that_are_lost_are_said(coco, tmp_path, capsys):
+    coco.box(1, iscrowd=1)
+    coco.write()
+    assert main(["convert", str(coco.folder), str(tmp_path / "out"), "--to", "csv"]) == 0
+    assert capsys.readouterr().err == "warning: 1 crowds left out, for which format csv has no mark.\n"
+
+
+def test_vocs_difficult_objects(voc_root, tmp_path, capsys):
+    voc_root.image("a", [voc_root.object("cat", (1, 1, 9, 9), difficult=1)])
+    voc_root.split("train", "a")
+    for keep in ("keep", "ignore"):
+        assert main(["convert", str(voc_root.root), str(tmp_path / keep), "--to", "coco", "--difficult", keep]) == 0
+        (record,) = read(capsys.readouterr().out)["train"]
+        assert record["annotations"][0]["iscrowd"] == int(keep == "ignore")
+
+
+@pytest.mark.parametrize("source", ["coco", "voc", "yolo", "csv"])
+def test_tile(coco, tmp_path, capsys, source):
+    folder = coco.folder
+    if source != "coco":
+        folder = tmp_path / "in"
+        assert main(["convert", str(coco.folder), str(folder), "--to", source]) == 0
+    words = ["--size", "40", "--overlap", "10", "--min-visible", "0.6"]
+    assert main(["tile", str(folder), str(tmp_path / "out"), *words]) == 0
+    (records,) = read(capsys.readouterr().out[-400:]).values()
+    assert len(records) == 60 and {(r["width"], r["height"]) for r in records} == {(37, 40)}  # 3 × 2 an image
+    whole = {n: np.asarray(Image.open(coco.folder / "images" / f"{n}.png")) for n in range(1, 11)}
+    for record in records:
+        number, x, y = map(int, os.path.basename(record["file_name"])[:-4].split("_"))
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(record["file_name"])), whole[number][y : y + 40, x : x + 37]
+        )
+        x0, y0, x1, y1 = max(35, x) - x, max(25, y) - y, min(55, x + 37) - x, min(45, y + 40) - y
+        inside = number % 3 and x1 > x0 and y1 > y0
+        assert [(b["bbox"], b["iscrowd"]) for b in record["annotations"]] == (
+            [(pytest.approx([x0, y0, x1, y1], abs=1e-6), int((x1 - x0) * (y1 - y0) < 0.6 * 400))] if inside else []
+        )
+
+
+def test_tiles_of_a_turned_image(yolo_folder, save_image, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[274] = 6
+    yolo_folder.image("a.jpg", ["0 .5 .5 1 1"])
+    save_image(yolo_folder.root / "images/train/a.jpg", (60, 40), exif=exif)
+    yolo_folder.describe()
+    assert main(["tile", str(yolo_folder.root), str(tmp_path / "out"), "--size", "100", "--overlap", "0"]) == 0
+    (record,) = read(capsys.readouterr().out)["train"]
+    assert (record["width"], record["height"]) == (40, 60) and record["annotations"][0]["bbox"] == [0, 0, 40, 60]
+
+
+@pytest.mark.parametrize("to", [None, "yolo"])
+def test_split(coco, tmp_path, capsys, to):
+    words = [
+        "split",
+        str(coco.folder),
+        str(tmp_path / "out"),
+        "--val",
+        "0.3",
+        "--test",
+        "0.1",
+        *(["--to", to] if to else []),
+    ]
+    assert main(words) == 0
+    sets = read(capsys.readouterr().out)
+    assert {split: len(records) for split, records in sets.items()} == {"train": 6, "val": 3, "test": 1}
+    names = [os.path.basename(record["file_name"]) for records in sets.values() for record in records]
+    assert sorted(names) == sorted(f"{n}.png" for n in range(1, 11))
+    assert (tmp_path / "out" / ("data.yaml" if to else "val/annotations.json")).is_file()
+    first = files(tmp_path / "out")
+    assert main([*words, "--force"]) == 0
+    assert files(tmp_path / "out") == first
+    assert main([*words, "--force", "--seed", "1"]) == 0
+    assert files(tmp_path / "out") != first
+
+
+def test_split_by_groups(coco, tmp_path, capsys):
+    assert main(["split", str(coco.folder), str(tmp_path / "out"), "--by", r"^(\d)"]) == 0  # 1 and 10 go together
+    sets = read(capsys.readouterr().out)
+    homes = {os.path.basename(r["file_name"]): split for split, records in sets.items() for r in records}
+    assert homes["1.png"] == homes["10.png"] and len(sets["val"]) == 2
+
+
+def test_show(coco, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", str(coco.folder), "--num-images", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "10 images, 3 of them without boxes\nWritten: sheet.png" in output
+    assert Image.open("sheet.png").width == 2 * 332 + 12
+    assert main(["show", str(coco.folder)]) == 2
+    assert "sheet.png exists and is left as it is" in capsys.readouterr().err
+    assert main(["show", str(coco.folder), "--force"]) == 0
+    assert Image.open("sheet.png").width == 4 * 332 + 12
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tile", "--size", "0"], "expected 0 <= overlap < size"),
+        (["tile", "--min-visible", "0"], "0 < share <= 1"),
+        (["split", "--val", "1"], "expected shares from 0 on, less than 1 in all"),
+        (["split", "--val", "-0.1"], "expected shares from 0 on"),
+        (["split", "--val", "nan"], "expected shares from 0 on"),
+        (["split", "--by", "("], "no regular expression"),
+        (["split", "--by", "no.csv"], "missing file: --by is no.csv"),
+        (["split", "--split", "x"], "no such split"),
+        (["convert", "--to", "voc", "--format", "yolo"], "no data set"),
+    ],
+)
+def test_mistakes(coco, tmp_path, capsys, words, says):
+    assert main([words[0], str(coco.folder), str(tmp_path / "out"), *words[1:]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and not (tmp_path / "out").exists()
+
+
+def test_a_bad_record(coco, tmp_path, capsys):
+    coco.box(1, (5, 5, 0, 5))
+    coco.write()
+    words = ["convert", str(coco.folder), str(tmp_path / "out"), "--to", "voc"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "box of no size" in error and error.endswith("leave such records out with --on-error skip.\n")
+    assert main([*words, "--on-error", "skip"]) == 0
+    assert "boxes left out: 1 (box of no size: 1)" in capsys.readouterr().out
+
+
+def test_several_sets(coco, csv_file, tmp_path, capsys):
+    csv_file.row("a.png", 1, 1, 9, 9, "cat")
+    csv_file.write()
+    csv_file.path.rename(coco.folder / "trees.csv")
+    assert main(["show", str(coco.folder), "--output", str(tmp_path / "a.png")]) == 2
+    assert "Choose by --format and --split, or by file" in capsys.readouterr().err
+    assert main(["show", str(coco.folder), "--format", "coco", "--output", str(tmp_path / "a.png")]) == 0
+
+
+def test_nothing_is_overwritten(coco, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("words")
+    for force in ([], ["--force"]):
+        assert main(["convert", str(coco.folder), str(mine), "--to", "voc", *force]) == 2
+        assert files(mine) == {mine / "thesis.txt": b"words"}
+    assert "has no made_by.json: no data command made it" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", str(coco.folder), str(tmp_path / "empty"), "--to", "voc"]) == 0
+    assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "empty"), "--to", "csv", "--force"]) == 2
+    assert "IN is in" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_command_that_fails(coco, tmp_path, capsys):
+    words = [str(coco.folder), str(tmp_path / "out" / "set")]
+    assert main(["convert", *words, "--to", "voc"]) == 0
+    before = files(tmp_path / "out")
+    (coco.folder / "images" / "10.png").write_bytes((coco.folder / "images" / "10.png").read_bytes()[:500])
+    assert main(["tile", *words, "--force"]) == 2
+    assert "image that does not open" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before and len(list((tmp_path / "out").iterdir())) == 1
