@@ -7,6 +7,9 @@ import importlib.util
 import json
 import logging
 import random
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import cv2
@@ -169,3 +172,41 @@ def train_net(tiny_config, loggers):
         return module.main(default_argument_parser().parse_args(["--config-file", config, *map(str, words)]))
 
     return run
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Open a page in a browser of some width, light or dark; what is in it, and what ``probe``, an object, finds."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs chromium: the Debian package of that name")
+
+    def open_page(page, width, dark, probe="{}"):
+        script = f"""<script>addEventListener('load', () => {{
+            const images = [...document.images];
+            parent.postMessage(JSON.stringify({{...{probe}, width: innerWidth, images: images.length,
+                broken: images.filter(image => !image.complete || !image.naturalWidth).length,
+                overflow: document.documentElement.scrollWidth - innerWidth,
+                color: getComputedStyle(document.body).backgroundColor, requests:
+                performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:')).length
+            }}), '*');
+        }});</script>"""
+        (tmp_path / "probed.html").write_text(page.replace('loading="lazy"', "").replace("</body>", f"{script}</body>"))
+        frame = tmp_path / "frame.html"  # a window has at least 500 px
+        frame.write_text(f"""<!DOCTYPE html><meta name="color-scheme" content="light dark"><body>
+            <script>onmessage = event => document.body.dataset.found = event.data</script>
+            <iframe src="probed.html" style="width: {width}px; height: 900px; border: 0"></iframe></body>""")
+        result = subprocess.run(
+            [
+                *[found, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width + 100},1000"],
+                *[f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}"],
+                *["--hide-scrollbars", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        (data,) = re.findall(r'data-found="([^"]*)"', result.stdout)
+        return json.loads(data.replace("&quot;", '"'))
+
+    return open_page

@@ -97,7 +97,7 @@ TOOLS = {
     "backbones": {"config.keys", "files", "registry"},
     "pipelines": {"anchors", "class_loss", "config.keys", "matchers", "normalizer", "registry", "structures"},
     "config": BASE | {"data", "files", "losses"},
-    "evaluation": set(),
+    "evaluation": {"files"},
     "engine": set(PAPER) | {"config", "data", "evaluation", "files"},
     "deploy": set(PAPER) | {"config", "data", "engine", "evaluation", "files"},
     "analysis": set(PAPER) | {"backbones", "config", "data", "deploy", "engine", "evaluation", "files", "pipelines"},

@@ -5,13 +5,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 from tabulate import tabulate
 
+from ..evaluation.numbers import METRICS
+from ..evaluation.page import render
 from .figures import detections, save_picture, themed_svgs
-from .rows import METRICS, Table
+from .rows import Table
 from .runs import STATUSES, Run
 from .summary import summarize
+
+_MOST_METRICS = len(METRICS) + 10  # in a table for people: with more classes than that, report.csv has their AP
 
 
 def write_report(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequence[str], output: Path) -> dict:
@@ -47,7 +50,8 @@ def columns(summary: dict) -> dict[str, list[str]]:
     if any(row["paper"] or row["paper_diverged"] for row in rows):
         table["paper AP"] = ["diverged" if row["paper_diverged"] else _number(row["paper"].get("AP")) for row in rows]
         table["paper Δ"] = [_signed(row["paper_difference"], row["is_baseline"]) for row in rows]
-    for metric in METRICS:
+    known = _metrics(summary)
+    for metric in known if len(known) <= _MOST_METRICS else METRICS:
         if metric == "AP" or any(metric in row["mean"] for row in rows):
             table[metric] = [_spread(row, metric) for row in rows]
         if metric == "AP":
@@ -86,7 +90,7 @@ def to_markdown(summary: dict) -> str:
 
 def write_csv(path: Path, summary: dict) -> None:
     """Write a line for each row, with numbers in full precision, and empty where there is none."""
-    numbers = [name for metric in METRICS for name in (metric, f"{metric}_std")]
+    numbers = [name for metric in _metrics(summary) for name in (metric, f"{metric}_std")]
     counts = {status: status.replace(" ", "_") for status in STATUSES}
     header = ["row", "baseline", "paper_AP", "paper_difference", *numbers, "difference", "seeds", *counts.values()]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -106,16 +110,15 @@ def write_csv(path: Path, summary: dict) -> None:
 
 def to_html(summary: dict, figures: Sequence[dict], pictures: Sequence[dict]) -> str:
     """Return a page that needs no other file."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     table = columns(summary)
-    return environment.get_template("template.html").render(
-        summary=summary, headings=list(table), cells=list(zip(*table.values())), figures=figures, pictures=pictures
-    )
+    cells = list(zip(*table.values()))
+    values = {"headings": list(table), "cells": cells, "figures": figures, "pictures": pictures}
+    return render(__package__, "template.html", summary=summary, **values)
+
+
+def _metrics(summary: dict) -> list[str]:
+    """COCO's metrics, and the AP of each class where the rows have it."""
+    return list(dict.fromkeys([*METRICS, *(metric for row in summary["rows"] for metric in row["mean"])]))
 
 
 def _table(table: Mapping[str, Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from ..config import ConfigError, add_focal_config
 from ..config.explain import explained_keys, merge_from_list
 from ..config.load import find_config
+from ..evaluation.numbers import METRICS
 from ..files.safe_yaml import merge_from_file, parse_yaml
 from ..files.shipped import CONFIGS, shipped
 
@@ -25,8 +26,6 @@ DATA = {
 }
 
 _BASE = re.compile("Base([-_].*)?")  # the names of files that are not rows
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from ..config.components import check_names
 from ..config.explain import flatten
 from ..data import check_registered, register_local_datasets
 from ..evaluation.curves import read_metrics
+from ..evaluation.numbers import METRICS
 from ..evaluation.report import has_found_nothing
 from ..files.safe_yaml import parse_yaml
 from ..files.write import replace_file
 from ..registry import import_user_modules
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
-from .rows import METRICS, Row, as_yaml, compose
+from .rows import Row, as_yaml, compose
 
 CONFIG = "config-ablation.yaml"
 _CHECKOUT = Path(__file__).parents[2]  # or the folder that the package is installed in
@@ -168,7 +169,9 @@ class Run:
             prefix = f"{name}/bbox/" if name else "bbox/"
             iterations, _ = series.get(f"{prefix}AP", ([], []))
             if iterations and iterations[-1] >= self.num_steps:
-                results = {m: series[f"{prefix}{m}"][1][-1] for m in METRICS if f"{prefix}{m}" in series}
+                classes = [name.removeprefix(prefix) for name in series if name.startswith(f"{prefix}AP-")]
+                known = [name for name in (*METRICS, *classes) if f"{prefix}{name}" in series]
+                results = {name: series[f"{prefix}{name}"][1][-1] for name in known}
                 if math.isnan(results["AP"]) and has_found_nothing(self.folder, name):
                     results |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
                 return results

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config.explain import flatten
 from ..files.shipped import CONFIGS
 from .job import read_json
-from .rows import METRICS, Table
+from .rows import Table
 from .runs import STATUSES, Outcome, Run
 from .unread import without_effect
 
@@ -40,7 +40,8 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
 def _row(table: Table, outcomes: Mapping[Run, Outcome]) -> dict:
     row = next(iter(outcomes)).row
     finished = [outcome for outcome in outcomes.values() if outcome.status == "finished"]
-    values = {metric: [outcome.results.get(metric, math.nan) for outcome in finished] for metric in METRICS}
+    metrics = dict.fromkeys(metric for outcome in finished for metric in outcome.results)
+    values = {metric: [outcome.results.get(metric, math.nan) for outcome in finished] for metric in metrics}
     known = {metric: numbers for metric, numbers in values.items() if numbers and all(map(math.isfinite, numbers))}
     seconds = [outcome.seconds for outcome in finished if outcome.seconds is not None]
     return {

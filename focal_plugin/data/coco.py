@@ -92,7 +92,7 @@ class CocoSet:
         metadata = {"thing_classes": list(classes)}
         if not checker.left_out and classes == list(categories.values()) and _serves_evaluation(content):
             ids = {category: index for index, category in enumerate(categories)}
-            metadata.update(json_file=path, thing_dataset_id_to_contiguous_id=ids)
+            metadata.update(json_file=path, image_root=folder, thing_dataset_id_to_contiguous_id=ids)
         return records, metadata
 
 

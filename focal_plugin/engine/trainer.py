@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -22,6 +22,7 @@ from torch import nn
 from ..config import ConfigError
 from ..config.load import build_model
 from ..data import DataError, FocalDatasetMapper, has_boxes, leave_out_broken_images
+from ..evaluation.evaluator import PageEvaluator
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
@@ -228,7 +229,7 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for the ``evaluator_type`` in a data set's metadata, COCO's if it has none.
 
         It writes to ``output_folder``, by default ``inference`` in ``OUTPUT_DIR``; if ``DATASETS.TEST`` has several
-        data sets, to a folder in it with the data set's name.
+        data sets, to a folder in it with the data set's name. COCO's also writes ``evaluation.{json,csv,html}``.
 
         Raises:
             NotImplementedError: the type is none of coco, lvis and pascal_voc.
@@ -242,7 +243,7 @@ class Trainer(DefaultTrainer):
             # COCO's metric counts 100 detections an image; more where the user has asked the model for more.
             most = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100)
             # Detectron2 writes a JSON file for a set without one, anew in each run: the set may have changed.
-            return COCOEvaluator(
+            return PageEvaluator(
                 dataset_name, output_dir=output_folder, max_dets_per_image=most, allow_cached_coco=False
             )
         if kind == "lvis":

@@ -17,6 +17,8 @@ from .detections import sample_detections, save_detections
 logger = logging.getLogger(__name__)
 
 _FILES = {  # of a run's folder
+    "inference*/evaluation.html": "the evaluation, to read in a browser; .json and .csv: its numbers",
+    "inference*/*/evaluation.html": "the same of that test set",
     "detections.png": "ground truth and detections",
     "curves.png": "loss, learning rate and AP",
     "metrics.json": "loss, learning rate and AP in numbers",
@@ -102,6 +104,8 @@ def log_report(output_dir: str, results: Mapping[str, Mapping]) -> None:
     for name, result in results.items():
         if table := results_table(result):
             logger.info(f"Results on {name}:\n{table}")
+        if table := class_table(result):
+            logger.info(f"AP by class on {name}:\n{table}")
     files = written_files(output_dir)
     width = max((len(path) for path in files), default=0)
     logger.info("Written:\n" + "\n".join(f"  {path:<{width}}  {what}" for path, what in files.items()))
@@ -138,6 +142,21 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
         if isinstance(metrics, Mapping)
     ]
     return tabulate(rows, headers="keys", tablefmt="pipe", stralign="right", disable_numparse=True)
+
+
+def class_table(results: Mapping[str, Mapping[str, float]], most_lines: int = 20) -> str:
+    """Return a table of the AP of each class in {task: {metric: percent}}, side by side if long; "" without any."""
+    tasks = {task: metrics for task, metrics in results.items() if isinstance(metrics, Mapping)}
+    names = dict.fromkeys(name for metrics in tasks.values() for name in metrics if name.startswith("AP-"))
+    tasks = {task: metrics for task, metrics in tasks.items() if names.keys() & metrics.keys()}
+    rows = [[name.removeprefix("AP-"), *(_number(m.get(name, math.nan)) for m in tasks.values())] for name in names]
+    if not rows:
+        return ""
+    blocks = math.ceil(len(rows) / most_lines)
+    height = math.ceil(len(rows) / blocks)
+    lines = [[cell for row in rows[i::height] for cell in row] for i in range(height)]
+    headers, align = ["class", *tasks] * blocks, ["left", *["right"] * len(tasks)] * blocks
+    return tabulate(lines, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
 def _number(value: float) -> str:

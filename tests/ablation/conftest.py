@@ -1,6 +1,5 @@
 """A table of three rows on the tiny data set, and a stand-in for train_net.py that takes a moment."""
 
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -130,12 +129,3 @@ def start_ablation(rows, tiny_config, train_net, tmp_path, monkeypatch):
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-@pytest.fixture
-def chromium():
-    """The path of a browser."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("needs chromium: the Debian package of that name")
-    return found

@@ -34,6 +34,7 @@ def test_same_records_as_detectron2(coco_file):
     assert ours.thing_classes == theirs.thing_classes == ["cat", "dog"]
     assert ours.thing_dataset_id_to_contiguous_id == theirs.thing_dataset_id_to_contiguous_id
     assert ours.json_file == str(folder / "annotations.json")
+    assert ours.image_root == str(folder / "images")
 
 
 @pytest.mark.parametrize(
