@@ -22,6 +22,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG"}  # those that most builds of OpenCV can write, the preferred one first
+LABELS = ("all", "score", "none")  # on boxes
 _MOST_PIXELS = 40_000_000  # to draw on: Visualizer needs some 20 bytes a pixel
 _DEFAULT_FPS = 25.0  # for cameras that report none
 
@@ -60,8 +61,21 @@ class Video:
             logger.warning(f"{self.name} announces {self.num_frames} frames and ends after {number}.")
 
 
-def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+class _Visualizer(Visualizer):
+    """Detectron2's, with a choice of labels."""
+
+    labels = "all"
+
+    def overlay_instances(self, *, labels=None, **shapes):
+        if self.labels == "score":
+            labels = [label.rpartition(" ")[2] for label in labels]
+        return super().overlay_instances(labels=None if self.labels == "none" else labels, **shapes)
+
+
+def draw(image: np.ndarray, instances: Instances, metadata: Metadata, labels: str = "all") -> np.ndarray:
     """Return a copy of an image with its detections drawn on it, (H, W, 3) uint8 RGB both, in the classes' colours.
+
+    Boxes are labelled with class and score ("all"), with the score alone ("score"), or not ("none").
 
     An image of more than 40 megapixels is returned smaller, unless its detections have more than boxes.
     """
@@ -71,15 +85,16 @@ def draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndar
         boxes.scale(scale, scale)
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         instances = Instances(image.shape[:2], **(instances.get_fields() | {"pred_boxes": boxes}))
-    return _draw(image, instances, metadata)
+    return _draw(image, instances, metadata, labels)
 
 
-def _draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
+def _draw(image: np.ndarray, instances: Instances, metadata: Metadata, labels: str) -> np.ndarray:
     num_classes = max(instances.pred_classes.tolist(), default=0) + 1
     colors = [[255 * part for part in to_rgb(class_color(k))] for k in range(num_classes)]
     metadata = Metadata(**metadata.as_dict() | {"thing_colors": colors})
     # Visualizer takes the classes' colours in this mode alone, and varies them at random unless told otherwise.
-    visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
+    visualizer = _Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
+    visualizer.labels = labels
     return visualizer.draw_instance_predictions(instances, jittering=False).get_image()
 
 
@@ -91,14 +106,15 @@ class VideoOutput:
             can write is used.
         fps: frames a second.
         metadata: the names of the classes.
+        labels: see ``draw``.
 
     Attributes:
         path: of the file; None before the first frame.
     """
 
-    def __init__(self, paths: Sequence[str], fps: float, metadata: Metadata):
+    def __init__(self, paths: Sequence[str], fps: float, metadata: Metadata, labels: str = "all"):
         self.path: str | None = None
-        self._paths, self._fps, self._metadata = paths, fps, metadata
+        self._paths, self._fps, self._metadata, self._labels = paths, fps, metadata, labels
         self._writer: cv2.VideoWriter | None = None
 
     def add(self, frame: np.ndarray, instances: Instances) -> None:
@@ -109,7 +125,7 @@ class VideoOutput:
         """
         if self._writer is None:
             self.path, self._writer = _open_writer(self._paths, self._fps, frame.shape[:2])
-        drawn = _draw(frame, instances, self._metadata)
+        drawn = _draw(frame, instances, self._metadata, self._labels)
         self._writer.write(np.ascontiguousarray(drawn[:, :, ::-1]))
 
     def close(self) -> None:

@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 from ..config.explain import split_pairs
 from ..engine.signals import exit_on_sigterm
+from ..evaluation.evaluator import read_threshold
 from ..files.growing import GrowingJson
 from ..files.write import free_paths
 from .inputs import ImageError, Source, find_sources
-from .media import VIDEO_CODECS, Video, VideoOutput, draw
+from .media import LABELS, VIDEO_CODECS, Video, VideoOutput, draw
 from .predictor import Predictor
 
 
@@ -60,7 +61,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="a checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
-    parser.add_argument("--score-thresh", type=float, default=0.5, help="the lowest score (default: %(default)s)")
+    parser.add_argument(
+        "--score-thresh",
+        default="0.5",
+        metavar="SCORE",
+        help="the lowest score, or the path of an evaluation.json, for the best F1 there (default: %(default)s)",
+    )
+    parser.add_argument("--labels", choices=LABELS, default="all", help="the text on boxes (default: %(default)s)")
     parser.add_argument(
         "--tile", type=int, default=0, metavar="SIZE", help="cut larger images into tiles of SIZE × SIZE pixels"
     )
@@ -87,6 +94,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     args = build_parser(prog).parse_intermixed_args(argv)
     try:
+        args.score_thresh = read_threshold(args.score_thresh)
         words, opts = split_pairs(args.words)
         sources = find_sources(words)
         predictor = Predictor(
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     code = 0
     try:
         with exit_on_sigterm():
-            predict(predictor, sources, args.output, results, problems)
+            predict(predictor, sources, args.output, results, problems, args.labels)
     except KeyboardInterrupt:
         print("Stopped. The results so far are kept.", file=sys.stderr)
         code = 130
@@ -138,9 +146,16 @@ def _close(results: "Results", score_thresh: float) -> bool:
 
 
 def predict(
-    predictor: Predictor, sources: Sequence[Source], folder: str, results: "Results", problems: list[str]
+    predictor: Predictor,
+    sources: Sequence[Source],
+    folder: str,
+    results: "Results",
+    problems: list[str],
+    labels: str = "all",
 ) -> None:
     """Predict on each source: write annotated copies to ``folder``, and add to ``results`` and ``problems``.
+
+    ``labels`` is what the boxes are labelled with, see ``media.draw``.
 
     Raises:
         OSError: something could not be written.
@@ -149,10 +164,10 @@ def predict(
         for group in _groups(sources, predictor.batch_size):
             try:
                 if group[0].kind == "image":
-                    predict_images(predictor, [source.path for source in group], folder, results, problems)
+                    predict_images(predictor, [source.path for source in group], folder, results, problems, labels)
                     bar.update(len(group))
                 else:
-                    predict_video(predictor, Video(group[0]), folder, results, bar)
+                    predict_video(predictor, Video(group[0]), folder, results, bar, labels)
             except ImageError as error:
                 problems.append(str(error))
                 bar.update()
@@ -170,7 +185,12 @@ def _groups(sources: Sequence[Source], size: int) -> Iterator[list[Source]]:
 
 
 def predict_images(
-    predictor: Predictor, paths: Sequence[str], folder: str, results: "Results", problems: list[str]
+    predictor: Predictor,
+    paths: Sequence[str],
+    folder: str,
+    results: "Results",
+    problems: list[str],
+    labels: str = "all",
 ) -> None:
     """Predict on image files together; what is wrong with those that cannot be read or resized goes to ``problems``."""
     images: list[tuple[str, np.ndarray]] = []
@@ -185,7 +205,7 @@ def predict_images(
         if isinstance(found, ImageError):
             problems.append(f"{path}: {found}")
             continue
-        drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), found, predictor.metadata)
+        drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), found, predictor.metadata, labels)
         name, suffix = os.path.splitext(os.path.basename(path))
         suffix = ".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png"
         (written,) = free_paths(folder, f"{name}{suffix}")
@@ -203,7 +223,9 @@ def _detect(predictor: Predictor, images: list[np.ndarray]) -> list[Instances | 
         return [found for image in images for found in _detect(predictor, [image])]  # one does not stop the others
 
 
-def predict_video(predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm) -> None:
+def predict_video(
+    predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm, labels: str = "all"
+) -> None:
     """Predict on each frame of a video or camera.
 
     Raises:
@@ -212,7 +234,7 @@ def predict_video(predictor: Predictor, video: Video, folder: str, results: "Res
     bar.total += (video.num_frames or 1) - 1
     name = os.path.splitext(os.path.basename(video.name))[0]
     paths = free_paths(folder, *(f"{name}{suffix}" for suffix in VIDEO_CODECS))
-    with closing(VideoOutput(paths, video.fps, predictor.metadata)) as output:
+    with closing(VideoOutput(paths, video.fps, predictor.metadata, labels)) as output:
         for number, frame in enumerate(video):
             (instances,) = predictor.detect([predictor.read(frame)])
             output.add(frame[:, :, ::-1], instances)

@@ -86,3 +86,22 @@ def to_csv(found: dict) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+def read_threshold(text: str) -> float:
+    """Return the number ``text``, or the threshold of the best F1 in the evaluation.json of that path.
+
+    Raises:
+        OSError: it is no number, and the file cannot be read.
+        ValueError: the file has no such threshold.
+    """
+    with contextlib.suppress(ValueError):
+        return float(text)
+    with open(text) as file:
+        try:
+            best = json.load(file)["overall"]["best_f1"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{text} is no evaluation.json: expected overall.best_f1 in it.") from error
+    if best is None:
+        raise ValueError(f"{text} has no best threshold, since no detection was right there; give a number.")
+    return best["score_thresh"]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from focal_plugin.commands.train import main as train
 from focal_plugin.deploy import DenseTTA, Predictor, media, predict
 from focal_plugin.deploy.inputs import ImageError, find_sources
 from focal_plugin.deploy.predict import main
@@ -136,6 +137,24 @@ def test_every_option_reaches_the_predictor(run, tmp_path, monkeypatch):
     assert not isinstance(predictor.model, DenseTTA)
 
 
+def test_the_threshold_of_an_evaluation(run, tiny_config, weights, tmp_path, capsys, loggers):
+    """That the command ``eval`` has found."""
+    assert train(["--eval-only", "--config-file", tiny_config, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"]) == 0
+    path = tmp_path / "output/inference/evaluation.json"
+    found = json.loads(path.read_text())
+    found["overall"]["best_f1"] = {"score_thresh": 0.4}
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    image = str(tmp_path / "shapes_test/1.png")
+    assert run(image, "--score-thresh", str(path)) == 0
+    assert run(image, "--score-thresh", ".4") == 0
+    assert load(tmp_path / "out") == load(tmp_path / "out", "detections-2.json") != []
+    found["overall"]["best_f1"] = None
+    path.write_text(json.dumps(found))
+    assert run(image, "--score-thresh", str(path)) == 2
+    assert "evaluation.json has no best threshold" in capsys.readouterr().err
+
+
 def test_what_cannot_begin_is_an_error_and_leaves_nothing(run, tiny_config, tmp_path, capsys):
     image = str(tmp_path / "shapes_test/0.png")
     (tmp_path / "empty").mkdir()
@@ -150,6 +169,8 @@ def test_what_cannot_begin_is_an_error_and_leaves_nothing(run, tiny_config, tmp_
         ([image, "MODEL.DEVISE", "cpu"], "no key MODEL.DEVISE. Near it: MODEL.DEVICE"),
         ([image, "SEED", "1", "MODEL.DEVISE", "cpu"], "no key MODEL.DEVISE"),
         ([image, "--score-thresh", "50"], "score_thresh is 50"),
+        ([image, "--score-thresh", "none.json"], "none.json"),
+        ([image, "--score-thresh", tiny_config], "tiny.yaml is no evaluation.json"),
         ([image, "--overlap", "50"], "overlap 50"),
         ([image, "--batch", "0"], "batch_size is 0"),
         ([image, "--weights", str(tmp_path / "none.pth")], "none.pth"),
