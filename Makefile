@@ -21,7 +21,7 @@ STAMP := $(VENV)/.setup-$(shell { echo $(call quote,$(DETECTRON2)); cat $(INPUTS
 .PHONY: help setup demo test test-slow test-faults lint format docs bench bench-quick
 
 help:
-	@echo 'make demo         train on aerial images of trees, evaluate, draw what the detector sees'
+	@echo 'make demo         train on aerial images of trees, evaluate, show what the detector sees and misses'
 	@echo 'make test         style and tests; make test-slow: the tests that take longer'
 	@echo 'make test-faults  hundreds of random faults, and what became of the runs they hit'
 	@echo 'make lint         style and types only; make format puts right what it can'

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from focal_plugin.evaluation.evaluator import PageEvaluator, write_evaluation
 from focal_plugin.evaluation.report import class_table
+from tests.docs.pages import PAGES, blocks
 from tests.evaluation.test_numbers import OBJECTS, evaluated, random_case
 
 
@@ -81,6 +83,36 @@ def test_empties(tmp_path, objects, detections, classes):
     assert len(rows) == 1 + len(classes)
     assert "No detection is right" in page and ("There are no detections" in page) == (not detections)
     assert "None" not in page and "nan" not in page.lower().replace("dominant", "")
+
+
+def test_the_schema_is_documented():
+    found = write_evaluation_of(random_case(1))
+    listed = set(re.findall(r"`(\w+)`", PAGES["docs/evaluation.md"]))
+
+    def keys(value):
+        if isinstance(value, dict):
+            return set(value).union(*map(keys, value.values()))
+        return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+    kinds = set(re.findall(r"^\| (\w+) \| (?:is|has)", PAGES["docs/evaluation.md"], re.MULTILINE))
+    assert kinds == set(found["overall"]["false_positives"])
+    assert keys(found) - kinds <= listed
+
+
+def write_evaluation_of(result):
+    with tempfile.TemporaryDirectory() as folder:
+        return write_evaluation(folder, "pets", result)
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    (code,) = blocks(PAGES["docs/evaluation.md"], "python")
+    result = random_case(1)
+    (tmp_path / "annotations.json").write_text(json.dumps(result.cocoGt.dataset))
+    (tmp_path / "coco_instances_results.json").write_text(json.dumps(result.cocoDt.dataset["annotations"]))
+    (tmp_path / "output").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert written(tmp_path / "output")[0]["overall"] == write_evaluation_of(random_case(1))["overall"]
 
 
 @pytest.mark.parametrize("detects", [True, False])
