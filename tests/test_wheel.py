@@ -119,6 +119,8 @@ def test_train_evaluate_predict_and_report(installed):
     trained = run(focal, "train", "--num-gpus", 2, "--dist-url", "auto", *words, cwd=work)
     assert "2 processes of 1 thread" in trained and "Results on shapes_test" in trained
 
+    assert (work / "output" / "inference" / "evaluation.html").stat().st_size > 10_000
+
     weights = work / "output" / "model_final.pth"
     config = ["--config-file", "output/config.yaml"]
     assert "Results on shapes_test" in run(focal, "eval", *config, "MODEL.WEIGHTS", weights, cwd=work)

@@ -269,7 +269,8 @@ def _picture(p: Paired, score_thresh: float) -> dict:
     missed, shown = p.missed(score_thresh), np.flatnonzero(p.scores >= score_thresh)
     verdicts = [None if p.right[d] else KINDS[kind] for d, kind in enumerate(p.kinds())]
     return {
-        **{key: p.image.get(key) for key in ("id", "file_name", "width", "height")},
+        "file_name": p.image.get("file_name", str(p.image["id"])),
+        **{key: p.image.get(key) for key in ("id", "width", "height")},
         "missed": int(missed.sum()),
         "false_positives": int((~p.right[shown]).sum()),
         "objects": [

@@ -62,7 +62,7 @@ def test_an_image_that_cannot_be_read(tmp_path, content):
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_data_set_without_the_sizes_of_images(tmp_path, readable):
+def test_a_coco_file_without_the_sizes_of_images(tmp_path, readable):
     result = evaluated(OBJECTS, [])
     for key in ("width", "height"):
         del result.cocoGt.imgs[0][key]
@@ -71,6 +71,13 @@ def test_a_data_set_without_the_sizes_of_images(tmp_path, readable):
     write_evaluation(str(tmp_path), "pets", result, lambda file_name: str(tmp_path / file_name))
     view = 'viewBox="0 0 300 170"' if readable else 'viewBox="0 0 140.0 140.0"'  # to where the boxes end
     assert view in written(tmp_path)[2]
+
+
+def test_a_coco_file_without_the_names_of_images(tmp_path):
+    result = evaluated(OBJECTS, [])
+    del result.cocoGt.imgs[0]["file_name"]
+    write_evaluation(str(tmp_path), "pets", result)
+    assert "<figcaption>0: 2 missed" in written(tmp_path)[2]
 
 
 @pytest.mark.parametrize("objects", [[], OBJECTS])
