@@ -159,3 +159,42 @@ def test_a_subclass_detects_in_its_own_way(inference, name):
     model.__class__ = type("Own", (FocalRetinaNet,), {name: lambda self, *args: None})
     assert not padded.is_usable(model, FocalRetinaNet)
     assert not padded.is_usable(FocalRetinaNet(small_config()), FocalRetinaNet)  # on a CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("matcher", ["IgnoreBandMatcher", "ATSSMatcher"])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_gpu_is_waited_for_once(matcher, dtype, monkeypatch):
+    """Forward and backward, from the second batch of a size on: PyTorch raises an error where anything else waits."""
+    cfg = small_config()
+    cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.MATCHER.NAME = "cuda", matcher
+    torch.manual_seed(0)
+    model = FocalRetinaNet(cfg).cuda().to(memory_format=torch.channels_last).train()
+    batch = [image(64, 96, boxes=3), image(96, 64, boxes=0), image(64, 64, boxes=1, crowds=1)]
+    for each in batch:
+        each["image"] = torch.randint(0, 256, each["image"].shape, dtype=torch.uint8).pin_memory()
+        corners = torch.rand(len(each["instances"]), 2) * 20
+        each["instances"].gt_boxes = Boxes(torch.cat([corners, corners + 30], dim=1))
+        each["instances"].gt_classes.zero_()
+    read, readings = structures.read_counts, []
+
+    def read_once(counts):
+        torch.cuda.set_sync_debug_mode("default")
+        readings.append(read(counts))
+        torch.cuda.set_sync_debug_mode("error")
+        return readings[-1]
+
+    def step():
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            losses = model(batch)
+        sum(losses.values()).backward()
+
+    step()
+    step()
+    monkeypatch.setattr(structures, "read_counts", read_once)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(readings) == 1 and sum(readings[0]) > 0
