@@ -146,16 +146,9 @@ def _close(results: "Results", score_thresh: float) -> bool:
 
 
 def predict(
-    predictor: Predictor,
-    sources: Sequence[Source],
-    folder: str,
-    results: "Results",
-    problems: list[str],
-    labels: str = "all",
+    predictor: Predictor, sources: Sequence[Source], folder: str, results: "Results", problems: list[str], labels: str
 ) -> None:
     """Predict on each source: write annotated copies to ``folder``, and add to ``results`` and ``problems``.
-
-    ``labels`` is what the boxes are labelled with, see ``media.draw``.
 
     Raises:
         OSError: something could not be written.
@@ -185,12 +178,7 @@ def _groups(sources: Sequence[Source], size: int) -> Iterator[list[Source]]:
 
 
 def predict_images(
-    predictor: Predictor,
-    paths: Sequence[str],
-    folder: str,
-    results: "Results",
-    problems: list[str],
-    labels: str = "all",
+    predictor: Predictor, paths: Sequence[str], folder: str, results: "Results", problems: list[str], labels: str
 ) -> None:
     """Predict on image files together; what is wrong with those that cannot be read or resized goes to ``problems``."""
     images: list[tuple[str, np.ndarray]] = []
@@ -223,9 +211,7 @@ def _detect(predictor: Predictor, images: list[np.ndarray]) -> list[Instances | 
         return [found for image in images for found in _detect(predictor, [image])]  # one does not stop the others
 
 
-def predict_video(
-    predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm, labels: str = "all"
-) -> None:
+def predict_video(predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm, labels: str) -> None:
     """Predict on each frame of a video or camera.
 
     Raises:

@@ -41,7 +41,7 @@ def test_train_net(train_net, tmp_path):
         return {os.path.relpath(line.split()[0], folder) for line in lines if line.startswith("  ")}
 
     train_net("SOLVER.MAX_ITER", 1)
-    written = {"inference/coco_instances_results.json", "config.yaml", "log.txt"}
+    written = {"inference/evaluation.html", "inference/coco_instances_results.json", "config.yaml", "log.txt"}
     trained = {"model_final.pth", "metrics.json"}
     assert written | trained <= last_report(output)
     train_net("--eval-only", "MODEL.WEIGHTS", output / "model_final.pth")
