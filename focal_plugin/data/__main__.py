@@ -17,6 +17,7 @@ import yaml
 from ..config import ConfigError
 from ..files.write import check_free, replace_file, whole_folder
 from .formats import FORMATS, find_sets, make_set
+from .images import decoded
 from .records import Checker, DataError
 from .sheet import count_boxes, draw_sheet
 from .splits import groups_of, split_records
@@ -172,6 +173,8 @@ def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[
         dataset = make_set(one, f"{args.path}, {one.split}", args.classes, args.on_error, **keys)
         checker = Checker(dataset.name, args.on_error)
         read[one.split], metadata = dataset.load(checker)
+        if args.on_error == "skip":
+            read[one.split] = decoded(read[one.split], checker)
         names[one.split] = metadata["thing_classes"]
         print(f"{checker.summary(read[one.split])}; format {one.format}")
         if not read[one.split]:

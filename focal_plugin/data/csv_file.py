@@ -1,13 +1,14 @@
 """Data sets in one CSV file, as DeepForest has them: a row for each box."""
 
 import csv
+import io
 import os
 from dataclasses import dataclass
 
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from ..files.regular import open_regular
 from .images import check_image
 from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, join_inside, need, resolve
 
@@ -70,7 +71,7 @@ def _read_rows(path: str, checker: Checker) -> list[tuple[str, dict[str, str]]]:
     """The rows as ``COLUMNS``, each with where it is."""
     rows = []
     try:
-        with PathManager.open(path, "r", encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True, skipinitialspace=True)
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
@@ -83,6 +84,8 @@ def _read_rows(path: str, checker: Checker) -> list[tuple[str, dict[str, str]]]:
                         found = "more" if None in row else "fewer"
                         raise DataError("row of another length", f"{where} has {found} values than the first line.")
                     rows.append((where, {column: row[column].strip() for column in COLUMNS}))
+    except OSError as error:
+        raise DataError("file that does not open", str(error)) from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError("file that is not CSV", f"{path}: {error}") from error
     return rows

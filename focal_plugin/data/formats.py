@@ -3,18 +3,17 @@
 import csv
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from .coco import CocoSet
 from .csv_file import COLUMNS, CsvSet
 from .records import Checker, DataError, need, resolve
 from .voc import VocSet
-from .yolo import SPLITS, YoloSet
+from .yolo import SPLITS, YoloSet, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +140,11 @@ def _images_of(content: bytes, home: Path, path: Path) -> Path:
     short = path.stem.rpartition("_")[2]  # of annotations/instances_train2017.json
     folders = [home / "images" / short, home / short, home / "images", home, home.parent / "images"]
     match = _FILE_NAME.search(content)
-    name = json.loads(match[1]) if match else ""
-    there = [folder for folder in folders if folder.is_dir() and (folder / name).exists()]
+    try:
+        name = json.loads(match[1]) if match else ""
+    except ValueError:  # reading the file says so
+        name = ""
+    there = [folder for folder in folders if os.path.isdir(folder) and os.path.exists(os.path.join(folder, name))]
     return there[0] if there else home
 
 
@@ -150,10 +152,10 @@ def _find_yolo(root: Path) -> Iterator[Found]:
     described = False
     for path in _files(root, (".yaml", ".yml"), "*"):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError):
+            content = read_yaml(str(path))
+        except DataError:
             continue
-        if isinstance(content, dict) and ("names" in content or "nc" in content):
+        if "names" in content or "nc" in content:
             for split in (split for split in SPLITS if content.get(split)):
                 described = True
                 yield Found("yolo", split, {"data": str(path), "split": split})
@@ -177,7 +179,7 @@ def _find_csv(root: Path) -> Iterator[Found]:
             continue
         if set(COLUMNS) <= set(header):
             name, images = first.get("image_path") or "", path.parent / "images"
-            elsewhere = (images / name).exists() and not (path.parent / name).exists()
+            elsewhere = os.path.exists(images / name) and not os.path.exists(path.parent / name)
             yield Found("csv", path.stem, {"csv": str(path)} | ({"images": str(images)} if elsewhere else {}))
 
 

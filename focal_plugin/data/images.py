@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..files.regular import open_regular
-from .records import DataError
+from .records import Checker, DataError
 
 _ROTATED = (5, 6, 7, 8)  # values of the EXIF tag that swap width and height
 _EXIF_ORIENTATION = 274
@@ -72,6 +72,17 @@ def decode_all(paths: Sequence[str], what: str) -> Iterator[int | DataError]:
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as pool:
         found = pool.map(attempt, paths)
         yield from tqdm(found, total=len(paths), desc=f"Decoding {what}", unit="image", delay=3, leave=False)
+
+
+def decoded(records: Sequence[dict], checker: Checker) -> list[dict]:
+    """Return the records whose images can be decoded; ``checker`` says what to do about the others."""
+    kept = []
+    for record, found in zip(records, decode_all([record["file_name"] for record in records], checker.dataset)):
+        with checker.record("image"):
+            if isinstance(found, DataError):
+                raise found
+            kept.append(record)
+    return kept
 
 
 @contextmanager

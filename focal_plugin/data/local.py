@@ -13,7 +13,7 @@ from ..config import ConfigError
 from .coco import CocoSet
 from .csv_file import CsvSet
 from .formats import FORMATS, FolderSet
-from .images import decode_all
+from .images import decoded
 from .records import Checker, DataError
 from .voc import VocSet
 from .yolo import YoloSet
@@ -50,13 +50,8 @@ class LocalDataset:
         if self.entry.on_error != "skip" or self._is_decoded:
             return
         self._is_decoded = True
-        kept, checker = [], Checker(self.entry.name, "skip")
-        records = self()
-        for record, found in zip(records, decode_all([record["file_name"] for record in records], self.entry.name)):
-            with checker.record("image"):
-                if isinstance(found, DataError):
-                    raise found
-                kept.append(record)
+        checker = Checker(self.entry.name, "skip")
+        kept = decoded(self(), checker)
         if not checker.left_out:
             return
         self.left_out += checker.left_out

@@ -2,16 +2,18 @@
 
 import math
 import os
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import yaml
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
 from ..config import ConfigError
+from ..files.regular import open_regular, read_regular
+from ..files.safe_yaml import MOST_BYTES, parse_yaml
 from .images import check_image
 from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, need, resolve
 
@@ -34,6 +36,8 @@ class YoloSet:
             list of these, relative to its ``path``. If it says ``kpt_shape``, keypoints follow each box and are passed
             over.
         split: "train", "val" or "test" in that file.
+        root: the folder that the paths in ``data`` are relative to, in place of what it says itself, which has to be in
+            its own folder.
         images: in place of ``data`` and ``split``, the folder of the images.
         labels: with ``images``, the folder of the labels. Empty: the last folder ``images`` in an image's path is
             replaced by ``labels``; if there is none, the labels are beside the images.
@@ -46,29 +50,34 @@ class YoloSet:
     name: str
     data: str = ""
     split: str = ""
+    root: str = ""
     images: str = ""
     labels: str = ""
     classes: list[str] | None = None
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
-        given = {key for key in ("data", "split", "images", "labels") if getattr(self, key)}
-        if given not in ({"data", "split"}, {"images"}, {"images", "labels"}):
+        given = {key for key in ("data", "split", "root", "images", "labels") if getattr(self, key)}
+        if given - {"root"} != {"data", "split"} and given - {"labels"} != {"images"}:
             found = ", ".join(sorted(given)) or "neither"
-            raise ConfigError(f"format yolo takes data and split, or images and perhaps labels; found {found}.")
+            raise ConfigError(
+                f"format yolo takes data, split and perhaps root, or images and perhaps labels; found {found}."
+            )
 
     def load(self, checker: Checker) -> tuple[list[dict], dict]:
         """Return the records in Detectron2's format, and their metadata."""
         if self.data:
             path = need(resolve(self.data), "data")
-            content = _read_yaml(path)
-            sources = split_sources(content, path, self.split)
+            content = read_yaml(path)
+            root = need(resolve(self.root), "root") if self.root else ""
+            sources = _split_sources(content, path, self.split, root)
         else:
-            path, content, sources = "", {}, [need(resolve(self.images), "images")]
+            path, root, content, sources = "", "", {}, [need(resolve(self.images), "images")]
         names = self._names(content, path or sources[0])
         classes = self.classes or list(names.values())
         class_ids = {name: index for index, name in enumerate(classes)}
-        images = [image for source in sources for image in _list_images(source)]
+        home = root or os.path.dirname(path) if path else ""
+        images = [image for source in sources for image in _list_images(source, home)]
         labels = [self._label_file(image, sources[0]) for image in images]
         _check_labels(images, labels, sources, checker)
         home = os.path.commonpath([os.path.abspath(os.path.dirname(image)) for image in images]) if images else ""
@@ -100,11 +109,13 @@ class YoloSet:
         if not sound or not all(isinstance(name, str) and name for name in names.values()):
             raise DataError(
                 "no classes",
-                f"{where} has names {found!r}, expected a list of names or {{0: name}} (quote yes, no and numbers). "
+                f"{where} has names {reprlib.repr(found)}, expected a list, or {{0: name}} (quote yes and no). "
                 f"Without a data.yaml, give the entry its classes: [...], or write {NAMES_FILE}.",
             )
         if len(set(names.values())) < len(names):
-            raise DataError("category listed twice", f"{where} has names {found!r}, of which some are the same.")
+            raise DataError(
+                "category listed twice", f"{where} has names {reprlib.repr(found)}, of which some are the same."
+            )
         return dict(sorted(names.items()))
 
     def _read_names(self) -> list[str] | None:
@@ -131,53 +142,79 @@ def labels_folder(images: str) -> str:
     return os.sep.join(parts)
 
 
-def _read_yaml(path: str) -> dict:
+def read_yaml(path: str) -> dict:
+    """Return what a data.yaml holds.
+
+    Raises:
+        DataError: it is no YAML mapping, or asks for more than data.
+    """
     try:
-        with PathManager.open(path, "r", encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError("file that is not YAML", f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError("not YOLO's format", f"{path} holds {str(content)[:50]!r}, expected names, train and val.")
-    return content
+        return parse_yaml(read_regular(path, MOST_BYTES), path, keys=(str, int))
+    except (ConfigError, OSError) as error:
+        raise DataError("file that is not YAML", str(error)) from error
 
 
-def split_sources(content: dict, path: str, split: str) -> list[str]:
+def _split_sources(content: dict, path: str, split: str, root: str) -> list[str]:
     """Return the folders of images, or text files that list images, of a split.
 
     Args:
         content: of the YAML file ``path``.
         path: that file.
         split: a key of it, such as "train".
+        root: what ``content``'s paths are relative to; empty, what it says itself, which is in its own folder.
 
     Raises:
-        DataError: the file does not have the split, or what it names does not exist.
+        DataError: the file does not have the split, or what it names does not exist or is outside the folder.
     """
     values = content.get(split) if split in SPLITS else None
     values = [values] if isinstance(values, str) else values
     if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
         has = ", ".join(key for key in SPLITS if content.get(key)) or "none"
-        raise DataError("no such split", f"{path} has {split}: {values!r}; its splits are: {has}.")
-    home, root = os.path.dirname(path), content.get("path") or ""
-    if not isinstance(root, str):
-        raise DataError("not YOLO's format", f"{path}: path is {root!r}, expected a folder.")
-    beside = os.path.normpath(os.path.join(home, os.path.expanduser(root)))
-    root = beside if PathManager.exists(beside) else need(resolve(root), f"path in {path}")
+        raise DataError("no such split", f"{path} has {split}: {reprlib.repr(values)}; its splits are: {has}.")
+    root = root or _root_of(content, path)
     sources = []
     for value in values:
-        source = os.path.normpath(os.path.join(root, value))
-        if value.startswith("../") and not PathManager.exists(source):  # Roboflow writes one ../ too many
-            source = os.path.normpath(os.path.join(root, value[len("../") :]))
-        sources.append(need(source, f"{split} in {path}"))
+        places = [os.path.join(root, value)]
+        if value.startswith("../"):  # Roboflow writes one ../ too many
+            places.append(os.path.join(root, value[len("../") :]))
+        inside = [os.path.normpath(place) for place in places if _is_inside(place, root)]
+        if not inside:
+            raise DataError(
+                "path outside its folder",
+                f"{path} has {split}: {value}, outside {root}. If that is what you want, give the entry a root.",
+            )
+        sources.append(next(filter(PathManager.exists, inside), None) or need(inside[-1], f"{split} in {path}"))
     return sources
 
 
-def _list_images(source: str) -> Iterator[str]:
-    """Yield the images in a folder and the folders in it, or those that a text file lists."""
+def _root_of(content: dict, path: str) -> str:
+    """The folder that the paths in a data.yaml are relative to: its ``path``, relative to it or the current folder."""
+    home, said = os.path.dirname(path), content.get("path") or ""
+    if not isinstance(said, str):
+        raise DataError("not YOLO's format", f"{path}: path is {reprlib.repr(said)}, expected a folder.")
+    for root in (os.path.normpath(os.path.join(home, said)), said):
+        if _is_inside(root, home) and os.path.isdir(root):
+            return root
+    raise DataError(
+        "path outside its folder",
+        f"{path}: path is {said}, which is no folder in {home or 'this one'}. Correct it, or give the entry a root.",
+    )
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _list_images(source: str, home: str) -> Iterator[str]:
+    """Yield the images in a folder and the folders in it, or those that a text file lists, all in ``home`` if given."""
     if not os.path.isdir(source):
-        for line in _read_text(source).splitlines():
+        for number, line in enumerate(_read_text(source).splitlines(), start=1):
             if line.strip():
-                yield os.path.normpath(os.path.join(os.path.dirname(source), line.strip()))
+                path = os.path.normpath(os.path.join(os.path.dirname(source), line.strip()))
+                if not _is_inside(path, home or os.path.dirname(source)):
+                    raise DataError("path outside its folder", f"{source}, line {number} names {line.strip()[:200]}.")
+                yield path
         return
     extensions = Image.registered_extensions()
     for folder, folders, files in os.walk(source):
@@ -212,15 +249,15 @@ def _keypoints(content: dict, path: str) -> int | None:
     if shape is None:
         return None
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-        raise DataError("not YOLO's format", f"{path}: kpt_shape is {shape!r}, expected [number, 2 or 3].")
+        raise DataError("not YOLO's format", f"{path}: kpt_shape is {reprlib.repr(shape)}, expected [number, 2 or 3].")
     return math.prod(shape)
 
 
 def _read_text(path: str) -> str:
     try:
-        with PathManager.open(path, "r", encoding="utf-8-sig") as file:
-            return file.read()
-    except ValueError as error:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise DataError("file that is not text", f"{path}: {error}") from error
 
 

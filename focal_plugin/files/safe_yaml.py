@@ -114,8 +114,13 @@ def _find_base(base: str, config: str) -> str:
     )
 
 
-def parse_yaml(text: str | bytes, where: str) -> dict:
-    """Return the mapping that ``text`` is, {} if it is empty; ``where`` names it in messages.
+def parse_yaml(text: str | bytes, where: str, keys: tuple[type, ...] = (str,)) -> dict:
+    """Return the mapping that ``text`` is, {} if it is empty.
+
+    Args:
+        text: bytes are UTF-8.
+        where: what names it in messages.
+        keys: the types that keys of mappings may have.
 
     Raises:
         ConfigError: it is no YAML, no mapping, or asks for more than data.
@@ -127,7 +132,7 @@ def parse_yaml(text: str | bytes, where: str) -> dict:
             f"{where} is not text in UTF-8 ({error}); expected a config in YAML, saved as UTF-8."
         ) from error
     try:
-        content = yaml.load(text, functools.partial(_Loader, where=where))
+        content = yaml.load(text, functools.partial(_Loader, where=where, keys=keys))
     except RecursionError as error:
         raise ConfigError(f"{where} {_TOO_DEEP}") from error
     except Exception as error:  # PyYAML raises errors of many types on text that is no YAML
@@ -145,9 +150,10 @@ def parse_yaml(text: str | bytes, where: str) -> dict:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with one more tag and a limit on aliases; ``where`` names the text in messages."""
 
-    def __init__(self, text: str, where: str):
+    def __init__(self, text: str, where: str, keys: tuple[type, ...]):
         super().__init__(text)
         self.name = where
+        self.keys = keys
         self.composed = 0
         self.checked: set[yaml.MappingNode] = set()
 
@@ -176,7 +182,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             value = self.construct_object(key, deep=True)
-            if not isinstance(value, str):
+            if type(value) not in self.keys:
                 kind = type(value).__name__
                 found = f"the key {value!r:.40} is {kind}; expected text (in YAML, quote yes, no and numbers)"
                 raise ConstructorError(None, None, found, key.start_mark)

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,14 @@ def test_a_file_that_cannot_be_right(csv_file, content, says):
     csv_file.path.write_bytes(content.encode("utf-8", "surrogateescape"))
     register_local_dataset({"name": "x", "format": "csv", "csv": str(csv_file.path)})
     with pytest.raises(DataError, match=says):
+        DatasetCatalog.get("x")
+
+
+def test_a_pipe_is_refused(csv_file):
+    csv_file.path.parent.mkdir()
+    os.mkfifo(csv_file.path)
+    register_local_dataset({"name": "x", "format": "csv", "csv": str(csv_file.path)})
+    with pytest.raises(DataError, match=r"trees\.csv is a pipe; expected a file"):
         DatasetCatalog.get("x")
 
 

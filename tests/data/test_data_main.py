@@ -230,3 +230,5 @@ def test_nothing_is_left_of_a_command_that_fails(coco, tmp_path, capsys):
     assert main(["tile", *words, "--force"]) == 2
     assert "image that does not open" in capsys.readouterr().err
     assert files(tmp_path / "out") == before and len(list((tmp_path / "out").iterdir())) == 1
+    assert main(["tile", *words, "--force", "--on-error", "skip"]) == 0
+    assert "9 images, 6 boxes; images left out: 1 (image that does not open: 1)" in capsys.readouterr().out

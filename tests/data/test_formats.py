@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -157,3 +158,14 @@ def test_a_csv_file_with_a_folder_of_images(tmp_path, save_image):
     save_image(tmp_path / "images" / "a.png", (60, 40))
     (tmp_path / "all.csv").write_text("image_path,xmin,ymin,xmax,ymax,label\na.png,1,1,5,5,cat\n")
     assert len(load(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", [r"\\ud800", r"\\u00", "a" * 5000, "../" * 9, r"\\u0000", "\xff"])
+def test_names_of_images_that_cannot_be(tmp_path, name):
+    """Whatever the first image is called, the file is found, and reading it says what is wrong."""
+    text = '{"images": [{"id": 1, "file_name": "NAME"}], "categories": [{"id": 1, "name": "a"}]}'.replace("NAME", name)
+    (tmp_path / "a.json").write_bytes(text.encode("latin1"))
+    os.mkfifo(tmp_path / "b.json")
+    assert [found.format for found in find_sets(str(tmp_path))] == ["coco"]
+    with pytest.raises(DataError):
+        load(tmp_path)

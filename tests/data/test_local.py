@@ -87,7 +87,10 @@ def test_name_of_a_builtin_data_set():
         ({"name": "mine", "path": "a", "format": "yolov8"}, "format 'yolov8'; expected"),
         ({"name": "mine", "path": "a", "json": "b"}, "unknown key json. A path to search takes name (needed), path"),
         ({"name": "mine", "format": "csv"}, "missing key csv. Format csv takes"),
-        ({"name": "mine", "format": "yolo"}, "takes data and split, or images and perhaps labels; found neither"),
+        (
+            {"name": "mine", "format": "yolo"},
+            "takes data, split and perhaps root, or images and perhaps labels; found neither",
+        ),
         ({"name": "mine", "format": "yolo", "data": "a"}, "found data"),
         ({"name": "mine", "format": "yolo", "data": "a", "split": "val", "images": "b"}, "found data, images, split"),
         ({**COCO, "roots": "a"}, "unknown key roots. Format coco takes name (needed), json (needed), images (needed)"),

@@ -130,6 +130,37 @@ def test_ways_to_say_where_the_images_are(yolo_folder, tmp_path, monkeypatch):
         assert all(len(boxes(record)) == 1 for record in records)
 
 
+def test_data_outside_the_folder_of_the_yaml_file(yolo_folder, tmp_path):
+    yolo_folder.image("a.png", ["0 .5 .5 .5 .5"])
+    yolo_folder.describe(path="/somewhere/else").rename(tmp_path / "mine.yaml")
+    keys = {"data": str(tmp_path / "mine.yaml"), "split": "train"}
+    with pytest.raises(DataError, match="path is /somewhere/else, which is no folder in"):
+        yolo_folder.load(**keys)
+    (record,) = yolo_folder.load(name="root", root=str(yolo_folder.root), **keys)
+    assert len(boxes(record)) == 1
+
+
+@pytest.mark.parametrize("kind", ["yaml", "list", "label"])
+def test_pipes_are_refused(yolo_folder, kind):
+    yolo_folder.image("a.png", ["0 .5 .5 .5 .5"])
+    yolo_folder.describe(train="list.txt" if kind == "list" else "images/train")
+    path = yolo_folder.root / {"yaml": "data.yaml", "list": "list.txt", "label": "labels/train/a.txt"}[kind]
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{path.name} is a pipe; expected a file"):
+        yolo_folder.load()
+
+
+def test_a_yaml_file_that_stands_for_more_than_fits(yolo_folder):
+    """Ten lists of ten, eight times over: PyYAML makes them in no time, and their text has 10^8 words."""
+    yolo_folder.image("a.png", ["0 .5 .5 .5 .5"])
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 8)]
+    yolo_folder.describe().write_text("\n".join([*lines, "train: images/train", "names: *a7"]))
+    with pytest.raises(DataError, match=r"file that is not YAML: .*stands for more than"):
+        yolo_folder.load()
+
+
 @pytest.mark.parametrize("labels", [None, "elsewhere"])
 def test_folders_without_a_yaml_file(yolo_folder, labels):
     yolo_folder.image("a.png", ["1 .5 .5 .5 .5"])
@@ -168,13 +199,18 @@ def test_other_classes(yolo_folder):
     [
         ({"names": None}, "no classes: .*names None"),
         ({"names": []}, "no classes"),
-        ({"names": [True, "a"]}, "no classes: .*quote yes, no and numbers"),
+        ({"names": [True, "a"]}, "no classes: .*quote yes and no"),
         ({"names": {"a": 0}}, "no classes"),
         ({"names": ["a", "a"]}, "category listed twice"),
         ({"train": None}, "no such split: .*train: None; its splits are: none"),
         ({"train": 5, "val": "x"}, "no such split: .*train: 5; its splits are: train, val"),
         ({"train": "nowhere"}, "missing file: .*train in .*data.yaml is .*nowhere, which does not exist"),
-        ({"path": "nowhere"}, "missing file: .*path in .*data.yaml is nowhere"),
+        ({"path": "nowhere"}, "path outside its folder: .*data.yaml: path is nowhere, which is no folder in"),
+        ({"path": "/"}, "path outside its folder: .*path is /, which is no folder in .*give the entry a root"),
+        ({"path": ".."}, "path outside its folder"),
+        ({"train": "/"}, "path outside its folder: .*data.yaml has train: /, outside .*give the entry a root"),
+        ({"train": "../../images/train"}, "path outside its folder"),
+        ({"train": "hostile.txt"}, "path outside its folder: .*hostile.txt, line 2 names ../../a.png"),
         ({"path": 5}, "not YOLO's format: .*path is 5"),
         ({"kpt_shape": [17]}, r"not YOLO's format: .*kpt_shape is \[17\]"),
         ({"kpt_shape": "x"}, "not YOLO's format"),
@@ -183,6 +219,7 @@ def test_other_classes(yolo_folder):
 def test_a_yaml_file_that_cannot_be_right(yolo_folder, content, says):
     yolo_folder.image("a.png", ["0 .5 .5 .5 .5"])
     yolo_folder.describe(**content)
+    (yolo_folder.root / "hostile.txt").write_text("images/train/a.png\n../../a.png\n")
     with pytest.raises(DataError, match=says):
         yolo_folder.load()
 
@@ -191,7 +228,7 @@ def test_a_yaml_file_that_cannot_be_right(yolo_folder, content, says):
 def test_a_yaml_file_of_any_content(yolo_folder, text):
     path = yolo_folder.describe()
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=r"file that is not YAML|not YOLO's format"):
+    with pytest.raises(DataError, match=r"file that is not YAML|no such split"):
         yolo_folder.load()
 
 

@@ -34,6 +34,7 @@ from focal_plugin.config.explain import flatten
 from focal_plugin.config.load import load_config
 from focal_plugin.data import DataError
 from focal_plugin.data.coco import CocoSet
+from focal_plugin.data.formats import FolderSet
 from focal_plugin.data.proposals import load_proposals_into_dataset
 from focal_plugin.data.records import Checker
 from focal_plugin.data.voc import VocSet
@@ -300,6 +301,58 @@ def parse_voc(case, folder):
 
 splits = st.just(b"a\n") | st.binary(max_size=10) | st.sampled_from([b"a\na\n", b"../a\n", b"/a\n", b"b\n", b"a\x00\n"])
 
+# YOLO's data.yaml and labels, and CSV files, each found in its folder
+
+DATA_YAML = {
+    "path": ".",
+    "train": ["images/train"],
+    "val": "val.txt",
+    "names": {0: "cat", 1: "dog"},
+    "kpt_shape": [1, 2],
+}
+LABELS = b"0 0.5 0.5 0.25 0.25 0.1 0.1\n1 .1 .2 .2 .1 1 2\n"
+ROWS = b"image_path,xmin,ymin,xmax,ymax,label\na.png,1,2,30,20.5,cat\na.png,5,5,9,9,dog\nb.png,,,,,\n"
+NUMBER_PIECES = [
+    b"nan",
+    b"inf",
+    b"-1",
+    b"1e999",
+    b"0x1",
+    b"1_0",
+    b"9" * 400,
+    b"\x00",
+    b"\xff",
+    b"\r",
+    b'"',
+    b",",
+    b" ",
+    b"../",
+]
+yaml_bytes = changed(DATA_YAML).map(lambda content: yaml.safe_dump(content).encode())
+
+
+def parse_yolo(case, folder):
+    """Read a split of a folder with two images."""
+    content, labels, listed, split, mode = case
+    for name in ("images", "labels"):
+        (folder / name / "train").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40)).save(folder / "images" / "train" / name)
+    (folder / "data.yaml").write_bytes(content)
+    (folder / "labels" / "train" / "a.txt").write_bytes(labels)
+    (folder / "val.txt").write_bytes(listed)
+    return FolderSet("fuzz", str(folder), split=split, classes=None, on_error=mode).load(Checker("fuzz", mode))
+
+
+def parse_csv(case, folder):
+    """Read the file, with two images beside it."""
+    content, mode = case
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40)).save(folder / name)
+    (folder / "a.csv").write_bytes(content)
+    return FolderSet("fuzz", str(folder), on_error=mode).load(Checker("fuzz", mode))
+
+
 # Configs: text in YAML, the whole config, and the command line
 
 YAML_GOOD = {
@@ -502,6 +555,18 @@ BATCH_FILE = {
 FUZZERS = {
     "COCO JSON": Fuzzer(st.tuples(damaged(coco_bytes, JSON_PIECES) | coco_bytes, modes), parse_coco, (DataError,)),
     "VOC XML": Fuzzer(st.tuples(damaged(st.just(XML), XML_PIECES), splits, modes), parse_voc, (DataError,)),
+    "YOLO": Fuzzer(
+        st.tuples(
+            damaged(yaml_bytes, YAML_PIECES) | yaml_bytes,
+            damaged(st.just(LABELS), NUMBER_PIECES),
+            damaged(st.just(b"images/train/a.png\nimages/train/b.png\n"), NUMBER_PIECES),
+            st.sampled_from(["train", "val"]),
+            modes,
+        ),
+        parse_yolo,
+        (DataError,),
+    ),
+    "CSV": Fuzzer(st.tuples(damaged(st.just(ROWS), NUMBER_PIECES), modes), parse_csv, (DataError,)),
     "YAML": Fuzzer(
         damaged(changed(YAML_GOOD).map(lambda c: yaml.safe_dump(c).encode()), YAML_PIECES),
         parse_yaml_file,
