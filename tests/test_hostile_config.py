@@ -1,8 +1,10 @@
 """Whatever a key of a config is set to, nothing is executed, and only what is meant to be downloaded is."""
 
+import itertools
 import json
 import os
 import pickle
+import re
 import socket
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from focal_plugin import add_focal_config
+from focal_plugin import ConfigError, add_focal_config
 from focal_plugin.analysis.checks.case import Case
 from focal_plugin.analysis.common import MISTAKES
 from focal_plugin.analysis.doctor import CHECKS, examine
@@ -33,10 +35,14 @@ DOWNLOADS = {
 }
 
 
-def leaves():
+def defaults():
     cfg = get_cfg()
     add_focal_config(cfg)
-    return sorted(flatten(cfg))
+    return flatten(cfg)
+
+
+DEFAULTS = defaults()
+NUMBERS = sorted(key for key, default in DEFAULTS.items() if isinstance(default, int | float))
 
 
 class Call:
@@ -160,15 +166,23 @@ def soon(monkeypatch):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
 
 
-@pytest.mark.parametrize("key", leaves())
+@pytest.mark.parametrize("key", sorted(DEFAULTS.keys() - NUMBERS))
 def test_no_key_runs_or_downloads_anything(key, base, tmp_path, trap, asked, catalogs, soon):
-    """One value for each key, in turn; the next test has all."""
+    """One value for each key that may be text, in turn; test_no_value_of_any_key_does has all of all keys."""
     choices = values(trap.with_name("hostile"))
-    walk(key, [choices[leaves().index(key) % len(choices)]], base, tmp_path, trap, asked)
+    walk(key, [choices[sorted(DEFAULTS).index(key) % len(choices)]], base, tmp_path, trap, asked)
+
+
+def test_no_text_is_a_number(trap, asked):
+    choices = itertools.cycle(values(trap.with_name("hostile")))
+    for key in NUMBERS:
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            load_config("", [key, next(choices)])
+        assert not trap.exists() and not asked
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", leaves())
+@pytest.mark.parametrize("key", sorted(DEFAULTS))
 def test_no_value_of_any_key_does(key, base, tmp_path, trap, asked, catalogs, soon):
     walk(key, values(trap.with_name("hostile")), base, tmp_path, trap, asked)
 
@@ -177,9 +191,6 @@ def walk(key, texts, base, tmp_path, trap, asked):
     """Set ``key`` to each of the texts, in all forms that it takes, and do what ``--doctor`` does."""
     if key in PROGRAMS:
         pytest.skip("its modules are imported: documented")
-    cfg = get_cfg()
-    add_focal_config(cfg)
-    default = flatten(cfg)[key]
     base = with_value(base, "MODEL.LOAD_PROPOSALS", key.startswith("DATASETS.PROPOSAL"))
     if key.startswith("MODEL.FOCAL.TIMM"):
         base = with_value(base, "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone")
@@ -188,7 +199,7 @@ def walk(key, texts, base, tmp_path, trap, asked):
         base = with_value(base, "MODEL.FPN.IN_FEATURES", ["c3", "c4", "c5"])
     path = tmp_path / "config.yaml"
     for text in texts:
-        for value in of_kind(default, text):
+        for value in of_kind(DEFAULTS[key], text):
             path.write_text(yaml.safe_dump(with_value(base, key, value)))
             check(path)
             assert not trap.exists(), value

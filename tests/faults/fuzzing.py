@@ -5,6 +5,7 @@ cases of a parser run in a process of its own, whose memory is limited, and time
 """
 
 import copy
+import functools
 import io
 import json
 import os
@@ -83,6 +84,7 @@ def run(fuzzer: Fuzzer, cases: int, number: int = 0) -> Outcome:
     Raises:
         AssertionError: a case had another outcome; the message has it.
     """
+    _start_hypothesis()
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -101,6 +103,12 @@ def run(fuzzer: Fuzzer, cases: int, number: int = 0) -> Outcome:
     answer = json.loads(text) if text else {"problem": f"the process ended with status {status}"}
     assert "problem" not in answer, answer["problem"]
     return Outcome(**answer["outcome"])
+
+
+@functools.cache
+def _start_hypothesis() -> None:
+    """Run an empty test before the first fork: at the first of a process, Hypothesis collects garbage for a second."""
+    settings(max_examples=1, database=None)(given(st.none())(lambda _: None))()
 
 
 def _run_limited(fuzzer: Fuzzer, cases: int, number: int) -> Outcome:
