@@ -255,9 +255,9 @@ def _ids_of_text(coco):
 
 def _huge_image_ids(coco):
     for image in coco.content["images"]:
-        image["id"] += 2**80
+        image["id"] += 2**60
     for annotation in coco.content["annotations"]:
-        annotation["image_id"] += 2**80
+        annotation["image_id"] += 2**60
 
 
 def _true_for_crowd(coco):
