@@ -152,8 +152,8 @@ def _defaults() -> CN:
     # keys. "Your own data" has examples.
     cfg.DATASETS.LOCAL = []
     cfg.INPUT = CN()
-    # More augmentations for training, after the resizing and the flip: classes of `detectron2.data.transforms` with
-    # their arguments, such as `{name: RandomFlip, horizontal: False, vertical: True}`.
+    # Augmentations for training, after the resizing and the flip, as classes and their arguments: Detectron2's, such as
+    # `{name: RandomFlip, horizontal: False, vertical: True}`, or `{name: albumentations.GaussianBlur, p: 0.2}`.
     cfg.INPUT.AUGMENTATIONS = []
 
     cfg.SOLVER = CN()

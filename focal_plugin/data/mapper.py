@@ -10,6 +10,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import transform_instance_annotations
 from detectron2.structures import Boxes
 
+from .albumentation import PREFIX, build_albumentation
 from .images import readable_image
 
 # fvcore's vertical flip makes a tensor of an image that it only reads.
@@ -64,7 +65,8 @@ def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Return the augmentations of ``INPUT.AUGMENTATIONS``, in order.
 
     Each entry has the ``name`` of a class in ``detectron2.data.transforms``, and its arguments, as in
-    ``{name: RandomFlip, horizontal: False, vertical: True}``.
+    ``{name: RandomFlip, horizontal: False, vertical: True}``; or one of albumentations', as in
+    ``{name: albumentations.GaussianBlur, p: 0.2}``.
 
     Raises:
         ValueError: there is no such class, or it does not take these arguments.
@@ -79,8 +81,14 @@ def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         where = f"INPUT.AUGMENTATIONS[{index}]"
         args = dict(entry) if isinstance(entry, dict) else {}
         name = args.pop("name", None)
+        if isinstance(name, str) and name.startswith(PREFIX):
+            augmentations.append(build_albumentation(name.removeprefix(PREFIX), args, where, cfg.INPUT.FORMAT))
+            continue
         if name not in known:
-            raise ValueError(f"{where} is {entry!r}; expected a name of {', '.join(sorted(known))}, and its arguments.")
+            raise ValueError(
+                f"{where} is {entry!r}; expected a name of {', '.join(sorted(known))}, or {PREFIX} and a name of its "
+                "transforms; and arguments."
+            )
         try:
             augmentations.append(known[name](**args))
         except (TypeError, AssertionError, ValueError) as error:

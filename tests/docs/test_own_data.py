@@ -17,6 +17,7 @@ from focal_plugin.config.load import build_model, load_config
 from focal_plugin.data import check_num_classes, register_local_datasets
 from focal_plugin.data.__main__ import build_parser
 from focal_plugin.engine import Trainer
+from focal_plugin.engine.rng import seeded
 from tests.data.conftest import CocoFile, VocRoot
 from tests.docs.pages import PAGES, blocks, commands, section
 
@@ -153,6 +154,20 @@ def test_own_code_trains_from_the_command_line(my_set, tiny_config, loggers, cap
     words = ["MODEL.FOCAL.IMPORTS", "['my_data']", "DATASETS.TRAIN", "('my_set',)", "DATASETS.TEST", "()"]
     words += ["MODEL.RETINANET.NUM_CLASSES", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "2"]
     assert focal(["train", "--config-file", tiny_config, *words], "focal") == 0, capsys.readouterr().err
+
+
+def test_augmentations(tiny_config):
+    pytest.importorskip("albumentations", reason="needs pip install -e .[augment]")
+    (text,) = blocks(section(PAGE, "Augmentations"), "yaml")
+    entries = yaml.safe_load(text)["INPUT"]["AUGMENTATIONS"]
+    cfg = load_config(tiny_config, ["INPUT.AUGMENTATIONS", repr(entries)])
+
+    def images():
+        with seeded(1):
+            batches = iter(Trainer.build_train_loader(cfg))
+            return [sample["image"].numpy().tobytes() for _ in range(3) for sample in next(batches)]
+
+    assert images() == images()
 
 
 def test_repeat_factors(tiny_config, tmp_path):
