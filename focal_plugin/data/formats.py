@@ -138,7 +138,7 @@ def _find_coco(root: Path) -> Iterator[Found]:
 def _images_of(content: bytes, home: Path, path: Path) -> Path:
     """The folder that the first image of a COCO file is in."""
     short = path.stem.rpartition("_")[2]  # of annotations/instances_train2017.json
-    folders = [home / "images" / short, home / short, home / "images", home, home.parent / "images"]
+    folders = [home / "images" / short, home / short, home / path.stem, home / "images", home, home.parent / "images"]
     match = _FILE_NAME.search(content)
     try:
         name = json.loads(match[1]) if match else ""

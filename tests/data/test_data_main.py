@@ -9,6 +9,7 @@ import yaml
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from focal_plugin.__main__ import main as focal
 from focal_plugin.data import register_local_dataset
 from focal_plugin.data.__main__ import main
 
@@ -232,3 +233,18 @@ def test_nothing_is_left_of_a_command_that_fails(coco, tmp_path, capsys):
     assert files(tmp_path / "out") == before and len(list((tmp_path / "out").iterdir())) == 1
     assert main(["tile", *words, "--force", "--on-error", "skip"]) == 0
     assert "9 images, 6 boxes; images left out: 1 (image that does not open: 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["yolo", "csv", "voc"])
+def test_a_run_on_a_path(tiny_config, tmp_path, loggers, to):
+    """Training and evaluation on what was converted, found by its path alone."""
+    entries = []
+    for name in ("shapes_train", "shapes_test"):
+        out = tmp_path / f"{name}_{to}"
+        assert main(["convert", str(tmp_path / f"{name}.json"), str(out), "--to", to]) == 0
+        entries.append({"name": f"{name}_{to}", "path": str(out), "classes": ["square", "disc"]})
+    names = [entry["name"] for entry in entries]
+    changes = ["DATASETS.LOCAL", repr(entries), "DATASETS.TRAIN", repr(names[:1]), "DATASETS.TEST", repr(names[1:])]
+    assert focal(["train", "--config-file", tiny_config, *changes], "focal") == 0
+    results = [json.loads(line) for line in (tmp_path / "output/metrics.json").read_text().splitlines()]
+    assert "bbox/AP" in results[-1]

@@ -111,6 +111,7 @@ def test_nothing(tmp_path):
         ("annotations/instances_train2017.json", "train2017", "instances_train2017"),
         ("annotations/instances_train2017.json", "images/train2017", "instances_train2017"),
         ("annotations/train.json", "images", "train"),
+        ("my_train.json", "my_train", "my_train"),
         ("train/annotations.json", "train/images", "train"),
         ("annotations/annotations.json", "annotations/images", "annotations"),
         ("train/_annotations.coco.json", "train", "train"),  # Roboflow's
