@@ -95,7 +95,7 @@ TOOLS = {
     "files": {"config.keys"},
     "data": {"config.keys", "evaluation", "files", "structures"},
     "backbones": {"config.keys", "files", "registry"},
-    "pipelines": {"anchors", "class_loss", "config.keys", "kernels", "matchers", "normalizer", "registry", "structures"},
+    "pipelines": BASE | {"anchors", "class_loss", "kernels", "matchers", "normalizer"},
     "config": BASE | {"data", "files", "losses"},
     "evaluation": {"files"},
     "engine": set(PAPER) | {"config", "data", "evaluation", "files"},

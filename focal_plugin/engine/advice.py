@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import ConfigError
-
 # The schedule of Detectron2's RetinaNet configs, which the paper's section 4.1 also uses.
 _REFERENCE_BATCH, _REFERENCE_LR, _REFERENCE_WARMUP = 16, 0.01, 1000
 _TOO_HIGH = 2  # times the scaled rate; below that it may be another schedule than the reference's
@@ -21,16 +19,6 @@ _FIXED_TOP_BLOCK = ("build_retinanet_resnet_fpn_backbone", "build_resnet_fpn_bac
 def advise(cfg: CfgNode) -> list[str]:
     """Return a message for each probable mistake in ``cfg``: the key, and what to do instead."""
     return [*learning_rate(cfg), *warmup(cfg), *(message for _, message in unread_keys(cfg))]
-
-
-def check_steps(cfg: CfgNode) -> None:
-    """Check that there is a step to train.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if cfg.SOLVER.MAX_ITER < 1:
-        raise ConfigError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; expected a number of steps, at least 1.")
 
 
 def scaled_learning_rate(cfg: CfgNode) -> float:

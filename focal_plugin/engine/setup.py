@@ -19,7 +19,7 @@ from ..evaluation.report import note_start
 from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES
 from ..files.write import free_paths, set_aside
-from .advice import advise, check_steps
+from .advice import advise
 from .changes import SEEDS
 from .checkpoint import AtomicCheckpointer
 from .console import off_screen
@@ -96,8 +96,6 @@ def start_run(cfg: CfgNode, args) -> None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TRAIN = cfg.DATASETS.PROPOSAL_FILES_TRAIN = ()
-    else:
-        check_steps(cfg)
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         where = args.config_file or "Detectron2's own config; name yours with --config-file"

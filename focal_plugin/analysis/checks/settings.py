@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from ...config import ConfigError
 from ...config.explain import flatten
 from ...engine import AtomicCheckpointer
-from ...engine.advice import check_steps, learning_rate, scaled_learning_rate, unread_keys, warmup
+from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
 from ...engine.changes import changes, describe, plain_config
 from ...engine.checkpoint import read_whole
 from ...engine.lock import holder
@@ -18,9 +18,8 @@ from .case import ERROR, OK, WARNING, Case, Finding, few
 
 
 def check_config(case: Case) -> Iterator[Finding]:
-    """Check that the config can be read and has a step to train, its modules imported and its data sets registered."""
+    """Check that the config can be read, its modules imported and its data sets registered."""
     imports = case.cfg.MODEL.FOCAL.IMPORTS
-    check_steps(case.cfg)
     yield Finding(OK, f"{case.config_file or 'defaults'}{f', with {few(imports)} imported' if imports else ''}")
 
 
