@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data.detection_utils import read_image
-from PIL import Image
+from PIL import Image, ImageCms
 
 from focal_plugin import add_focal_config
 from focal_plugin.data import DataError, FocalDatasetMapper
@@ -104,6 +104,9 @@ FINE = {
     "animated GIF": lambda path: RGB.save(path, format="GIF", save_all=True, append_images=[RGB.rotate(90)]),
     "TIFF of two pages": lambda path: RGB.save(path, format="TIFF", save_all=True, append_images=[RGB.rotate(90)]),
     "APNG": lambda path: RGB.save(path, format="PNG", save_all=True, append_images=[RGB.rotate(90)]),
+    "animated WebP": lambda path: RGB.save(
+        path, format="WEBP", lossless=True, save_all=True, append_images=[RGB.rotate(90)]
+    ),
 }
 
 
@@ -116,9 +119,10 @@ def record(path, size=(SIDE, SIDE)):
     return {"file_name": str(path), "width": size[0], "height": size[1], "annotations": []}
 
 
-def make_mapper(is_train=True):
+def make_mapper(is_train=True, smallest=800):
     cfg = get_cfg()
     add_focal_config(cfg)
+    cfg.INPUT.MIN_SIZE_TEST = smallest  # 0 leaves the size alone
     return FocalDatasetMapper(cfg, is_train)
 
 
@@ -140,10 +144,34 @@ def test_8_bits_are_read_as_detectron2_reads_them(tmp_path, kind):
         assert read_image(path, "BGR").shape == (SIDE, SIDE, 3)
 
 
-@pytest.mark.parametrize("kind", ["animated GIF", "TIFF of two pages", "APNG"])
+@pytest.mark.parametrize("kind", ["animated GIF", "TIFF of two pages", "APNG", "animated WebP"])
 def test_the_first_of_several_frames_is_read(tmp_path, kind):
     path = write(tmp_path / "frames", FINE[kind])
     assert np.abs(read_image(path, "RGB") - np.asarray(RGB, dtype=int)).max() < 60  # a palette of GIF
+
+
+VALUES = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
+PALETTE = np.random.default_rng(2).integers(0, 256, (256, 3), dtype=np.uint8)
+INDEXED = Image.fromarray(VALUES[..., 0], mode="P")
+INDEXED.putpalette(PALETTE.tobytes())
+CONVERTED = {
+    "CMYK": (Image.fromarray(VALUES, mode="CMYK"), (255.0 - VALUES[..., :3]) * (255 - VALUES[..., 3:]) / 255),
+    "palette": (INDEXED, PALETTE[VALUES[..., 0]]),
+    "1 bit": (Image.fromarray(VALUES[..., 0] > 127), np.where(VALUES[..., :1] > 127, 255, 0)),
+    "grey": (Image.fromarray(VALUES[..., 0]), VALUES[..., :1]),
+    "grey with transparency": (Image.fromarray(np.ascontiguousarray(VALUES[..., 2:])), VALUES[..., 2:3]),
+    "transparency": (Image.fromarray(VALUES * np.array([1, 1, 1, 0], np.uint8)), VALUES[..., :3]),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_what_pixels_become(tmp_path, kind):
+    image, expected = CONVERTED[kind]
+    path = str(tmp_path / "image")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # which nothing may apply
+    image.save(path, format="TIFF" if image.mode == "CMYK" else "PNG", icc_profile=profile)
+    seen = make_mapper(False, smallest=0)(record(path))["image"].permute(1, 2, 0).numpy()[..., ::-1]
+    assert np.abs(seen - expected.astype(float)).max() <= (1 if kind == "CMYK" else 0)
 
 
 BROKEN = {

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
 from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from focal_plugin import add_focal_config
 from focal_plugin.data import DataError, FocalDatasetMapper
@@ -40,12 +41,12 @@ def spoil(dataset, *numbers):
         Path(dataset[number]["file_name"]).write_text("not an image")
 
 
-def build(dataset, sampler=None, workers=0, batch=4, **kwargs):
+def build(dataset, sampler=None, workers=0, batch=4, mapper=FocalDatasetMapper, **kwargs):
     cfg = get_cfg()
     add_focal_config(cfg)
     cfg.INPUT.MIN_SIZE_TRAIN = (4,)
     cfg.INPUT.AUGMENTATIONS = [{"name": "RandomBrightness", "intensity_min": 0.5, "intensity_max": 1.5}]
-    mapper = FocalDatasetMapper(cfg, is_train=True)
+    mapper = mapper(cfg, is_train=True)
     sampler = sampler or TrainingSampler(len(dataset), seed=3)
     loader = build_train_loader(
         dataset, mapper=mapper, sampler=sampler, total_batch_size=batch, num_workers=workers, **kwargs
@@ -171,6 +172,14 @@ def test_too_many_stop_the_run(dataset, workers):
     assert str(error.value).count(".png") == 3
 
 
+def test_a_tenth_of_a_large_set_may_be_broken(dataset):
+    spoil(dataset, 1, 2, 3, 5)
+    take(build(dataset * 5), 150)  # 20 of 200 records
+    spoil(dataset, 6)
+    with pytest.raises(DataError, match="21 of 200 cannot be read; .* allows 20 at a time"):
+        take(build(dataset * 5), 150)
+
+
 def test_images_that_are_repaired_do_not_count(dataset):
     """Each is broken for a while: many in the run, few at a time."""
     loader = build(dataset, aspect_ratio_grouping=False)
@@ -207,6 +216,12 @@ def test_raise_stops_at_the_first(dataset, workers):
         del record["on_error"]
     with pytest.raises((DataError, RuntimeError), match=r"image that does not open.*\d\.png"):
         take(build(dataset, workers=workers), 60)
+
+
+def test_detectron2s_mapper_raises_pillows_errors(dataset):
+    spoil(dataset, *BROKEN)
+    with pytest.raises(UnidentifiedImageError):
+        take(build(dataset, mapper=DatasetMapper), 60)
 
 
 def test_a_mixture_of_sets(dataset):

@@ -1,6 +1,7 @@
 """Weights in every format of the zoo load; what else a file asks for is refused, never imported."""
 
 import collections
+import inspect
 import os
 import pickle
 import pickletools
@@ -209,6 +210,18 @@ def test_the_refusal_says_what_was_asked_for_and_what_to_do(trap, tmp_path):
     with pytest.raises(WeightsError, match=r"hostile\.pth asks for posix\.system, which is refused.*state_dict"):
         load_torch("hostile.pth")
     assert not trap.exists()
+
+
+def test_there_is_no_switch(trap, monkeypatch):
+    """PyTorch's own is without effect, and the readers take nothing but a path."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(hostile_pickles()["os.system"], "hostile.pth")
+    with pytest.raises(WeightsError, match=r"posix\.system, which is refused"):
+        load_torch("hostile.pth")
+    assert not trap.exists()
+    assert [list(inspect.signature(read).parameters) for read in (load_torch, load_zoo)] == [["path"], ["path"]]
+    torch.load("hostile.pth")
+    assert trap.exists()  # the switch works
 
 
 @pytest.mark.parametrize("ending", ["pkl", "pth", "pyth"])
