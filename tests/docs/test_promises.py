@@ -29,6 +29,7 @@ def sentences():
     return [text for text in found if not re.search(r"\| [\d.]+ \|$", text)]
 
 
+@functools.cache
 def promises():
     return {entry["says"]: entry["held_by"] for entry in yaml.safe_load(PROMISES.read_text(encoding="utf-8"))}
 
@@ -68,7 +69,9 @@ def test_as_many_hostile_files_as_the_page_says():
 
 
 def test_the_table_has_all_fuzzers():
-    rows = re.findall(r"^\| (.*) \| ([\d,]+) \| (\d+) \| (\d+) \| [\d.]+ \|$", PAGES["docs/reliability.md"], re.MULTILINE)
+    rows = re.findall(
+        r"^\| (.*) \| ([\d,]+) \| (\d+) \| (\d+) \| [\d.]+ \|$", PAGES["docs/reliability.md"], re.MULTILINE
+    )
     rows = {name: [int(number.replace(",", "")) for number in numbers] for name, *numbers in rows}
     measured = {name: rows[name] for name in FUZZERS}
     assert [name for name in rows if name in FUZZERS] == list(FUZZERS)

@@ -176,7 +176,7 @@ def test_a_tenth_of_a_large_set_may_be_broken(dataset):
     spoil(dataset, 1, 2, 3, 5)
     take(build(dataset * 5), 150)  # 20 of 200 records
     spoil(dataset, 6)
-    with pytest.raises(DataError, match="21 of 200 cannot be read; .* allows 20 at a time"):
+    with pytest.raises(DataError, match=r"21 of 200 cannot be read; .* allows 20 at a time"):
         take(build(dataset * 5), 150)
 
 

@@ -1,6 +1,7 @@
 """Two commands in one folder: no training harms another, and reading harms none."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,25 +15,38 @@ from focal_plugin.engine import Trainer, evaluation_folder, lock, sole_training
 from focal_plugin.engine.lock import LOCK, holder
 from focal_plugin.files.write import process_name, replace_file
 
-HOLD = """
-import sys
-from focal_plugin.engine import sole_training
-with sole_training(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+@pytest.fixture
+def fork():
+    """Start a function in a process that is forked from this one; its end of a pipe is the first argument."""
+    context, processes = multiprocessing.get_context("fork"), []
+
+    def start(function, *args):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=function, args=(theirs, *args)))
+        processes[-1].start()
+        theirs.close()
+        return processes[-1], ours
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def hold(pipe, folder):
+    """Train in a folder until it is killed."""
+    with sole_training(folder):
+        pipe.send("held")
+        time.sleep(600)
 
 
 @pytest.fixture
-def training(tmp_path):
+def training(fork, tmp_path):
     """Another process that trains in the folder ``output``."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "output"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    process, pipe = fork(hold, str(tmp_path / "output"))
+    assert pipe.recv() == "held"
+    return process
 
 
 def snapshot(folder):
@@ -53,8 +67,8 @@ def test_a_second_training_is_refused_and_changes_nothing(training, train_net, l
     with pytest.raises(ConfigError, match=message):
         train_net(config=lazy_config)
     assert snapshot(output) == before
-    training.send_signal(signal.SIGKILL)  # the system releases the lock, and the training takes over
-    training.wait()
+    training.kill()  # the system releases the lock, and the training takes over
+    training.join()
     train_net("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 1)
     assert not list(output.glob("*.part"))
 
@@ -88,18 +102,25 @@ def test_an_evaluation_alone_writes_to_its_folder(tmp_path):
     assert evaluation_folder(str(tmp_path)) == str(tmp_path / "eval-2")
 
 
-def test_who_holds_it(training, tmp_path):
+def try_to_hold(pipe, folder):
+    lock._held.clear()  # of the process that it was forked from
+    with pytest.raises(ConfigError) as error, sole_training(folder):
+        pass
+    pipe.send(str(error.value))
+
+
+def test_who_holds_it(training, fork, tmp_path):
     output = str(tmp_path / "output")
     assert f"process {training.pid} on" in holder(output)
     with pytest.raises(ConfigError), sole_training(output):
         pass
     training.kill()
-    training.wait()
+    training.join()
     assert holder(output) == holder(str(tmp_path)) == ""
     with sole_training(output), sole_training(output):  # a process may enter again
         assert holder(output) == ""
-        found = subprocess.run([sys.executable, "-c", HOLD, output], capture_output=True, text=True, check=False)
-        assert found.returncode == 1 and f"process {os.getpid()} on" in found.stderr
+        _, pipe = fork(try_to_hold, output)
+        assert f"process {os.getpid()} on" in pipe.recv()
     note = json.loads((tmp_path / "output" / LOCK).read_text())
     assert note["pid"] == os.getpid() and note["command"]
 
@@ -118,17 +139,24 @@ def test_a_look_at_the_lock_does_not_refuse_a_training(tmp_path):
     process.wait()
 
 
-def test_a_child_of_a_killed_training_does_not_keep_the_lock(tmp_path):
+def hold_with_a_child(pipe, folder):
+    with sole_training(folder):
+        if (child := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        pipe.send(child)
+        time.sleep(60)
+
+
+def test_a_child_of_a_killed_training_does_not_keep_the_lock(fork, tmp_path):
     """As the processes that load data, which a killed training leaves behind for some seconds."""
-    child = "    import os, time; os.fork() or (time.sleep(9), os._exit(0))\n"
-    program = HOLD.replace('    print("held"', f'{child}    print("held"')
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
+    process, pipe = fork(hold_with_a_child, str(tmp_path))
+    child = pipe.recv()
+    assert f"process {process.pid} on" in holder(str(tmp_path))
     process.kill()
-    process.wait()
+    process.join()
     assert holder(str(tmp_path)) == ""
+    os.kill(child, signal.SIGKILL)  # it was alive
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
@@ -155,20 +183,20 @@ def test_parts_of_processes_that_live_are_kept(training, tmp_path):
     assert sum(name.startswith("other") for name in kept) == 4
 
 
-def test_two_processes_write_one_file(tmp_path):
+def write_theirs(pipe, path):
+    replace_file(path, lambda file: (file.write(b"theirs"), pipe.send("half"), pipe.recv()))
+
+
+def test_two_processes_write_one_file(fork, tmp_path):
     """Each to a part of its own; the last to end wins."""
     path = tmp_path / "file"
-    write = "import sys; from focal_plugin.files.write import replace_file\n" + (
-        "replace_file(sys.argv[1], lambda file: (file.write(b'theirs'), print('half', flush=True), sys.stdin.read()))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", write, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "half\n"
+    process, pipe = fork(write_theirs, str(path))
+    assert pipe.recv() == "half"
     replace_file(str(path), lambda file: file.write(b"ours"))
     assert path.read_bytes() == b"ours"
-    process.communicate("")
-    assert process.returncode == 0 and path.read_bytes() == b"theirs"
+    pipe.send("go on")
+    process.join()
+    assert process.exitcode == 0 and path.read_bytes() == b"theirs"
     assert os.listdir(tmp_path) == ["file"]
 
 

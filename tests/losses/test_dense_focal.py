@@ -85,6 +85,7 @@ def draw_labels(logits, seed=1):
 
 
 N, A, K, H, W = 2, 3, 5, 4, 6
+ALPHAS = [[0.1, 0.3, 0.5, 0.7, 1.0], 0.25][: 1 if INTERPRETED else 2]  # the kernel gets one a class in any case
 LAYOUTS = {
     "channels first": lambda x: x.flatten(1, 2).contiguous().unflatten(1, (A, K)),
     "channels last": lambda x: x.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, (A, K)),
@@ -103,10 +104,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("alpha", [0.25, [0.1, 0.3, 0.5, 0.7, 1.0]], ids=["one alpha", "alpha a class"])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=str)
 def test_any_strides(device, layout, alpha):
-    logits = LAYOUTS[layout](draw((N, A, K, H, W), device=device))
-    assert logits.shape == (N, A, K, H, W)
+    shape = (N, A, K, 2, 3) if INTERPRETED else (N, A, K, H, W)  # some layouts are a program for each few anchors
+    logits = LAYOUTS[layout](draw(shape, device=device))
+    assert logits.shape == shape
     check([logits], [draw_labels(logits)], alpha)
 
 
@@ -118,7 +120,7 @@ def test_labels_of_any_strides(device):
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0] if INTERPRETED else [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
 def test_any_gamma_and_dtype(device, dtype, gamma, layout):
     logits = LAYOUTS[layout](draw((N, A, K, H, W), dtype=dtype, device=device))
     check([logits], [draw_labels(logits)], 0.25, gamma)
@@ -158,8 +160,10 @@ def test_extreme_positives_and_ignored_leave_no_trace(device):
     check([logits], [labels])
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1e-30, 1e-5, 0.5, 1.0, 1.5, 2.0, 5.0, 100.0, 1e30])
-@pytest.mark.parametrize("logit", [1e10, 1e30, 1e38, 3e38, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize(
+    "gamma", [0.0, 1e-30, 0.5, 2.0, 1e30] if INTERPRETED else [0.0, 1e-30, 1e-5, 0.5, 1.0, 1.5, 2.0, 5.0, 100.0, 1e30]
+)
+@pytest.mark.parametrize("logit", [*([] if INTERPRETED else [1e10, 1e30, 1e38]), 3e38, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_largest_logits(device, gamma, logit, label):
     """The gradient is that of a certain error, or 0, and the loss finite."""
@@ -173,20 +177,22 @@ def test_the_largest_logits(device, gamma, logit, label):
         assert gradient.item() == pytest.approx((0.5 * weight if x > 0 else -0.5 * weight) if wrong else 0, rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_what_an_ignored_anchor_holds_does_not_matter(device, bad, gamma):
+def test_what_an_ignored_anchor_holds_does_not_matter(device, gamma):
     logits = draw((N, A, K, H, W), device=device)
     labels = draw_labels(logits)
     ignored = (labels == -1).unsqueeze(2).expand_as(logits)
     loss, (gradient,) = check([logits], [labels], gamma=gamma)
+    bad = torch.tensor([math.nan, math.inf, -math.inf], device=device).repeat(H * W // 3).view(H, W)
     poisoned = torch.where(ignored, bad, logits).requires_grad_()
     result = dense_focal_loss([poisoned], [labels], gamma=gamma)
     assert result == loss
     assert torch.equal(torch.autograd.grad(result, poisoned)[0], gradient)
 
 
-@pytest.mark.parametrize("logit", [-20.0, -8.0, -4.59512, -3.0, -1.0, 0.0, 0.7, 3.0])
+@pytest.mark.parametrize(
+    "logit", [-4.59512, 0.7] if INTERPRETED else [-20.0, -8.0, -4.59512, -3.0, -1.0, 0.0, 0.7, 3.0]
+)
 def test_errors_do_not_add_up_over_equal_logits(device, logit):
     """As they are before training, when rounding errs the same way everywhere."""
     logits = torch.full((1, 2, 8, 40, 40) if INTERPRETED else (2, 9, 8, 64, 64), logit, device=device)
@@ -194,7 +200,7 @@ def test_errors_do_not_add_up_over_equal_logits(device, logit):
 
 
 @pytest.mark.parametrize("code", [K, -1, 0], ids=["no positives", "all ignored", "all positives"])
-@pytest.mark.parametrize("alpha", [0.25, [0.1, 0.3, 0.5, 0.7, 1.0]], ids=["one alpha", "alpha a class"])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=str)
 def test_one_label_for_all(device, code, alpha):
     logits = draw((N, A, K, H, W), device=device)
     loss, (gradient,) = check([logits], [torch.full((N, A, H, W), code, device=device)], alpha)
@@ -251,7 +257,10 @@ def test_gamma_0_is_the_cross_entropy_and_alpha_one_half_is_half_of_it(device):
 def test_gradcheck(device, gamma, alpha):
     logits = draw((1, 2, 2, 2, 2), dtype=torch.float64, device=device).requires_grad_()
     labels = torch.tensor([[[[0, 1], [2, -1]], [[2, 2], [1, 0]]]], device=device)
-    assert torch.autograd.gradcheck(lambda x: dense_focal_loss([x], [labels], alpha, gamma), logits)
+    # The fast mode, for the interpreter, checks a random projection of the Jacobian.
+    assert torch.autograd.gradcheck(
+        lambda x: dense_focal_loss([x], [labels], alpha, gamma), logits, fast_mode=INTERPRETED
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -285,7 +294,7 @@ def test_the_gradient_is_written_once_for_a_single_backward(device):
     assert kept == (logits if dense_focal._uses_triton(logits) else logits.grad).data_ptr()
 
 
-@pytest.mark.parametrize("number", [1, 8, 9, 17])
+@pytest.mark.parametrize("number", [9] if INTERPRETED else [1, 8, 9, 17])
 def test_any_number_of_levels(device, number):
     """A launch of the GPU's kernel takes eight."""
     sizes = [(1 + i % 3, 2 + i % 4) for i in range(number)]
@@ -369,7 +378,7 @@ def test_no_operation_mixes_devices(gamma):
 @pytest.mark.skipif(INTERPRETED, reason="of the PyTorch path alone")
 @pytest.mark.parametrize("size", [1, 7, 24, 100, 121])
 @pytest.mark.parametrize("layout", ["channels first", "channels last", "classes before anchors", "expanded"])
-@pytest.mark.parametrize("alpha", [0.25, [0.1, 0.3, 0.5, 0.7, 1.0]], ids=["one alpha", "alpha a class"])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=str)
 def test_blocks_of_any_size(monkeypatch, size, layout, alpha):
     monkeypatch.setattr(dense_focal.dense_focal_torch, "_block_size", lambda device: size)
     logits = LAYOUTS[layout](draw((N, A, K, H, W)))
