@@ -60,7 +60,8 @@ test: lint
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
-# The whole campaign of random faults on training, evaluation, predict and export: about 20 minutes.
+# The whole campaign of random faults on training, evaluation, predict and export, the soak test and the long fuzzers: 30
+# to 45 minutes.
 test-faults: setup
 	FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults $(ARGS)
 
