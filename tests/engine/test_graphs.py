@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -44,8 +43,9 @@ class Replay(torch.autograd.Function):
 class Recording:
     def __init__(self, module, images):
         self.module, self.calls = module, 0
+        twin = copy.deepcopy(module)  # whose running statistics nobody looks at
         with torch.no_grad():
-            self.kept = [output.clone() for output in module(images)]
+            self.kept = [output.clone() for output in twin(images)]
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.gradients = [torch.empty_like(parameter) for parameter in self.parameters]
 
@@ -66,11 +66,13 @@ def batches(sizes=SIZES, images=2):
     return [[image(h, w, boxes=2, seed=i * images + n) for n in range(images)] for i, (h, w) in enumerate(sizes)]
 
 
-def build(device="cpu"):
+def build(device="cpu", norm=""):
     torch.manual_seed(0)
     cfg = small_config()
-    cfg.MODEL.DEVICE = device
-    return FocalRetinaNet(cfg).to(device).train()
+    cfg.MODEL.DEVICE, cfg.MODEL.RETINANET.NORM = device, norm
+    cfg.MODEL.FPN.OUT_CHANNELS = 32 if norm == "GN" else 8  # one channel a group
+    cfg.MODEL.RESNETS.NORM = "BN" if norm == "BN" else "FrozenBN"
+    return FocalRetinaNet(cfg).to(device, memory_format=torch.channels_last).train()
 
 
 def train(model, data, lr=1e-4, **kwargs):
@@ -92,13 +94,15 @@ def assert_same_training(ours, theirs, losses, expected, **tolerance):
         torch.testing.assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+@pytest.mark.parametrize("norm", ["", "BN", "GN"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_is_the_same(accumulate):
-    model, twin, recordings = build(), build(), []
+def test_training_is_the_same(accumulate, norm):
+    model, twin, recordings = build(norm=norm), build(norm=norm), []
     record = lambda *args: recordings.append(Recording(*args)) or recordings[-1]  # noqa: E731
     model.compiled = GraphedNetwork(model, record=record)
-    losses = train(model, batches(), accumulate=accumulate)
-    assert_same_training(model, twin, losses, train(twin, batches(), accumulate=accumulate))
+    data = batches(images=2 * accumulate)  # BN needs more than one value on the smallest level
+    losses = train(model, data, accumulate=accumulate)
+    assert_same_training(model, twin, losses, train(twin, data, accumulate=accumulate))
     # The first batch of a size tells the sizes of the features. (Of micro-batches, the second is the second of a size.)
     assert [recording.calls for recording in recordings] == ([2, 1] if accumulate == 1 else [5, 3, 1])
 
@@ -169,25 +173,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_on_a_gpu(norm, precision, accumulate, monkeypatch):
     """Losses, weights and running statistics are as without; recording counts for no step."""
 
-    def config() -> CfgNode:
-        cfg = small_config()
-        cfg.MODEL.DEVICE, cfg.MODEL.RETINANET.NORM = "cuda", norm
-        cfg.MODEL.RESNETS.NORM = "BN" if norm == "BN" else "FrozenBN"
-        return cfg
-
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(FocalRetinaNet(config()).cuda().to(memory_format=torch.channels_last).train())
-    model, twin = models
+    model, twin = build("cuda", norm), build("cuda", norm)
+    data = batches(images=2 * accumulate)
     compile_network(model)
     torch.cuda.manual_seed(3)
-    losses = train(model, batches(), accumulate=accumulate, precision=precision, lr=1e-3)
+    losses = train(model, data, accumulate=accumulate, precision=precision)
     state = torch.cuda.get_rng_state()
     torch.cuda.manual_seed(3)
-    expected = train(twin, batches(), accumulate=accumulate, precision=precision, lr=1e-3)
+    expected = train(twin, data, accumulate=accumulate, precision=precision)
     assert state.equal(torch.cuda.get_rng_state())
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if precision is None else {"rtol": 2e-2, "atol": 2e-3}
     assert_same_training(model, twin, losses, expected, **tolerance)
