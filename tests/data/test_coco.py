@@ -337,6 +337,7 @@ def test_broken_images_are_left_out_of_evaluation(coco_file, tmp_path, caplog):
     assert len(coco_file.load(on_error="skip")) == 3
     assert MetadataCatalog.get("local").json_file
     caplog.set_level(logging.WARNING, logger="focal_plugin")
+    caplog.clear()
     for _ in range(2):
         leave_out_broken_images("local")
     assert caplog.messages == ["Data set 'local': 2 images, 2 boxes; images left out: 1 (image that does not open: 1)"]

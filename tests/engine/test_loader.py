@@ -101,6 +101,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(dataset, stop):
 
 
 def test_a_set_of_another_size_is_reported(dataset, caplog):
+    caplog.set_level(logging.WARNING, logger="focal_plugin")
     state = build(dataset).state_dict()
     build(dataset[:-1]).load_state_dict(state)
     (message,) = caplog.messages

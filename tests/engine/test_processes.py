@@ -118,8 +118,12 @@ def test_without_torchrun_detectron2_starts_them(calls, monkeypatch):
 def test_a_run_without_gpus_gets_its_signals_itself(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        launch(signal.raise_signal, 0, args=(signal.SIGINT,))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for what it runs behind
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(signal.raise_signal, 0, args=(signal.SIGINT,))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_one_process_of_torchruns_needs_no_group(calls, monkeypatch):
