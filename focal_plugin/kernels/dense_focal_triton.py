@@ -207,7 +207,7 @@ def _offsets(strides_ptr, i_0, i_1, i_2, i_3):
 def _sigmoid_and_log1p(e, HALF: tl.constexpr, TERMS: tl.constexpr):
     """1 / (1 + e) and log(1 + e) of e in [0, 1], the latter accurate also where 1 + e rounds to 1."""
     if HALF:  # for logits of 11 bits or less: a polynomial, of relative error 2e-7, and 1 / (1 + e) by the logarithm,
-        # made exact by a step of Newton's method: together they cost less than PyTorch's logarithm and division
+        # corrected by a step of Newton's method: fewer instructions than Triton's logarithm and division
         log1p = 0.005232691
         log1p = log1p * e - 0.029505229
         log1p = log1p * e + 0.07822595
