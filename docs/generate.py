@@ -130,12 +130,17 @@ def _keys(_: str) -> str:
 
 
 def config_keys() -> Iterator[tuple[str, object, str]]:
-    """Yield the plugin's config keys in the order of their file: (key, default, the comment above it).
+    """Yield the plugin's config keys in the order of their files: (key, default, the comment above it).
 
     Raises:
         StaleError: a key has no comment of its own.
     """
-    path, comment = "focal_plugin/config/keys.py", []
+    for path in ("focal_plugin/config/keys.py", "focal_plugin/config/workflow_keys.py"):
+        yield from _config_keys_of(path)
+
+
+def _config_keys_of(path: str) -> Iterator[tuple[str, object, str]]:
+    comment = []
     for line in (ROOT / path).read_text().splitlines():
         line = line.strip()
         if line.startswith("#"):
