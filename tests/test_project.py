@@ -4,6 +4,7 @@ import ast
 import configparser
 import re
 import sys
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def relative(path):
     return str(path.relative_to(ROOT))
 
 
+@cache
 def parse(path):
     return ast.parse(path.read_text(), relative(path))
 
@@ -197,9 +199,10 @@ def own_keys():
     return sorted(flatten(cfg).keys() - stock)
 
 
-def attribute_chains(tree):
-    """``.cfg.MODEL.FOCAL`` and the like: every chain of attributes in ``tree``, as a whole and not its beginnings."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+@cache
+def attribute_chains(path):
+    """``.cfg.MODEL.FOCAL`` and the like: every chain of attributes in a file, as a whole and not its beginnings."""
+    nodes = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Attribute)]
     inner = {id(node.value) for node in nodes}
     return {"." + ast.unparse(node) for node in nodes if id(node) not in inner}
 
@@ -209,7 +212,7 @@ def test_every_own_key_is_read(key):
     """By its whole name, or by its last word in a file that takes the node around it."""
     node, _, leaf = key.rpartition(".")
     for path in SOURCES:
-        chains = attribute_chains(parse(path))
+        chains = attribute_chains(path)
         whole = any(chain.endswith("." + key) for chain in chains)
         by_parts = any(chain.endswith("." + node) for chain in chains) and any(c.endswith("." + leaf) for c in chains)
         if path.name not in ("keys.py", "workflow_keys.py") and (whole or by_parts):

@@ -510,6 +510,7 @@ def test_what_runs_a_run():
     assert train_command(run, parse(["rows", "--train-net", "my.py"]).train_net) == [sys.executable, "my.py", *words]
 
 
+@pytest.mark.slow
 def test_with_the_real_train_net(rows, ablation, table):
     """One row finishes; the other one has a learning rate that makes it diverge."""
     (rows.folder / "gamma_1.yaml").unlink()

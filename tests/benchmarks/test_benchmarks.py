@@ -81,6 +81,7 @@ def test_peak_memory_is_what_a_call_takes_on_top():
     assert 63e6 < int(result.stdout) < 80e6
 
 
+@pytest.mark.slow
 def test_every_row_of_a_gpu_runs_on_a_cpu_too(run, measure_gpu, monkeypatch):
     monkeypatch.setattr(measure_gpu, "WARMUP", 1)
     monkeypatch.setattr(measure_gpu, "PROFILED", 1)

@@ -94,8 +94,10 @@ def assert_same_training(ours, theirs, losses, expected, **tolerance):
         torch.testing.assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("norm", ["", "BN", "GN"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "accumulate, norm",
+    [(1, ""), (1, "BN"), (2, "GN"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "GN"), (2, "BN")])],
+)
 def test_training_is_the_same(accumulate, norm):
     model, twin, recordings = build(norm=norm), build(norm=norm), []
     record = lambda *args: recordings.append(Recording(*args)) or recordings[-1]  # noqa: E731

@@ -1,9 +1,6 @@
 """The GPU's kernels against Detectron2's matcher, bit for bit: in Triton's interpreter, and as they are compiled."""
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -13,6 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from focal_plugin.matchers.ignore_regions import ignore_covered
+from tests.interpreter import INTERPRETED, SLOW_IN_INTERPRETER
 from tests.matchers.grid_cases import (
     ODD_BOXES,
     Boxes,
@@ -24,8 +22,7 @@ from tests.matchers.grid_cases import (
 )
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-# Under TRITON_INTERPRET=1 this file runs the kernels on the CPU; see the last test but one.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# In the interpreter, this file runs the kernels on the CPU; see test_in_interpreter.py.
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="in the interpreter")
 ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -84,25 +81,27 @@ def test_ties_odd_boxes_and_all_rules(case, rule, cut):
 
 @in_interpreter
 @pytest.mark.parametrize("low_quality", MODES)
-def test_hundreds_of_boxes(low_quality):
+@pytest.mark.parametrize("number, size", [(9, (40, 60)), pytest.param(60, (100, 150), marks=SLOW_IN_INTERPRETER)])
+def test_many_boxes(number, size, low_quality):
     """RetinaNet's own anchors; most boxes tiny, so that nearly all need a low-quality match."""
-    check_many_boxes(60, low_quality, "cpu")
+    check_many_boxes(number, size, low_quality, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("low_quality", MODES)
 def test_thousands_of_boxes_on_a_gpu(low_quality):
-    check_many_boxes(3000, low_quality, "cuda")
+    check_many_boxes(3000, (100, 150), low_quality, "cuda")
 
 
-def check_many_boxes(number, low_quality, device):
+def check_many_boxes(number, size, low_quality, device):
+    height, width = size
     sizes = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
     strides = [8, 16, 32, 64, 128]
-    anchors = make_anchors([(-(-100 // s), -(-150 // s)) for s in strides], strides, sizes)
+    anchors = make_anchors([(-(-height // s), -(-width // s)) for s in strides], strides, sizes)
     generator = torch.Generator().manual_seed(0)
-    corner, size = torch.rand(2, number, 2, generator=generator)
-    corner = corner * torch.tensor([160.0, 110.0]) - 5
-    boxes = torch.cat([corner, corner + 600 ** (size**2)], dim=1)
+    corner, extent = torch.rand(2, number, 2, generator=generator)
+    corner = corner * torch.tensor([width + 10.0, height + 10.0]) - 5
+    boxes = torch.cat([corner, corner + 600 ** (extent**2)], dim=1)
     images = [torch.cat([boxes, torch.tensor(ODD_BOXES)]), boxes.round(), EMPTY]
     thresholds = torch.tensor(PAPER["thresholds"]).tolist()
     assert_as_detectron2(anchors, images, {**PAPER, "thresholds": thresholds, "low_quality": low_quality}, device)
@@ -142,16 +141,6 @@ def test_shapes_do_not_depend_on_the_boxes():
         matched, labels = match_ignore_bands(*arguments, *bands, "detectron2", 0.5)
     assert matched.shape == labels.shape == (2, 90)
     assert (matched.dtype, labels.dtype) == (torch.int64, torch.int8)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
-def test_the_kernels_pass_these_tests_in_tritons_interpreter():
-    """In a process of its own: the variable is read when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")

@@ -1,10 +1,7 @@
 """NMS on a GPU against torchvision's, and inference there against a CPU's: in Triton's interpreter, and compiled."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -17,10 +14,10 @@ from torchvision.ops import batched_nms as torchvision_nms
 from torchvision.ops.boxes import _batched_nms_coordinate_trick, _batched_nms_vanilla
 
 from tests.deploy import test_optimize
+from tests.interpreter import INTERPRETED, SLOW_IN_INTERPRETER
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-# Under TRITON_INTERPRET=1 this file runs the kernel on the CPU; see the test that starts the interpreter.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# In the interpreter, this file runs the kernels on the CPU; see test_in_interpreter.py.
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="in the interpreter")
 DEVICES = [pytest.param("cpu", marks=in_interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -93,7 +90,7 @@ def test_hundreds_of_candidates(iou_thresh, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("max_detections", [0, 7, 300])
+@pytest.mark.parametrize("max_detections", [0, 7, pytest.param(300, marks=SLOW_IN_INTERPRETER)])
 def test_more_candidates_than_are_in_registers_at_a_time(max_detections, device):
     """With few left of each block, many overlap with those of the blocks before."""
     batch = [random_image(2500, classes=1), random_image(1100, seed=1)]
@@ -220,16 +217,6 @@ def test_shapes_do_not_depend_on_the_boxes():
             index, counts = batched_nms(torch.empty(2, count, 6), 0.5, 100)
             assert (index.shape, index.dtype) == ((2, size), torch.int64)
             assert (counts.shape, counts.dtype) == ((2,), torch.int32)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
-def test_the_kernel_passes_these_tests_in_tritons_interpreter():
-    """In a process of its own: the variable is read when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")

@@ -1,8 +1,5 @@
 """The kernels that make targets, against ``DenseTargets.from_matches``: in Triton's interpreter, and on a GPU."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,11 +8,11 @@ import torch
 from focal_plugin import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
 from focal_plugin.kernels import targets as module
 from focal_plugin.kernels.targets import dense_targets
+from tests.interpreter import INTERPRETED
 from tests.losses.batches import stacked
 from tests.test_structures import BATCHES, K, make_features, make_generator, random_batch
 
-# Under TRITON_INTERPRET=1 this file runs the kernels on the CPU; see the last test but one.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# In the interpreter, this file runs the kernels on the CPU; see test_in_interpreter.py.
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=needs_triton)]
 
@@ -59,17 +56,6 @@ def test_a_cpu_has_no_use_for_it(monkeypatch):
     monkeypatch.setattr(module, "targets_triton", None if module.targets_triton is None else object())
     anchors, matches, instances = random_batch([2], seed=0)
     assert len(dense_targets(anchors, stacked(matches), instances, K).labels) == 3
-
-
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is on already")
-def test_the_kernels_pass_these_tests_in_tritons_interpreter():
-    """In a process of its own: the variable is read when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "30 passed" in result.stdout
 
 
 @needs_triton

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -13,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from focal_plugin.losses import dense_focal
 from focal_plugin.losses.dense_focal import dense_focal_loss
+from tests.interpreter import INTERPRETED, SLOW_IN_INTERPRETER
 
-# Under TRITON_INTERPRET=1 this file tests the GPU's kernel, on the CPU; see the last test.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# In the interpreter, this file tests the GPU's kernel on the CPU; see tests/kernels/test_in_interpreter.py.
 ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda without triton")]
 BACKENDS = ["triton"] if INTERPRETED else ["cpu", *ON_A_GPU]
 
@@ -86,6 +83,11 @@ def draw_labels(logits, seed=1):
 
 N, A, K, H, W = 2, 3, 5, 4, 6
 ALPHAS = [[0.1, 0.3, 0.5, 0.7, 1.0], 0.25][: 1 if INTERPRETED else 2]  # the kernel gets one a class in any case
+GAMMAS = [0.0, 0.1, 0.5, 1.0, 2.0, 5.0]
+NUMBERS_OF_LEVELS = [1, 8, 9, 17]  # a launch of the GPU's kernel takes eight
+if INTERPRETED:
+    GAMMAS = [0.5, 2.0, *(pytest.param(gamma, marks=SLOW_IN_INTERPRETER) for gamma in (0.0, 1.0))]
+    NUMBERS_OF_LEVELS = [pytest.param(9, marks=SLOW_IN_INTERPRETER)]
 LAYOUTS = {
     "channels first": lambda x: x.flatten(1, 2).contiguous().unflatten(1, (A, K)),
     "channels last": lambda x: x.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, (A, K)),
@@ -120,7 +122,7 @@ def test_labels_of_any_strides(device):
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0] if INTERPRETED else [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("gamma", GAMMAS)
 def test_any_gamma_and_dtype(device, dtype, gamma, layout):
     logits = LAYOUTS[layout](draw((N, A, K, H, W), dtype=dtype, device=device))
     check([logits], [draw_labels(logits)], 0.25, gamma)
@@ -210,7 +212,14 @@ def test_one_label_for_all(device, code, alpha):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 1, 4, 5), (1, 1, 1, 1, 1), (1, 1, 20, 3, 3), (3, 1, 2, 1, 7), (1, 4, 33, 2, 1)]
+    "shape",
+    [
+        (2, 3, 1, 4, 5),
+        (1, 1, 1, 1, 1),
+        (1, 1, 20, 3, 3),
+        (3, 1, 2, 1, 7),
+        pytest.param((1, 4, 33, 2, 1), marks=SLOW_IN_INTERPRETER),
+    ],
 )
 def test_sizes_of_one(device, shape, layout):
     n, a, k, h, w = shape
@@ -294,9 +303,8 @@ def test_the_gradient_is_written_once_for_a_single_backward(device):
     assert kept == (logits if dense_focal._uses_triton(logits) else logits.grad).data_ptr()
 
 
-@pytest.mark.parametrize("number", [9] if INTERPRETED else [1, 8, 9, 17])
+@pytest.mark.parametrize("number", NUMBERS_OF_LEVELS)
 def test_any_number_of_levels(device, number):
-    """A launch of the GPU's kernel takes eight."""
     sizes = [(1 + i % 3, 2 + i % 4) for i in range(number)]
     logits = [draw((N, A, K, *size), seed=i, device=device) for i, size in enumerate(sizes)]
     loss, _ = check(logits, [draw_labels(level) for level in logits])
@@ -440,16 +448,6 @@ def test_labels_out_of_range_are_background_and_ignored_on_a_gpu(device):
     strange[0, 0], plain[0, 0] = K + 7, K
     strange[0, 1], plain[0, 1] = -9, -1
     assert dense_focal_loss([logits], [strange]) == dense_focal_loss([logits], [plain])
-
-
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs Triton, and its interpreter not yet on")
-def test_the_kernel_passes_these_tests_in_tritons_interpreter():
-    """In a process of its own: the variable is read when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
 
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs Triton's compiler")
