@@ -4,6 +4,7 @@ from . import _detectron2  # first: it tells what to do where Detectron2 is miss
 from .anchors import Detectron1AnchorGenerator, OctaveAnchorGenerator, TorchvisionAnchorGenerator
 from .backbones import TimmEncoder, build_focal_resnet_fpn_backbone, build_pyramid, build_timm_fpn_backbone
 from .config import ConfigError, add_focal_config
+from .config.explain import merge_from_list
 from .config.load import find_config, load_config
 from .files.safe_yaml import merge_from_file
 from .heads import ClassFrequencyBiasInit, FocalRetinaNetHead, PriorBiasInit, ZeroBiasInit
@@ -105,4 +106,5 @@ __all__ = [
     "import_user_modules",
     "load_config",
     "merge_from_file",
+    "merge_from_list",
 ]

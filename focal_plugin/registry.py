@@ -22,6 +22,7 @@ features, one (N, C, H, W) tensor a level, a head returns ``(logits, deltas)``: 
 A head with the class attribute ``takes_targets = True`` is called with ``(features, targets)`` in training, where
 ``targets`` is the batch's ``DenseTargets``. It then returns the deltas of the positives alone, (P, 4), in the order of
 ``targets.gt_boxes``.
+With ``__init__(self, cfg, input_shape, *, gamma=2.0)`` it has a key of its own, ``MODEL.FOCAL.HEAD.ARGS.GAMMA``.
 """
 
 CLS_LOSS_REGISTRY = Registry("CLS_LOSS")
@@ -34,6 +35,7 @@ A loss of each logit by itself derives from ``ElementwiseLoss`` and defines only
 loss over a sample of the anchors derives from ``MiniBatchLoss`` and defines only ``choose``.
 A loss with the class attribute ``needs_quality = True`` finds in ``targets.quality`` the IoU of each positive's
 predicted box with its ground truth.
+With ``__init__(self, cfg, *, gamma=2.0)`` it has a key of its own, ``MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA``.
 """
 
 BOX_LOSS_REGISTRY = Registry("BOX_LOSS")
@@ -42,6 +44,7 @@ Box losses: modules built with ``(cfg)`` and called with ``(deltas, anchors, gt_
 
 The first three are (P, 4) tensors, positives only (P may be 0): predicted deltas, anchors and matched boxes in
 absolute XYXY pixels. The result is one loss a positive, (P,) float32.
+With ``__init__(self, cfg, *, gamma=2.0)`` it has a key of its own, ``MODEL.FOCAL.BOX_LOSS.ARGS.GAMMA``.
 """
 
 ANCHOR_MATCHER_REGISTRY = Registry("ANCHOR_MATCHER")
@@ -58,6 +61,7 @@ images and ignores the negatives in ``regions``, without synchronising, and retu
 (N, R); or None if it cannot.
 A matcher that needs only IoU can also be called with a (G, R) matrix of IoU, like Detectron2's ``Matcher``, so that
 Detectron2's own models can use it. Any other matcher raises a TypeError for a matrix.
+With ``__init__(self, cfg, *, gamma=2.0)`` it has a key of its own, ``MODEL.FOCAL.MATCHER.ARGS.GAMMA``.
 """
 
 BIAS_INIT_REGISTRY = Registry("BIAS_INIT")
@@ -65,12 +69,13 @@ BIAS_INIT_REGISTRY.__doc__ = """
 Initialisations of the classifier's bias (section 3.3), built with ``(cfg)`` and called with
 ``(conv, num_anchors, num_classes)``: each fills the (A·K,) ``conv.bias`` in place, under ``torch.no_grad()`` or with
 ``nn.init``, channel ``a·K + k``.
+With ``__init__(self, cfg, *, gamma=2.0)`` it has a key of its own, ``MODEL.FOCAL.BIAS_INIT.ARGS.GAMMA``.
 """
 
 # A component that reads the class frequencies (class_weights.class_shares) has a class method
 # needs_class_frequencies(cfg) → bool. If it returns True and the config has none, load_config counts the boxes.
 
-_CONFIG_KEYS = {
+CONFIG_KEYS = {
     "DENSE_HEAD": "MODEL.FOCAL.HEAD.NAME",
     "CLS_LOSS": "MODEL.FOCAL.CLS_LOSS.NAME",
     "BOX_LOSS": "MODEL.FOCAL.BOX_LOSS.NAME",
@@ -83,7 +88,7 @@ def get_component(registry: Registry, name: str) -> Callable[..., Any]:
     """Return ``registry.get(name)``, or raise a ConfigError that lists the names and says how to add one."""
     if name in registry:
         return registry.get(name)
-    key = _CONFIG_KEYS[registry._name]
+    key = CONFIG_KEYS[registry._name]
     known = ", ".join(sorted(known for known, _ in registry))
     raise ConfigError(
         f"{key} is {name!r}, which is not registered. Registered: {known}. "
@@ -91,17 +96,23 @@ def get_component(registry: Registry, name: str) -> Callable[..., Any]:
     )
 
 
+def args_of(registry: Registry, cfg: CfgNode) -> CfgNode:
+    """Return the section ``ARGS`` of the component of this kind, its own keys: see ``config.components``."""
+    return cfg.MODEL.FOCAL[CONFIG_KEYS[registry._name].split(".")[2]].ARGS
+
+
 def _build(registry: Registry, name: str, cfg: CfgNode, *more: Any) -> Any:
-    """Return the component of that name, built with ``(cfg, *more)``."""
+    """Return the component of that name, built with ``(cfg, *more)`` and its own keys."""
     component = get_component(registry, name)
+    own = {key.lower(): value for key, value in args_of(registry, cfg).items() if value is not None}
     try:
-        return component(cfg, *more)
+        return component(cfg, *more, **own)
     except TypeError as error:
         if getattr(error.__traceback__, "tb_next", None) is not None:  # raised inside the constructor
             raise
-        arguments = "cfg, input_shape" if more else "cfg"
+        arguments = ", ".join(["cfg", *["input_shape"] * len(more), *own])
         raise TypeError(
-            f"{_CONFIG_KEYS[registry._name]} {name} is built with ({arguments}), which it does not take: {error}. Give "
+            f"{CONFIG_KEYS[registry._name]} {name} is built with ({arguments}), which it does not take: {error}. Give "
             f"it __init__(self, {arguments}), or Detectron2's @configurable and from_config(cls, {arguments})."
         ) from error
 
@@ -140,8 +151,8 @@ def build_cls_loss(cfg: CfgNode) -> Any:
 
 
 # Detectron2's names for its box losses, so that its configs work unchanged.
-_STOCK_BOX_LOSSES = {"smooth_l1": "SmoothL1BoxLoss", "giou": "GIoUBoxLoss"}
-_STOCK_BOX_LOSSES |= {"diou": "DIoUBoxLoss", "ciou": "CIoUBoxLoss"}
+STOCK_BOX_LOSSES = {"smooth_l1": "SmoothL1BoxLoss", "giou": "GIoUBoxLoss"}
+STOCK_BOX_LOSSES |= {"diou": "DIoUBoxLoss", "ciou": "CIoUBoxLoss"}
 
 
 def build_box_loss(cfg: CfgNode) -> Any:
@@ -149,12 +160,12 @@ def build_box_loss(cfg: CfgNode) -> Any:
     name = cfg.MODEL.FOCAL.BOX_LOSS.NAME
     if not name:
         stock = cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE
-        if stock not in _STOCK_BOX_LOSSES:
+        if stock not in STOCK_BOX_LOSSES:
             raise ConfigError(
-                f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE is {stock!r}; expected one of {', '.join(_STOCK_BOX_LOSSES)}, "
+                f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE is {stock!r}; expected one of {', '.join(STOCK_BOX_LOSSES)}, "
                 "or name a registered loss in MODEL.FOCAL.BOX_LOSS.NAME."
             )
-        name = _STOCK_BOX_LOSSES[stock]
+        name = STOCK_BOX_LOSSES[stock]
     return _build(BOX_LOSS_REGISTRY, name, cfg)
 
 

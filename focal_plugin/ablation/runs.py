@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from ..config import ConfigError
-from ..config.components import check_names
+from ..config.components import check_names, fill_args
 from ..config.explain import flatten
 from ..data import check_registered, register_local_datasets
 from ..evaluation.curves import read_metrics
@@ -236,8 +236,8 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
 
     Raises:
         ImportError: a module of ``MODEL.FOCAL.IMPORTS``, which may register data sets, is not found.
-        ValueError, OSError: a component or a data set is unknown, the files of a data set are wrong, or the first test
-            set of a run has no box.
+        ValueError, OSError: a component, a key of its own or a data set is unknown, the files of a data set are wrong,
+            or the first test set of a run has no box.
     """
     has_boxes: dict[str, bool] = {}
     counts: dict[str, int] = {}
@@ -245,6 +245,7 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
         import_user_modules(run.cfg)
         try:
             check_names(run.cfg)
+            fill_args(run.cfg.clone())
         except ConfigError as error:
             raise ConfigError(f"{run.row.name}: {error}") from error
         register_local_datasets(run.cfg)

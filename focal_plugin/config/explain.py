@@ -18,6 +18,9 @@ _NO_TYPE = re.compile(
     re.DOTALL,
 )
 
+# By the type of the value before; None is that of a component's own key.
+_EXPECTED = {"CfgNode": "keys, each with a colon and a value", "NoneType": "text, a number or a list"}
+
 
 @contextmanager
 def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
@@ -30,6 +33,10 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
     Raises:
         ConfigError: there is no such key, it was renamed, or its value has another type, or none.
     """
+    sections = [section for _, section in _open_sections(cfg)]
+    before = [dict(section) for section in sections]
+    for section in sections:
+        section.clear()  # of values whose types would bind the new ones; the component's default does
     leaves = flatten(cfg)
     keys = [*leaves, *dict.fromkeys(key.rpartition(".")[0] for key in leaves if "." in key)]
     try:
@@ -46,15 +53,26 @@ def explained_keys(cfg: CfgNode, where: str) -> Iterator[None]:
         elif found := _NO_TYPE.fullmatch(text):
             expected, kind, value, key = found.groups()
             example = """, as in "('a', 'b')" or "('a',)" for one""" if expected in ("list", "tuple") else ""
-            of = "keys, each with a colon and a value" if expected == "CfgNode" else f"a value of type {expected}"
+            of = _EXPECTED.get(expected, f"a value of type {expected}")
             problem = f"{key} is {value[:200]} ({kind}); expected {of}{example}."
         else:
             problem = text
         raise ConfigError(f"{where}: {problem[:_LONGEST]}") from error
+    finally:
+        for section, values in zip(sections, before):
+            section.update({**values, **section})
     for key, value in flatten(cfg).items():
         if value is None and leaves.get(key) is not None:  # which yacs allows
             expected = type(leaves[key]).__name__
             raise ConfigError(f"{where}: {key} has no value; expected one of type {expected}, or leave the key out.")
+
+
+def _open_sections(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, CfgNode]]:
+    """Yield the sections that take any key, those of users' components, by their whole keys."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            found = f"{prefix}{key}"
+            yield from [(found, value)] if value.is_new_allowed() else _open_sections(value, f"{found}.")
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
@@ -95,6 +113,10 @@ def merge_from_list(cfg: CfgNode, opts: Sequence[str]) -> None:
             "space and no = between them."
         )
     with explained_keys(cfg, "The command line"):
+        sections = dict(_open_sections(cfg))
+        for section, _, key in (word.rpartition(".") for word in opts[::2]):
+            if section in sections:
+                sections[section][key] = None  # yacs merges words into keys that are there
         cfg.merge_from_list(list(opts))
 
 

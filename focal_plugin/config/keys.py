@@ -119,4 +119,7 @@ def _paper_defaults() -> CN:
     # On a GPU, record what the backbone and the head compute in a training step as CUDA graphs, from the second batch
     # of a size on, and replay them: a GPU is then not kept waiting by Python. Eight sizes of batches are recorded.
     cfg.MODEL.FOCAL.COMPILE = False
+
+    for section in ("HEAD", "CLS_LOSS", "BOX_LOSS", "MATCHER", "BIAS_INIT"):
+        cfg.MODEL.FOCAL[section].ARGS = CN(new_allowed=True)  # a user's own keys
     return cfg

@@ -16,6 +16,7 @@ from ..files.safe_yaml import merge_from_file
 from ..files.shipped import CONFIGS, shipped
 from ..registry import import_user_modules
 from .class_frequencies import fill_class_frequencies
+from .components import fill_args
 from .explain import explained_keys, flatten, merge_from_list
 from .keys import ConfigError, add_focal_config
 from .ranges import check_ranges
@@ -76,16 +77,18 @@ def load_config(config_file: str = "", opts: list[str] | tuple[str, ...] = ()) -
 def prepare(cfg: CfgNode) -> None:
     """Make ``cfg`` ready to run, in place; a second call changes nothing.
 
-    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered; an empty
-    ``MODEL.FOCAL.CLASS_FREQUENCIES`` is counted if a component needs it; and a GPU in ``MODEL.DEVICE`` becomes ``cpu``
-    where there is none.
+    The modules of ``MODEL.FOCAL.IMPORTS`` are imported and the data sets of ``DATASETS.LOCAL`` registered; components'
+    own keys get their defaults (``fill_args``); an empty ``MODEL.FOCAL.CLASS_FREQUENCIES`` is counted if a component
+    needs it; and a GPU in ``MODEL.DEVICE`` becomes ``cpu`` where there is none.
 
     Raises:
-        ConfigError: ``cfg`` does not have the plugin's keys, a number is none that its key may have (``check_ranges``),
-            ``MODEL.DEVICE`` is no device, or an entry of ``DATASETS.LOCAL`` is malformed.
+        ConfigError: ``cfg`` does not have the plugin's keys, a component does not have a key of its section ``ARGS``, a
+            number is none that its key may have (``check_ranges``), ``MODEL.DEVICE`` is no device, or an entry of
+            ``DATASETS.LOCAL`` is malformed.
         ImportError: a module is not found.
     """
     import_user_modules(cfg)
+    fill_args(cfg)
     check_ranges(cfg)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     register_local_datasets(cfg)
@@ -96,10 +99,12 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """Build the model of ``cfg`` on its device, as Detectron2's ``build_model`` does.
 
     Raises:
-        ConfigError: a number is none that its key may have, or a name is none that Detectron2 knows, such as
-            MODEL.BACKBONE.NAME.
+        ConfigError: a number is none that its key may have, a component does not have a key of its section ``ARGS``, or
+            a name is none that Detectron2 knows, such as MODEL.BACKBONE.NAME.
     """
     check_ranges(cfg)
+    if "FOCAL" in cfg.MODEL:
+        fill_args(cfg.clone())
     try:
         return modeling.build_model(cfg)
     except KeyError as error:  # of a registry, or of a table such as that of a ResNet's depths

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..config import ConfigError
+from ..config.arguments import check_arguments
 from ..config.load import find_config, usable_device
 from ..data import check_files_of, leave_out_broken_images
 from ..evaluation.report import log_report
@@ -53,7 +54,8 @@ def main(args) -> dict | None:
         The results of the last evaluation; None on other processes than the main one.
 
     Raises:
-        ConfigError: a word of ``args.opts`` gives no value; there is no evaluator; or ``train.device`` is no device.
+        ConfigError: a word of ``args.opts`` gives no value; there is no evaluator; ``train.device`` is no device; or a
+            part of the model does not take one of its arguments.
         FileNotFoundError: the files of a data set are not there.
     """
     args.config_file = find_config(args.config_file)
@@ -93,6 +95,7 @@ def _start(cfg, args, run: str) -> nn.Module:
     cfg.train.seed = settled_seed(cfg.train.get("seed", -1), run, args.resume or args.eval_only)
     start_logs(cfg, args, cfg.train.output_dir, cfg.train.device)
     _check_files(cfg, args.eval_only)
+    check_arguments(cfg.model, "model")
     model = instantiate(cfg.model).to(cfg.train.device)
     if isinstance(model, FocalRetinaNet):
         fuse_blocks(fold_frozen_norms(model))

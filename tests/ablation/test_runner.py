@@ -356,6 +356,13 @@ def test_an_unknown_component_is_told_before_anything_runs(ablation, rows, table
     assert not table.exists()
 
 
+def test_an_unknown_key_of_a_component_is_told_before_anything_runs(ablation, rows, table, capfd):
+    rows.add("mine", "MODEL: {FOCAL: {CLS_LOSS: {ARGS: {GAMA: 2}}}}")
+    assert ablation() == 1
+    assert "mine: MODEL.FOCAL.CLS_LOSS.ARGS.GAMA: SigmoidFocalLoss has no such key" in capfd.readouterr().err
+    assert not table.exists()
+
+
 @pytest.mark.parametrize("annotations", [[], [{"iscrowd": 1}]], ids=["no box", "crowds alone"])
 def test_a_test_set_without_boxes_is_told_before_anything_runs(ablation, tiny_config, table, capfd, annotations):
     path = Path(tiny_config).parent / "shapes_test.json"

@@ -20,7 +20,9 @@ from .case import ERROR, OK, WARNING, Case, Finding, few
 def check_config(case: Case) -> Iterator[Finding]:
     """Check that the config can be read, its modules imported and its data sets registered."""
     imports = case.cfg.MODEL.FOCAL.IMPORTS
-    yield Finding(OK, f"{case.config_file or 'defaults'}{f', with {few(imports)} imported' if imports else ''}")
+    own = [f"{key} {value}" for key, value in flatten(case.cfg).items() if ".ARGS." in key]
+    with_imports = f", with {few(imports)} imported" if imports else ""
+    yield Finding(OK, "; ".join([f"{case.config_file or 'defaults'}{with_imports}", *own]))
 
 
 def check_learning_rate(case: Case) -> Iterator[Finding]:
