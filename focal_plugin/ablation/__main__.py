@@ -21,10 +21,11 @@ from pathlib import Path
 
 from ..config.explain import split_pairs
 from ..files.write import replace_file
+from .code import check_code
 from .job import read_json
 from .launch import LocalLauncher, SlurmLauncher, execute
 from .report import to_markdown, write_report
-from .rows import DATA, find_base, find_tables
+from .rows import DATA, compared_with, find_base, find_tables
 from .runs import count_images, plan, versions
 from .unread import without_effect
 
@@ -65,6 +66,7 @@ def parse(argv: Sequence[str], prog: str = PROG) -> argparse.Namespace:
     parser.add_argument(
         "--train-net", type=Path, metavar="PATH", help="a train_net.py to run (default: python -m focal_plugin train)"
     )
+    parser.add_argument("--baseline", metavar="ROW", help="the row that the report compares the others with")
     parser.add_argument("--report-only", action="store_true", help="run nothing and report the runs so far")
     args = parser.parse_intermixed_args(argv)
 
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parse(argv, prog)
     try:
         tables = find_tables(args.rows)
+        if args.baseline:
+            tables = compared_with(tables, args.baseline)
         base = find_base(args.data) if args.data else None
         runs = plan([row for table in tables for row in table.rows], base, args.opts, args.seeds, args.output)
         runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
@@ -109,6 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
         if not args.report_only:
             launcher, images = make_launcher(args, len(runs)), count_images(runs)
+        check_code(runs, to_run=not args.report_only)
         args.output.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import job as job_module
+from .code import difference, read_code, record_code
 from .job import LOG, PID, TrainJob
 from .runs import Outcome, Run
 
@@ -172,6 +173,8 @@ def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) 
     """
     for run in runs:
         run.prepare()
+        record_code(run)
+    code = {run: read_code(run.cfg.MODEL.FOCAL.IMPORTS) for run in runs}
     waiting = [run for run in runs if not run.outcome().over]
     if not waiting:
         return
@@ -181,6 +184,12 @@ def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) 
 
     def start(run: Run, own: bool) -> None:
         waiting.remove(run)
+        if own and (changed := difference(code[run], read_code(run.cfg.MODEL.FOCAL.IMPORTS))):
+            progress.say(
+                f"{run.name} is not started: {changed}, and the runs of a table have one code. Change it back."
+            )
+            progress.update(run, run.outcome(), ended=True)
+            return
         slots[run] = min(set(range(len(slots) + 1)) - set(slots.values()))
         jobs[run] = None
         if own:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def columns(summary: dict) -> dict[str, list[str]]:
     """Return the table as texts by heading, without columns for which neither the paper nor the runs have numbers."""
     rows = summary["rows"]
     table = {"row": [f"{row['label']}{' (baseline)' * row['is_baseline']}" for row in rows]}
-    if any(row["paper"] or row["paper_diverged"] for row in rows):
+    if _has_paper(summary):
         table["paper AP"] = ["diverged" if row["paper_diverged"] else _number(row["paper"].get("AP")) for row in rows]
         table["paper Δ"] = [_signed(row["paper_difference"], row["is_baseline"]) for row in rows]
     known = _metrics(summary)
@@ -55,7 +56,7 @@ def columns(summary: dict) -> dict[str, list[str]]:
         if metric == "AP" or any(metric in row["mean"] for row in rows):
             table[metric] = [_spread(row, metric) for row in rows]
         if metric == "AP":
-            table["Δ"] = [_signed(row["difference"], row["is_baseline"]) for row in rows]
+            table["Δ"] = [_signed(row["difference"], row["is_baseline"], row["difference_std"]) for row in rows]
     table["seeds"] = [f"{row['num_finished']} of {row['num_seeds']}" for row in rows]
     table["min a run"] = [_number(row["minutes"]) for row in rows]
     if any(row["remark"] for row in rows):
@@ -66,6 +67,7 @@ def columns(summary: dict) -> dict[str, list[str]]:
 def to_markdown(summary: dict) -> str:
     """Return the whole report as a text."""
     rows, facts, commands = summary["rows"], summary["run"]["facts"], summary["run"]["commands"]
+    codes = summary["code"].items()
     keys = [", ".join(f"`{key}` {value}" for key, value in row["keys"].items()) for row in rows]
     failures = [
         f"{row['row']} seed {run['seed']} {run['status']}: {_indented(run['reason'])}"
@@ -82,6 +84,8 @@ def to_markdown(summary: dict) -> str:
         _list("## What was run", [f"{name}: {text}" for name, text in facts.items()]),
         "\n".join(["```", *commands, "```"]) if commands else "",
         _table({"row": [row["row"] for row in rows], "its own keys": keys}),
+        _list("## Code of the modules in MODEL.FOCAL.IMPORTS", [f"{name} {code['sha256']}" for name, code in codes]),
+        *(f"{name}:\n\n{_fenced(code['text'])}" for name, code in codes),
         _list("## Runs without a result", failures),
         _list("## What was not run", summary["not_run"]),
     ]
@@ -92,14 +96,15 @@ def write_csv(path: Path, summary: dict) -> None:
     """Write a line for each row, with numbers in full precision, and empty where there is none."""
     numbers = [name for metric in _metrics(summary) for name in (metric, f"{metric}_std")]
     counts = {status: status.replace(" ", "_") for status in STATUSES}
-    header = ["row", "baseline", "paper_AP", "paper_difference", *numbers, "difference", "seeds", *counts.values()]
+    paper = ["paper_AP", "paper_difference"] if _has_paper(summary) else []
+    header = ["row", "baseline", *paper, *numbers, "difference", "difference_std", "seeds", *counts.values()]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*header, "minutes"])
+        writer = csv.DictWriter(file, [*header, "minutes"], extrasaction="ignore")
         writer.writeheader()
         for row in summary["rows"]:
             statuses = [run["status"] for run in row["runs"]]
             writer.writerow(
-                {key: row[key] for key in ("row", "paper_difference", "difference", "minutes")}
+                {key: row[key] for key in ("row", "paper_difference", "difference", "difference_std", "minutes")}
                 | {"baseline": "x" if row["is_baseline"] else "", "seeds": row["num_seeds"]}
                 | {"paper_AP": "diverged" if row["paper_diverged"] else row["paper"].get("AP")}
                 | row["mean"]
@@ -114,6 +119,11 @@ def to_html(summary: dict, figures: Sequence[dict], pictures: Sequence[dict]) ->
     cells = list(zip(*table.values()))
     values = {"headings": list(table), "cells": cells, "figures": figures, "pictures": pictures}
     return render(__package__, "template.html", summary=summary, **values)
+
+
+def _has_paper(summary: dict) -> bool:
+    """Whether the paper has a result for any row."""
+    return any(row["paper"] or row["paper_diverged"] for row in summary["rows"])
 
 
 def _metrics(summary: dict) -> list[str]:
@@ -136,12 +146,19 @@ def _indented(text: str) -> str:
     return "\n".join([first, "", "  ```", *(f"  {line}" for line in rest), "  ```"]) if rest else first
 
 
+def _fenced(code: str) -> str:
+    """Return a module for Markdown, in a fence that is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}python\n{code.rstrip()}\n{fence}"
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _signed(value: float | None, is_baseline: bool) -> str:
-    return "" if value is None or is_baseline else f"{value:+.1f}".replace("-", "−")
+def _signed(value: float | None, is_baseline: bool, std: float | None = None) -> str:
+    spread = "" if std is None else f" ± {std:.1f}"
+    return "" if value is None or is_baseline else f"{value:+.1f}{spread}".replace("-", "−")
 
 
 def _spread(row: dict, metric: str) -> str:

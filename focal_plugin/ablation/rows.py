@@ -7,7 +7,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -105,6 +106,20 @@ def find_tables(words: Sequence[str]) -> list[Table]:
         missing = [path.name for path in paper if _table_of(path.name) in begin and path.name not in names]
         tables.append(Table(name, group, baseline, missing))
     return tables
+
+
+def compared_with(tables: Sequence[Table], baseline: str) -> list[Table]:
+    """Return the tables, of which that with the row ``baseline`` (a name, with or without .yaml) is compared with it.
+
+    Raises:
+        ConfigError: no table has such a row.
+    """
+    names = [row.name for table in tables for row in table.rows]
+    name = Path(baseline).name.removesuffix(".yaml")
+    if name not in names:
+        known = get_close_matches(name, names) or names
+        raise ConfigError(f"--baseline {baseline}: expected the name of a row, such as {', '.join(known)}.")
+    return [replace(table, baseline=name) if name in [row.name for row in table.rows] else table for table in tables]
 
 
 def _read_row(file: Path, record: dict) -> Row:

@@ -100,7 +100,7 @@ class Run:
         if not self.config_file.exists():
             taken = [name for name in ("metrics.json", "model_final.pth") if (self.folder / name).exists()]
             return f"has {' and '.join(taken)}, but no {CONFIG}" if taken else ""
-        if not (self.attempts() or self.series()):  # nothing has been run
+        if not self.has_begun():
             return ""
         texts = self.config_file.read_bytes(), as_yaml(self.cfg)
         before, now = (flatten(parse_yaml(text, str(self.config_file))) for text in texts)
@@ -108,6 +108,10 @@ class Run:
         keys = sorted(key for key in keys if before.get(key) != now.get(key))
         show = lambda config, key: repr(config[key]) if key in config else "the default"  # noqa: E731
         return "; ".join(f"{key} was {show(before, key)} and is now {show(now, key)}" for key in keys)
+
+    def has_begun(self) -> bool:
+        """Return whether anything has been run."""
+        return bool(self.attempts() or self.series())
 
     def prepare(self) -> None:
         """Make the folder and write the config."""

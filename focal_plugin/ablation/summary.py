@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config.explain import flatten
 from ..files.shipped import CONFIGS
+from .code import recorded_code, short_hash
 from .job import read_json
 from .rows import Table
 from .runs import STATUSES, Outcome, Run
@@ -21,18 +22,24 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
     The standard deviation is that of a sample (n − 1); one seed has none. Runs without a result are in no mean.
     """
     outcomes = {run: run.outcome() for run in runs}
+    texts = {name: text for run in runs for name, text in recorded_code(run).items()}
+    code = {name: {"sha256": short_hash(text), "text": text} for name, text in sorted(texts.items())}
     rows = [_row(table, {run: out for run, out in outcomes.items() if run.row.name == row.name}) for row in table.rows]
     baseline = next(row for row in rows if row["row"] == table.baseline)
     for row in rows:
         row["difference"] = _minus(row["mean"].get("AP"), baseline["mean"].get("AP"))
+        stds = row["std"].get("AP"), baseline["std"].get("AP")
+        row["difference_std"] = None if None in stds or row is baseline else math.hypot(*stds)  # of independent seeds
         row["paper_difference"] = _minus(row["paper"].get("AP"), baseline["paper"].get("AP"))
     return {
         "title": ": ".join(filter(None, [output.resolve().name, table.name])),
-        "legend": f"AP in percent, mean ± standard deviation over the seeds. Δ: difference from {table.baseline}.",
+        "legend": f"AP in percent, mean ± standard deviation over the seeds. Δ: difference from {table.baseline}. Its ± is "
+        "the standard deviation of the difference of two runs, one of each row.",
         "baseline": table.baseline,
         "rows": rows,
         "without_effect": without_effect(runs),
         "run": _what_was_run(table, runs, base, opts, output),
+        "code": code,
         "not_run": _what_was_not_run(table, outcomes, base),
     }
 

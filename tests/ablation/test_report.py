@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from focal_plugin.ablation.report import write_report
-from focal_plugin.ablation.rows import find_base, find_tables
+from focal_plugin.ablation.rows import compared_with, find_base, find_tables
 from focal_plugin.ablation.runs import plan
 from focal_plugin.ablation.unread import without_effect
 
@@ -83,6 +83,8 @@ def test_numbers(reported):
     assert "APs" not in first["mean"]  # the set has no such boxes
     assert third["mean"] == {} and third["difference"] is None
     assert (first["difference"], second["difference"]) == (0.0, pytest.approx(9.5))
+    assert second["difference_std"] == pytest.approx((7 + 4.5) ** 0.5)  # of independent numbers
+    assert first["difference_std"] is None and third["difference_std"] is None
     assert (second["paper_difference"], third["paper_difference"]) == (2.5, None)
     assert first["minutes"] == pytest.approx(4 * 0.5 / 60)
     assert [row["remark"] for row in summary["rows"]] == [
@@ -231,6 +233,20 @@ def test_a_row_that_is_edited_or_gone_when_it_is_reported(rows, table, runs, tmp
     assert [row["keys"]["MODEL.RETINANET.FOCAL_LOSS_GAMMA"] for row in summary["rows"]] == ["0.0", "1.0", "2.0"]
 
 
+def test_without_a_number_of_the_papers_there_is_no_column_for_it(table, runs, tmp_path):
+    """And the row to compare with may be any."""
+    (other,) = compared_with([table], "gamma_2.yaml")
+    for run, ap in zip(runs, (10.0, 20.0, 40.0)):
+        write_run(run, ap)
+    summary = write_report(other, runs, None, [], tmp_path / "table")
+    assert [row["difference"] for row in summary["rows"]] == [-30.0, -20.0, 0.0]
+    assert "Δ: difference from gamma_2." in summary["legend"]
+    report = (tmp_path / "table" / "report.md").read_text()
+    assert "gamma_2 (baseline)" in report and "−30.0" in report
+    for name in ("report.md", "report.csv", "report.html"):
+        assert "paper" not in (tmp_path / "table" / name).read_text().lower()
+
+
 def test_one_seed_has_no_spread(table, runs, tmp_path):
     write_run(runs[0], 40.0)
     summary = write_report(table, runs, None, [], tmp_path / "table")
@@ -272,7 +288,7 @@ def test_markdown(reported):
     table = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert table[0][:6] == ["row", "paper AP", "paper Δ", "AP", "Δ", "AP50"]
     assert table[2][1:6] == ["31.0", "", "42.0 ± 2.6", "", "84.0 ± 5.3"]
-    assert table[3][1:5] == ["33.5", "+2.5", "51.5 ± 2.1", "+9.5"]
+    assert table[3][1:5] == ["33.5", "+2.5", "51.5 ± 2.1", "+9.5 ± 3.4"]
     assert table[4][1:5] == ["diverged", "", "diverged", ""]
     for fact in (
         "shapes_train (6 images)",

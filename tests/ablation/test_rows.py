@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 
-from focal_plugin import add_focal_config
+from focal_plugin import ConfigError, add_focal_config
 from focal_plugin.ablation import runs
-from focal_plugin.ablation.rows import as_yaml, compose, find_base, find_tables
+from focal_plugin.ablation.rows import as_yaml, compared_with, compose, find_base, find_tables
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -233,6 +233,17 @@ def test_a_row_may_compute_as_detectron2s_configs_do(rows, tiny_config):
     path = rows.add("wide", f"MODEL: {{ANCHOR_GENERATOR: {{SIZES: {sizes}}}}}")
     (row,) = find_table([str(path)]).rows
     assert compose(row, find_base(tiny_config), []).MODEL.ANCHOR_GENERATOR.SIZES == [[4, 8], [8, 16]]
+
+
+def test_the_row_to_compare_with():
+    """Of several tables, that of the row changes its own."""
+    tables = find_tables(["paper/table1a", "paper/table1b"])
+    first, second = compared_with(tables, "table1b_gamma_5")
+    assert (first.baseline, second.baseline) == (tables[0].baseline, "table1b_gamma_5")
+    assert [row.name for row in second.rows] == [row.name for row in tables[1].rows]
+    assert compared_with(tables, "configs/paper/table1b_gamma_5.yaml") == [first, second]
+    with pytest.raises(ConfigError, match=r"--baseline gamma_5: expected the name of a row, such as .*table1b_gamma_5"):
+        compared_with(tables, "gamma_5")
 
 
 def test_an_unknown_base():
