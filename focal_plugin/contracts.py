@@ -8,23 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
-from .structures import IGNORED, NEGATIVE, POSITIVE, Anchors, DenseTargets
+from .structures import IGNORED, NEGATIVE, POSITIVE, DenseTargets
+
+_HEAD, _CLS_LOSS = "MODEL.FOCAL.HEAD.NAME: The head", "MODEL.FOCAL.CLS_LOSS.NAME: The class loss"
 
 
 def check_head(head: Callable[..., Any], outputs: Any, targets: DenseTargets, sparse: bool) -> None:
     """Check that ``outputs`` are logits and deltas of all anchors; if ``sparse``, deltas of the positives alone."""
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
-        raise TypeError(f"The head {_name(head)} gave {_describe(outputs)}; expected (logits, deltas).")
+        raise TypeError(f"{_HEAD} {_name(head)} gave {_describe(outputs)}; expected (logits, deltas).")
     logits, deltas = outputs
     _check_levels(head, "logits", logits, targets, targets.num_classes, "K classes (background has no channel)")
     if not sparse:
         _check_levels(head, "deltas", deltas, targets, 4, "4 deltas")
     elif not isinstance(deltas, Tensor) or deltas.shape != (targets.num_positives, 4):
         raise ValueError(
-            f"The head {_name(head)} was given the targets, and gave deltas {_describe(deltas)}; expected those of the "
+            f"{_HEAD} {_name(head)} was given the targets, and gave deltas {_describe(deltas)}; expected those of the "
             f"positives alone, (P, 4) = {(targets.num_positives, 4)}."
         )
 
@@ -34,30 +35,33 @@ def _check_levels(
 ) -> None:
     if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or len(levels) != len(targets.labels):
         raise TypeError(
-            f"The head {_name(head)} gave {what} {_describe(levels)}; expected a list of {len(targets.labels)} "
+            f"{_HEAD} {_name(head)} gave {what} {_describe(levels)}; expected a list of {len(targets.labels)} "
             "tensors, one a level."
         )
     for i, (level, labels) in enumerate(zip(levels, targets.labels)):
         n, a, h, w = labels.shape
         if not isinstance(level, Tensor) or level.shape != (n, a * channels, h, w):
             raise ValueError(
-                f"The head {_name(head)} gave {what} {_describe(level)} on level {i}; expected "
+                f"{_HEAD} {_name(head)} gave {what} {_describe(level)} on level {i}; expected "
                 f"{(n, a * channels, h, w)}: N images, A = {a} anchors × {channels}, the {names}, height, width."
             )
 
 
-def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, instances: Instances, values: bool) -> None:
-    """Check that ``match`` has a box index and a label for each anchor; if ``values``, that they are in range."""
-    name = f"The anchor matcher {_name(matcher)}"
+def check_match(matcher: Callable[..., Any], match: Any, shape: tuple[int, ...], num_boxes: int = 0) -> None:
+    """Check that each anchor has a box index and a label and, if ``num_boxes`` is given, that they are in range.
+
+    ``shape`` is (R,), or (N, R) of ``match_batch``.
+    """
+    name = f"MODEL.FOCAL.MATCHER.NAME: The anchor matcher {_name(matcher)}"
     if not isinstance(match, (tuple, list)) or len(match) != 2:
         raise TypeError(f"{name} gave {_describe(match)}; expected (matched, labels).")
     for what, found, dtype in zip(("matched", "labels"), match, (torch.int64, torch.int8)):
-        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != (len(anchors),):
+        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != shape:
             raise TypeError(
-                f"{name} gave {what} {_describe(found)}; expected {dtype} of shape {(len(anchors),)}, one for each "
-                "anchor of all levels."
+                f"{name} gave {what} {_describe(found)}; expected {dtype} of shape {shape}, one for each anchor of all "
+                "levels."
             )
-    if not values or not len(instances):
+    if not num_boxes:
         return
     matched, labels = match
     wrong = labels[(labels < IGNORED) | (labels > POSITIVE)]
@@ -67,17 +71,17 @@ def check_match(matcher: Callable[..., Any], match: Any, anchors: Anchors, insta
             f"{POSITIVE} (POSITIVE)."
         )
     boxes = matched[labels == POSITIVE]
-    wrong = boxes[(boxes < 0) | (boxes >= len(instances))]
+    wrong = boxes[(boxes < 0) | (boxes >= num_boxes)]
     if len(wrong):
         raise ValueError(
             f"{name} matched a positive anchor to box {wrong[0].item()}; expected the index of one of the image's "
-            f"{len(instances)} boxes, counted from 0."
+            f"{num_boxes} boxes, counted from 0."
         )
 
 
 def check_cls_loss(cls_loss: Callable[..., Any], loss: Any, logits: Sequence[Tensor], targets: DenseTargets) -> None:
     """Check that ``loss`` is a float32 scalar (float64 for float64 logits) and has a gradient."""
-    what = f"The class loss {_name(cls_loss)}"
+    what = f"{_CLS_LOSS} {_name(cls_loss)}"
     if not isinstance(loss, Tensor) or loss.shape != () or not _is_float32(loss, logits[0]):
         raise TypeError(
             f"{what} gave {_describe(loss)}; expected one number, torch.float32 of shape (): the sum over all anchors "
@@ -90,7 +94,7 @@ def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor)
     """Return ``loss``, the result of ``ElementwiseLoss.elementwise``, after checking that it has the logits' shape."""
     if not isinstance(loss, Tensor) or loss.shape != logits.shape:
         raise ValueError(
-            f"The class loss {_name(cls_loss)} gave {_describe(loss)} for logits of shape {tuple(logits.shape)}; "
+            f"{_CLS_LOSS} {_name(cls_loss)} gave {_describe(loss)} for logits of shape {tuple(logits.shape)}; "
             "expected a loss for each logit, of the same shape, neither summed nor averaged."
         )
     return loss
@@ -98,7 +102,7 @@ def checked_elementwise(cls_loss: Callable[..., Any], loss: Any, logits: Tensor)
 
 def check_box_loss(box_loss: Callable[..., Any], loss: Any, deltas: Tensor, targets: DenseTargets) -> None:
     """Check that ``loss`` is (P,) float32 (float64 for float64 deltas) and has a gradient."""
-    what = f"The box loss {_name(box_loss)}"
+    what = f"MODEL.FOCAL.BOX_LOSS.NAME: The box loss {_name(box_loss)}"
     if not isinstance(loss, Tensor) or loss.shape != (len(deltas),) or not _is_float32(loss, deltas):
         raise TypeError(
             f"{what} gave {_describe(loss)}; expected one number a positive, torch.float32 of shape "
@@ -118,6 +122,21 @@ def _check_gradient(what: str, loss: Tensor, name: str, predictions: Tensor, tar
             f"{what} gave a loss without a gradient; expected one that is computed from the {name} by differentiable "
             "operations, without detach(), item() or torch.no_grad()."
         )
+
+
+def fill_bias(bias_init: Callable[..., Any], classifier: nn.Module, num_anchors: int, num_classes: int) -> None:
+    """Call a bias init on a conv or linear layer, and check that it filled the bias in place, with finite numbers."""
+    expected = _describe(classifier.bias)
+    given = bias_init(classifier, num_anchors, num_classes)
+    bias, what = classifier.bias, f"MODEL.FOCAL.BIAS_INIT.NAME: The bias init {_name(bias_init)}"
+    if given is not None and given is not bias:
+        raise ValueError(
+            f"{what} gave {_describe(given)}; expected nothing, and the classifier's bias filled in place."
+        )
+    if not isinstance(bias, Tensor) or _describe(bias) != expected or not bias.requires_grad:
+        raise ValueError(f"{what} made the bias {_describe(bias)}; expected {expected} as before, with a gradient.")
+    if not bias.isfinite().all():
+        raise ValueError(f"{what} left a NaN or infinity in the bias; expected finite numbers.")
 
 
 def _name(component: Callable[..., Any]) -> str:

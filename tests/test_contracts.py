@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -17,8 +19,11 @@ from focal_plugin import (
     CLS_LOSS_REGISTRY,
     DENSE_HEAD_REGISTRY,
     ElementwiseLoss,
+    FocalBoxPredictor,
     FocalRetinaNetHead,
     IgnoreBandMatcher,
+    NumPositives,
+    PriorBiasInit,
     SigmoidFocalLoss,
     SmoothL1BoxLoss,
     build_box_loss,
@@ -26,6 +31,8 @@ from focal_plugin import (
     build_dense_head,
     build_matcher,
 )
+from focal_plugin.contracts import fill_bias
+from focal_plugin.matchers.batch import match_images
 from tests.small_retinanet import CLASSES, small_config
 
 ANCHORS = 2
@@ -307,3 +314,87 @@ def test_a_configurable_component_builds():
     with registered(CLS_LOSS_REGISTRY, Mine) as name:
         cfg.MODEL.FOCAL.CLS_LOSS.NAME = name
         assert build_cls_loss(cfg).gamma == cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA
+
+
+def parameter(value):
+    return lambda conv: setattr(conv, "bias", None if value is None else nn.Parameter(value))
+
+
+FLOAT = r"torch\.float32 of shape \(6,\)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (parameter(torch.zeros(3)), rf"made the bias torch\.float32 of shape \(3,\); expected {FLOAT}"),
+        (parameter(torch.zeros(6).double()), rf"made the bias torch\.float64 of shape \(6,\); expected {FLOAT}"),
+        (parameter(None), rf"made the bias None; expected {FLOAT}"),
+        (lambda conv: setattr(conv.bias, "data", torch.zeros(2, 3)), rf"made the bias .* \(2, 3\); expected {FLOAT}"),
+        (lambda conv: setattr(conv.bias, "requires_grad", False), rf"made the bias {FLOAT}; expected .* a gradient"),
+        (lambda conv: nn.init.constant_(conv.bias, float("nan")), "left a NaN or infinity in the bias"),
+        (lambda conv: nn.init.constant_(conv.bias, float("-inf")), "left a NaN or infinity in the bias"),
+        (lambda conv: torch.zeros(6), rf"gave {FLOAT}; expected nothing, and the classifier's bias filled in place"),
+    ],
+)
+def test_a_bias_init(change, message):
+    class Mine:
+        def __call__(self, conv, num_anchors, num_classes):
+            return change(conv)
+
+    with pytest.raises(ValueError, match=rf"^MODEL\.FOCAL\.BIAS_INIT\.NAME: The bias init Mine {message}"):
+        fill_bias(Mine(), nn.Conv2d(1, 6, 1), 2, 3)
+    fill_bias(lambda conv, *_: nn.init.zeros_(conv.bias), nn.Conv2d(1, 6, 1), 2, 3)  # gives the bias itself
+
+
+@pytest.mark.parametrize("architecture", ["FocalRetinaNet", "FocalFCOS"])
+def test_a_bias_init_in_a_model(architecture):
+    class Mine(PriorBiasInit):
+        def __call__(self, conv, *numbers):
+            nn.init.constant_(conv.bias, float("nan"))
+
+    cfg = config()
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    with registered(BIAS_INIT_REGISTRY, Mine) as cfg.MODEL.FOCAL.BIAS_INIT.NAME, pytest.raises(ValueError, match="NaN"):
+        build_model(cfg)
+
+
+def test_a_bias_init_in_stock_models():
+    """RPN and the box predictor call it through the same check."""
+    bad = broken(PriorBiasInit, lambda found: torch.zeros(3))()
+    with pytest.raises(ValueError, match=r"BIAS_INIT\.NAME: The bias init Broken gave"):
+        FocalBoxPredictor(
+            ShapeSpec(channels=4),
+            num_classes=2,
+            cls_loss=SigmoidFocalLoss(),
+            normalizer=NumPositives(),
+            bias_init=bad,
+            box2box_transform=Box2BoxTransform((1, 1, 1, 1)),
+        )
+
+
+def test_a_batch_of_matches_on_a_gpu():
+    """There, ``match_batch`` gives the matches of all images; its shapes are known without waiting for it."""
+    anchors = type("Five", (), {"device": torch.device("cuda"), "__len__": lambda self: 5})()
+
+    class Mine:
+        def match_batch(self, *args):
+            return torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int8)
+
+    message = (
+        r"^MODEL\.FOCAL\.MATCHER\.NAME: The anchor matcher Mine gave matched torch\.float32 .*int64 of shape \(1, 5\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        match_images(Mine(), anchors, [Instances((4, 4))])
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("head", "HEAD"), ("cls_loss", "CLS_LOSS"), ("box_loss", "BOX_LOSS"), ("anchor_matcher", "MATCHER")],
+)
+def test_messages_begin_with_the_key(model, part, key):
+    if part == "anchor_matcher":
+        del model.anchor_matcher
+    component = type("Mine", (nn.Module,), {"forward": lambda self, *args: None})()
+    setattr(model, part, component)
+    with pytest.raises((TypeError, ValueError), match=rf"^MODEL\.FOCAL\.{key}\.NAME: The .* Mine gave None; expected"):
+        model(batch())

@@ -90,7 +90,7 @@ PAPER = {
     "kernels": {"layers", "structures"},
     "matchers": {"contracts", "kernels", "registry", "structures"},
     "losses": {"config.keys", "contracts", "kernels", "registry", "structures"},
-    "heads": {"kernels", "losses", "registry", "structures"},
+    "heads": {"contracts", "kernels", "losses", "registry", "structures"},
     "retinanet": {"anchors", "class_loss", "config.keys", "contracts", "inference", "kernels", "layers", "matchers"}
     | {"normalizer", "registry", "structures"},
 }
@@ -100,7 +100,7 @@ TOOLS = {
     "files": {"config.keys"},
     "data": {"config.keys", "evaluation", "files", "structures"},
     "backbones": {"config.keys", "files", "registry"},
-    "pipelines": BASE | {"anchors", "class_loss", "kernels", "matchers", "normalizer"},
+    "pipelines": BASE | {"anchors", "class_loss", "contracts", "kernels", "matchers", "normalizer"},
     "config": BASE | {"data", "files", "losses"},
     "evaluation": {"files"},
     "engine": set(PAPER) | {"config", "data", "evaluation", "files"},

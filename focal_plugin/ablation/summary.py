@@ -33,8 +33,8 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
         row["paper_difference"] = _minus(row["paper"].get("AP"), baseline["paper"].get("AP"))
     return {
         "title": ": ".join(filter(None, [output.resolve().name, table.name])),
-        "legend": f"AP in percent, mean ± standard deviation over the seeds. Δ: difference from {table.baseline}. Its ± is "
-        "the standard deviation of the difference of two runs, one of each row.",
+        "legend": f"AP in percent, mean ± standard deviation over the seeds. Δ: difference from {table.baseline}. Its "
+        "± is the standard deviation of the difference of two runs, one of each row.",
         "baseline": table.baseline,
         "rows": rows,
         "without_effect": without_effect(runs),

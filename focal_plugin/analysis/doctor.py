@@ -7,7 +7,9 @@ code is 1 if a check found an error.
 
 import argparse
 import logging
+import os
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -90,8 +92,15 @@ def _findings(check: Check, case: Case) -> Iterator[Finding]:
         yield from check.function(case)
     except Exception as error:  # it would stop the training, but not the other checks
         logger.debug("The check %r failed.", check.name, exc_info=True)
-        kind = "" if isinstance(error, MISTAKES) else f"{type(error).__name__}: "
-        yield Finding(ERROR, f"{kind}{error}")
+        text = str(error) if isinstance(error, MISTAKES) else f"{type(error).__name__}: {error} ({_place(error)})"
+        yield Finding(ERROR, text)
+
+
+def _place(error: Exception) -> str:
+    """Return the last line of an error's traceback that is of no installed package: of a user's component, perhaps."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+    return f"{os.path.relpath(frame.filename)}, line {frame.lineno}"
 
 
 def line(check: Check, finding: Finding) -> str:

@@ -59,8 +59,7 @@ def create_encoder(name: str, weights: str, **arguments) -> nn.Module:
             Only tensors are unpickled.
 
     Raises:
-        FileNotFoundError: there is no such file or package.
-        OSError: timm's weights could not be downloaded.
+        FileNotFoundError: there is no such file or package, or it could not be downloaded.
         ConfigError: timm has no weights of its own for this name.
         ValueError: the file's weights are not of this architecture, or have NaN or the like.
     """
@@ -75,7 +74,7 @@ def create_encoder(name: str, weights: str, **arguments) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, pretrained=bool(weights), **arguments)
     except OSError as error:
-        raise OSError(
+        raise FileNotFoundError(
             f"timm's weights for {name!r} could not be downloaded: {error} Without a network, set "
             "MODEL.FOCAL.TIMM.WEIGHTS to a file; where a checkpoint follows, to '' (they are in it)."
         ) from error
@@ -121,7 +120,10 @@ def _local_file(weights: str) -> str:
         expected = "timm, a path, a URL, package://..., or nothing for random weights"
         if problem := missing_file("MODEL.FOCAL.TIMM.WEIGHTS", weights, expected):
             raise FileNotFoundError(problem)
-        return regular_path(weights)
+        try:
+            return regular_path(weights)
+        except FileNotFoundError as error:  # of a download
+            raise FileNotFoundError(f"MODEL.FOCAL.TIMM.WEIGHTS is {weights}: {error}") from error
     package, _, inner = weights.removeprefix("package://").partition("/")
     folders = _package_folders(package)
     outside = os.path.isabs(inner) or ".." in Path(inner).parts

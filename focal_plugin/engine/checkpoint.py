@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 _IS_FOLDER = 0x10  # an attribute of an entry of a zip archive
+_KEYS = "MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint)"
 _EXPECTED = "a path, a URL, a name such as detectron2://ImageNetPretrained/MSRA/R-50.pkl, or nothing for random weights"
 
 
@@ -93,7 +94,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 "No weights given: what follows is an untrained model. Add MODEL.WEIGHTS (in a LazyConfig "
                 "train.init_checkpoint) and a path, or --resume for the last checkpoint in OUTPUT_DIR."
             )
-        problem = path and missing_file("MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint)", path, _EXPECTED)
+        problem = path and missing_file(_KEYS, path, _EXPECTED)
         if problem := comm.all_gather(problem)[0]:  # the main process reads it, and the others get it from there
             raise FileNotFoundError(problem)
         return self.load(path, checkpointables=[])
@@ -102,12 +103,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load as Detectron2's checkpointer does.
 
         Raises:
+            FileNotFoundError: a file could not be downloaded.
             WeightsError: the file is damaged, asks for more than data, is another project's checkpoint, or has weights
                 that no model can use, such as a NaN.
             ConfigError: as ``resume_or_load``.
         """
         self._path, self._resumes = path, checkpointables is None and bool(self.checkpointables)
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except FileNotFoundError as error:  # of a download
+            raise FileNotFoundError(f"{_KEYS} is {path}: {error}") from error
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint to resume from, named in ``last_checkpoint`` or not."""

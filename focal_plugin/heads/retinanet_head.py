@@ -9,6 +9,7 @@ from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
+from ..contracts import fill_bias
 from ..kernels.conv_relu import subnet
 from ..kernels.sparse import Cells, convs_at
 from ..registry import DENSE_HEAD_REGISTRY, build_bias_init
@@ -69,7 +70,7 @@ class FocalRetinaNetHead(nn.Module):
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
-        bias_init(self.cls_score, num_anchors, num_classes)
+        fill_bias(bias_init, self.cls_score, num_anchors, num_classes)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Sequence[ShapeSpec]) -> dict[str, object]:

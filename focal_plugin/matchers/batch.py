@@ -43,12 +43,13 @@ def match_images(
     regions = [None] * len(gt_instances) if min_ioa == 0 or not ignore_boxes else list(ignore_boxes)
     batched = getattr(matcher, "match_batch", None) if anchors.device.type == "cuda" else None
     if batched is not None and (found := batched(anchors, gt_instances, regions, min_ioa)) is not None:
+        check_match(matcher, found, (len(gt_instances), len(anchors)))
         return found
     matches = []
     for instances, areas in zip(gt_instances, regions):
         instances = to_device(instances, anchors.device)
         match = matcher(anchors, instances)
-        check_match(matcher, match, anchors, instances, values=check_values)
+        check_match(matcher, match, (len(anchors),), len(instances) if check_values else 0)
         matched, labels = match
         labels = labels if len(instances) else torch.full_like(labels, NEGATIVE)
         if areas is not None:

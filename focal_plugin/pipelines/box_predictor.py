@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..class_loss import ClassLoss, class_loss
+from ..contracts import fill_bias
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss
 from ..structures import DenseTargets
@@ -53,7 +54,7 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
         super().__init__(input_shape, num_classes=num_classes, **kwargs)
         self.cls_score = nn.Linear(self.cls_score.in_features, num_classes)
         nn.init.normal_(self.cls_score.weight, std=0.01)
-        bias_init(self.cls_score, 1, num_classes)
+        fill_bias(bias_init, self.cls_score, 1, num_classes)
         self.cls_loss = cls_loss
         self.normalizer = normalizer
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..class_loss import ClassLoss, class_loss
+from ..contracts import fill_bias
 from ..normalizer import build_normalizer
 from ..registry import build_bias_init, build_cls_loss
 from .common import components_config, row_targets, rows_as_dense
@@ -66,7 +67,7 @@ class FocalFCOS(FCOS):
                 conv_dims=[input_shape[0].channels] * settings.NUM_CONVS,
                 norm=settings.NORM,
             )
-            build_bias_init(own)(head.cls_score, 1, settings.NUM_CLASSES)
+            fill_bias(build_bias_init(own), head.cls_score, 1, settings.NUM_CLASSES)
             return {
                 "backbone": backbone,
                 "head": head,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..anchors.cache import cached_anchors
 from ..class_loss import ClassLoss, class_loss
+from ..contracts import fill_bias
 from ..kernels.targets import dense_targets
 from ..matchers.batch import Matcher as AnchorMatcher
 from ..matchers.batch import match_images
@@ -78,7 +79,7 @@ class FocalRPN(RPN):
                 f"MODEL.RPN.HEAD_NAME (head) is {type(self.rpn_head).__name__}, which has no `objectness_logits`: "
                 "expected a head that calls its objectness conv so, as StandardRPNHead does, for the bias init."
             )
-        bias_init(self.rpn_head.objectness_logits, self.rpn_head.objectness_logits.out_channels, 1)
+        fill_bias(bias_init, self.rpn_head.objectness_logits, self.rpn_head.objectness_logits.out_channels, 1)
 
     @classmethod
     def from_config(cls, cfg, input_shape):

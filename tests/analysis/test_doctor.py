@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -602,7 +603,11 @@ def test_a_check_that_breaks_stops_no_other(tiny_config):
         raise RuntimeError("out of paper")
 
     (_, broken), (_, fine) = examine(Case(tiny_config, options()), [Check("a", breaks), CHECKS[0]])
-    assert (broken.level, broken.text) == (ERROR, "RuntimeError: out of paper")
+    line = breaks.__code__.co_firstlineno + 1
+    assert (broken.level, broken.text) == (
+        ERROR,
+        f"RuntimeError: out of paper ({os.path.relpath(__file__)}, line {line})",
+    )
     assert fine.level == OK
 
 

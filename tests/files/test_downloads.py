@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 from urllib import request
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from focal_plugin import ConfigError
+from focal_plugin.backbones.timm_weights import create_encoder
+from focal_plugin.commands.train import main as train
 from focal_plugin.config.load import load_config
 from focal_plugin.engine import AtomicCheckpointer
 
@@ -78,3 +81,39 @@ def test_other_urls_are_downloaded(url, server, tmp_path):
     AtomicCheckpointer(model).load(url)
     assert len(server) == 1 and written(tmp_path) == []
     assert torch.equal(model.weight, torch.ones(2, 3))
+
+
+NO_NETWORK = [
+    (URLError(OSError(-2, "Name or service not known")), "Name or service not known"),
+    (HTTPError("https://example.invalid/a.pkl", 404, "Not Found", None, None), "Not Found"),
+    (ConnectionResetError(104, "Connection reset by peer"), "Connection reset"),
+    (TimeoutError("timed out"), "timed out"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), NO_NETWORK, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("url", ["https://example.invalid/a.pkl", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"])
+def test_weights_that_cannot_be_downloaded(url, error, reason, server, tmp_path, monkeypatch):
+    def urlretrieve(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(request, "urlretrieve", urlretrieve)
+    where = {"MODEL.WEIGHTS (in a LazyConfig train.init_checkpoint)": AtomicCheckpointer(torch.nn.Linear(3, 2)).load}
+    where["MODEL.FOCAL.TIMM.WEIGHTS"] = lambda url: create_encoder("resnet18", url)
+    for key, load in where.items():
+        with pytest.raises(FileNotFoundError) as told:
+            load(url)
+        text = str(told.value)
+        assert text.startswith(f"{key} is {url}: ") and "could not be downloaded (" in text and reason in text
+        assert "Without a network, get the file on another machine, and give the path" in text
+    assert written(tmp_path) == []
+
+
+def test_a_training_without_a_network_ends_in_a_line(server, tiny_config, loggers, monkeypatch, capsys):
+    def urlretrieve(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(request, "urlretrieve", urlretrieve)
+    words = ["--config-file", tiny_config, "MODEL.WEIGHTS", "https://example.invalid/a.pkl"]
+    assert train(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: MODEL.WEIGHTS (in a LazyConfig")
