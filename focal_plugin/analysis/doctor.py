@@ -1,8 +1,9 @@
 """Find what would go wrong with a run before it starts: a line for each check, with what to change.
 
 The checks cover the config, the output folder, the training set and the anchors of its boxes, the components, the
-weights and the first loss. They run on the CPU, take less than a minute for 1,000 images, and write nothing. The exit
-code is 1 if a check found an error.
+weights and the first loss; the last one estimates the time and the memory of a step, on the GPU if there is one. The
+others run on the CPU. They take less than a minute for 1,000 images, and write nothing. The exit code is 1 if a check
+found an error.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from ..config import ConfigError
 from ..engine.console import off_screen
-from .checks import data, model, schedule, settings
+from .checks import cost, data, model, schedule, settings
 from .checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check, Finding
 from .common import MISTAKES, add_flags
 
@@ -41,6 +42,7 @@ CHECKS = (
     Check("positives", data.check_positives, needs=["anchors"]),
     Check("weights", model.check_weights, needs=["components"]),
     Check("first loss", model.check_first_loss, needs=["classes", "positives", "weights"]),
+    Check("time and memory", cost.check_cost, needs=["images", "classes", "components"]),
 )
 
 
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this analysis."""
     parser.add_argument("--weights", metavar="FILE", default="", help="weights to start from (default: MODEL.WEIGHTS)")
     parser.add_argument("--resume", action="store_true", help="check a run that resumes the one in its OUTPUT_DIR")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs to train on (default: 1)")
     add_flags(parser, num_images=1000, writes=False)
 
 
@@ -57,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--config-file {args.config_file}: a LazyConfig; the checks expect a YAML config.")
     if args.num_images < 0:
         raise ConfigError(f"--num-images is {args.num_images}; expected a number ≥ 0, where 0 stands for all.")
-    case = Case(args.config_file, args.opts, weights=args.weights, resume=args.resume, num_images=args.num_images)
+    numbers = {"num_images": args.num_images, "num_gpus": max(1, args.num_gpus)}
+    case = Case(args.config_file, args.opts, weights=args.weights, resume=args.resume, **numbers)
     start, counts = time.perf_counter(), Counter()
     with off_screen("detectron2"), off_screen("focal_plugin"):
         for check, finding in examine(case):

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..layers.fast_dtype import fast_dtype
+from .clipping import parameters_with_gradients
 from .divergence import Divergence, explain
 from .processes import gather_numbers
 from .signals import StopSignals
@@ -133,7 +134,8 @@ class StepTrainer(SimpleTrainer):
         self.after_backward()
 
         if self._write(losses, data_time, batch):
-            self.grad_scaler.step(self.optimizer)
+            with parameters_with_gradients(self.optimizer):
+                self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:  # restore running statistics, the normaliser's too
             for buffer, before in zip(self.model.buffers(), buffers):

@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import re
 import runpy
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +20,10 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from focal_plugin.analysis.__main__ import main
-from focal_plugin.analysis.checks import settings
+from focal_plugin.analysis.checks import cost, settings
 from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
 from focal_plugin.analysis.doctor import CHECKS, examine
+from focal_plugin.config import load
 from focal_plugin.config.load import load_config
 from focal_plugin.engine.changes import plain_config
 
@@ -565,6 +569,110 @@ def test_first_loss_of_other_models(find, tiny_config, tmp_path):
     assert find("first loss", "MODEL.META_ARCHITECTURE", "RetinaNet")[0][0] == SKIPPED
 
 
+# Time and memory
+
+
+def test_time_and_memory(find, tiny_config, monkeypatch):
+    """Of real steps; the numbers are those of a stopwatch and of the process."""
+    kept, start = [], time.perf_counter()
+    step = cost.StepTrainer.run_step
+    monkeypatch.setattr(cost.StepTrainer, "run_step", lambda self: (kept.append(self), step(self)))
+    ((level, text),) = find("time and memory", "SOLVER.MAX_ITER", 7200)
+    took = time.perf_counter() - start
+    number = r"~([\d.e+-]+)"
+    found = re.fullmatch(
+        rf"estimate: {number} s and {number} GB a step on the CPU, from one of 2 images; {number} (s|min|h) for 7,200 "
+        r"steps, without evaluations",
+        text,
+    )
+    assert level == OK and found, text
+    seconds, memory, total = map(float, found.groups()[:3])
+    assert 0 < seconds < took / len(kept) * 2 and 0.1 < memory < 50
+    total *= {"s": 1, "min": 60, "h": 3600}[found[4]]
+    assert total == pytest.approx(seconds * 7200, rel=0.1)
+    assert len(kept) == 2 and kept[0] is kept[1]
+    fresh = build_model(load_config(tiny_config, options())).state_dict()
+    assert {name: x.shape for name, x in kept[0].model.state_dict().items()} == {n: x.shape for n, x in fresh.items()}
+    assert {group["lr"] for group in kept[0].optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("opts", "kwargs", "measured", "level", "says"),
+    [
+        # 1 s and 0.5 s of loading for two images: of 16 images 8 s, and 4 s divided by the workers.
+        (
+            ["SOLVER.IMS_PER_BATCH", 2],
+            {},
+            (2, 2),
+            OK,
+            "~1.5 s and ~2 GB a step on the CPU, from one of 2 images",
+        ),
+        (
+            ["DATALOADER.NUM_WORKERS", 2],
+            {},
+            (2, 16),
+            OK,
+            "~8 s and ~2 GB a step on the CPU, from one of 2 images",
+        ),
+        (["SOLVER.ACCUMULATE", 4], {}, (2, 4), OK, "~12 s and"),
+        (["SOLVER.ACCUMULATE", 16], {}, (1, 1), OK, "~24 s and ~2 GB a step on the CPU, from one of 1 image; ~28 days"),
+        (
+            ["SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 90],
+            {},
+            (1, 1),
+            OK,
+            "~1.5 s and ~2 GB a step on the CPU, from ",
+        ),
+        ([], {"memory": 2**60}, (2, 16), WARNING, "Set SOLVER.ACCUMULATE 2 or more, or smaller images or batches"),
+        (["SOLVER.ACCUMULATE", 2], {"memory": 2**60}, (2, 8), WARNING, "Set SOLVER.ACCUMULATE 4 or more"),
+        (["DATALOADER.NUM_WORKERS", 1], {"loading": 5.0}, (2, 16), OK, "~40 s and ~2 GB a step"),
+        (["DATALOADER.NUM_WORKERS", 1], {"loading": 5.0}, (2, 16), OK, "more DATALOADER.NUM_WORKERS than 1 may help"),
+    ],
+)
+def test_estimates(find, monkeypatch, opts, kwargs, measured, level, says):
+    asked = []
+
+    def measure(cfg, device, *numbers):
+        asked.append(numbers)
+        return cost.Cost(**{"seconds": 1.0, "loading": 0.5, "memory": 2**31, **kwargs})
+
+    monkeypatch.setattr(cost, "measure", measure)
+    defaults = {"SOLVER.IMS_PER_BATCH": 16, "DATALOADER.NUM_WORKERS": 0, "SOLVER.MAX_ITER": 100_000}
+    defaults |= dict(zip(opts[::2], opts[1::2]))
+    ((found, text),) = find("time and memory", *[word for pair in defaults.items() for word in pair])
+    assert (found, asked) == (level, [measured]) and text.startswith("estimate: ") and says in text
+
+
+def test_a_gpu_is_asked_for_the_whole_batch_of_one_gpu(find, monkeypatch):
+    asked = []
+
+    def measure(cfg, device, *numbers):
+        asked.append((device, *numbers))
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(load, "usable_device", lambda device, *_: device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    opts = ["SOLVER.IMS_PER_BATCH", 16, "MODEL.DEVICE", "cuda"]
+    ((level, text),) = find("time and memory", *opts, num_gpus=2)
+    assert level == ERROR and text.startswith("8 images at a time need more than the 80 GB of the GPU. Set SOLVER.ACC")
+    assert asked == [("cuda", 8, 8)]
+
+
+@pytest.mark.gpu
+def test_time_and_memory_on_a_gpu(find):
+    ((level, text),) = find("time and memory", "MODEL.DEVICE", "cuda", "MODEL.FOCAL.COMPILE", True)
+    assert level == OK and "GB a step on the GPU, from one of 2 images" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "0.25 s"), (99, "99 s"), (100, "1.7 min"), (5999, "1e+02 min"), (12240, "3.4 h"), (300_000, "3.5 days")],
+)
+def test_durations(seconds, text):
+    assert cost.duration(seconds) == text
+
+
 # All of them
 
 
@@ -574,7 +682,8 @@ def test_what_cannot_be_checked_is_skipped(tiny_config, tmp_path, capsys):
     levels = {line[9:27].strip(): line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]}
     assert levels["training data"] == ERROR
     assert {name for name, level in levels.items() if level == SKIPPED} == {
-        *("schedule", "images", "classes", "boxes", "empty images", "crowds", "anchors", "positives", "first loss")
+        *("schedule", "images", "classes", "boxes", "empty images", "crowds", "anchors", "positives", "first loss"),
+        "time and memory",
     }
     assert levels["components"] == levels["weights"] == levels["learning rate"] == OK
 

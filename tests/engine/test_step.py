@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -234,6 +236,26 @@ def test_the_largest_gradient(values):
         assert largest == max(map(abs, values), default=0)
     else:
         assert not math.isfinite(largest)
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_parameters_without_a_gradient_are_clipped_like_others(model, batches, kind):
+    """Detectron2 clips each parameter by itself: also those of a level that no head sees."""
+    twin = copy.deepcopy(model)
+    model.unused = nn.Linear(2, 2)
+    before = copy.deepcopy(model.unused.state_dict())
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED, cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = True, kind
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.01
+    sgd = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
+    for one in (model, twin):
+        optimizer = sgd(one.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        run(StepTrainer(one, batches, optimizer))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(twin.parameters()))
+    for mine, reference in zip(model.layers.parameters(), twin.layers.parameters()):
+        assert torch.equal(mine, reference)
+    for name, value in model.unused.state_dict().items():
+        assert torch.equal(value, before[name])  # no weight decay either, as in PyTorch
 
 
 def test_eval_mode_is_refused(model, batches):

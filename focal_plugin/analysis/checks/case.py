@@ -50,6 +50,7 @@ class Case:
         weights: the weights to start from; ``MODEL.WEIGHTS`` if empty.
         resume: whether the run resumes the one in its ``OUTPUT_DIR``.
         num_images: the number of images to match anchors on, spread over the training set; 0 for all.
+        num_gpus: the number of GPUs to train on.
     """
 
     config_file: str
@@ -57,11 +58,17 @@ class Case:
     weights: str = field(default="", kw_only=True)
     resume: bool = field(default=False, kw_only=True)
     num_images: int = field(default=1000, kw_only=True)
+    num_gpus: int = field(default=1, kw_only=True)
+
+    @cached_property
+    def own_cfg(self) -> CfgNode:
+        """The config as it trains."""
+        return load_config(self.config_file, list(self.opts))
 
     @cached_property
     def cfg(self) -> CfgNode:
         """The config, with the device set to the CPU."""
-        cfg = load_config(self.config_file, list(self.opts))
+        cfg = self.own_cfg.clone()
         cfg.MODEL.DEVICE = "cpu"
         cfg.MODEL.WEIGHTS = self.weights or cfg.MODEL.WEIGHTS
         return cfg
@@ -121,6 +128,15 @@ class Case:
     def coverage(self) -> Coverage:
         """The positives of each box of ``images``."""
         return measure(self.cfg, self.grid, self.anchor_generator, self.images)
+
+
+def first_batch_config(cfg: CfgNode, images: int) -> CfgNode:
+    """Return the config for a first batch of at most so many images, loaded in this process, with a fixed seed."""
+    cfg = cfg.clone()
+    cfg.SOLVER.IMS_PER_BATCH = min(images, cfg.SOLVER.IMS_PER_BATCH)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = max(cfg.SEED, 0)
+    return cfg
 
 
 def objects(record: dict) -> list[dict]:

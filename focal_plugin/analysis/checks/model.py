@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler, build_optimizer
 
 from ...data import FocalDatasetMapper
@@ -12,7 +11,7 @@ from ...engine import AtomicCheckpointer
 from ...files.weights import Fit, missing_file
 from ...retinanet import FocalRetinaNet
 from ..init import find_problems, first_step
-from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, percent
+from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, first_batch_config, percent
 from .settings import has_encoder_weights
 
 _FIRST_BATCH = 2  # images: enough for a loss, and few enough for a CPU
@@ -109,7 +108,7 @@ def check_first_loss(case: Case) -> Iterator[Finding]:
     if FocalRetinaNet.__name__ != case.cfg.MODEL.META_ARCHITECTURE:
         yield Finding(SKIPPED, f"{case.cfg.MODEL.META_ARCHITECTURE} is no FocalRetinaNet")
         return
-    step = first_step(_small(case.cfg))
+    step = first_step(first_batch_config(case.cfg, _FIRST_BATCH))
     observed, expected = f"{step.observed:.3g} a positive", f"{step.expected:.3g}"
     trained = bool(case.cfg.MODEL.WEIGHTS) and step.bias_off is not None and step.bias_off > 1e-3
     if trained and math.isfinite(step.observed):
@@ -119,12 +118,3 @@ def check_first_loss(case: Case) -> Iterator[Finding]:
     yield from [Finding(ERROR, problem) for problem in problems] or [
         Finding(OK, f"loss_cls is {observed}, by its closed form {expected} (prior {step.prior:.3g})")
     ]
-
-
-def _small(cfg: CfgNode) -> CfgNode:
-    """Return the config for one small batch, with a fixed seed."""
-    cfg = cfg.clone()
-    cfg.SOLVER.IMS_PER_BATCH = min(_FIRST_BATCH, cfg.SOLVER.IMS_PER_BATCH)
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.SEED = max(cfg.SEED, 0)
-    return cfg

@@ -1,0 +1,125 @@
+"""An estimate of the time and the memory of a training step, from steps of the config's own model and data."""
+
+import itertools
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
+
+from ...engine import StepTrainer, Trainer
+from ...engine.step import amp_precision
+from .case import ERROR, OK, WARNING, Case, Finding, first_batch_config
+
+_CPU_IMAGES = 2  # of a step that is measured on a CPU; a larger one is estimated from it
+_LONG = 5.0  # seconds of a first step after which no second one is measured
+_WARM_UP = 3  # steps on a GPU that are not measured: the second one records, if MODEL.FOCAL.COMPILE is True
+_GB = 2**30
+_CPU = "the CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs.
+
+    Attributes:
+        seconds: of computing, without loading.
+        loading: seconds of loading the step's images in one process.
+        memory: the largest number of bytes in use: of this process, or of the GPU.
+    """
+
+    seconds: float
+    loading: float
+    memory: float
+
+
+def check_cost(case: Case) -> Iterator[Finding]:
+    """Estimate how long a step and the run take, and how much memory."""
+    solver, device = case.cfg.SOLVER, case.own_cfg.MODEL.DEVICE
+    on_gpu = torch.device(device).type == "cuda"
+    images = max(1, solver.IMS_PER_BATCH // case.num_gpus) if on_gpu else solver.IMS_PER_BATCH
+    micro = math.ceil(images / solver.ACCUMULATE)
+    measured = micro if on_gpu else min(micro, _CPU_IMAGES)
+    where, total = ("the GPU", torch.cuda.get_device_properties(device).total_memory) if on_gpu else _CPU
+    remedy = f"Set SOLVER.ACCUMULATE {2 * solver.ACCUMULATE} or more, or smaller images or batches."
+    try:
+        cost = measure(case.cfg, device, measured, micro)
+    except torch.cuda.OutOfMemoryError:
+        yield Finding(ERROR, f"{micro} images at a time need more than the {total / _GB:.3g} GB of {where}. {remedy}")
+        return
+    computing, loading = cost.seconds * images / measured, cost.loading * images / measured
+    workers = case.cfg.DATALOADER.NUM_WORKERS
+    seconds = max(computing, loading / workers) if workers else computing + loading
+    text = (
+        f"estimate: ~{seconds:.2g} s and ~{cost.memory / _GB:.2g} GB a step on {where}, from one of {measured} "
+        f"image{'s' * (measured > 1)}; ~{duration(seconds * solver.MAX_ITER)} for {solver.MAX_ITER:,} steps, without "
+        "evaluations"
+    )
+    if cost.memory > total:
+        yield Finding(WARNING, f"{text}. {where} has {total / _GB:.3g} GB. {remedy}")
+    elif workers and loading / workers > computing:
+        yield Finding(OK, f"{text}. Loading takes longest: more DATALOADER.NUM_WORKERS than {workers} may help")
+    else:
+        yield Finding(OK, text)
+
+
+def measure(cfg: CfgNode, device: str, measured: int, micro: int) -> Cost:
+    """Return the cost of a step of ``measured`` images; its memory is that of ``micro`` images.
+
+    No weight changes: the learning rate is 0.
+    """
+    cfg = first_batch_config(cfg, measured)
+    cfg.MODEL.DEVICE, cfg.SOLVER.BASE_LR, cfg.SOLVER.ACCUMULATE = device, 0.0, 1
+    loader = iter(Trainer.build_train_loader(cfg))
+    start = time.perf_counter()
+    batch = next(loader)
+    loading = time.perf_counter() - start
+    model = Trainer.build_model(cfg).train()
+    precision = amp_precision(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
+    trainer = StepTrainer(model, itertools.repeat(batch), Trainer.build_optimizer(cfg, model), precision=precision)
+    on_gpu = model.device.type == "cuda"
+    before, times = _start_of_peak(on_gpu), []
+    steps = _WARM_UP + 1 if on_gpu else 2
+    with EventStorage(), tqdm(total=steps, desc="Measuring a step", leave=False, disable=None) as bar:
+        for _ in range(steps):
+            start = time.perf_counter()
+            trainer.run_step()  # it ends with reading the losses from the GPU
+            times.append(time.perf_counter() - start)
+            bar.update()
+            if times[0] > _LONG and not on_gpu:
+                break
+    return Cost(times[-1], loading, before + (_peak(on_gpu) - before) * micro / measured)
+
+
+def _start_of_peak(on_gpu: bool) -> int:
+    """Return the bytes in use, and forget how many it were at most."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError):  # not on Linux, or not allowed: then it is the peak since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak(on_gpu)
+
+
+def _peak(on_gpu: bool) -> int:
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, as in "3.4 h"."""
+    for unit, size, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
+        if seconds < most * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds / 86_400:,.2g} days" if seconds < 8_640_000 else f"{seconds / 86_400:,.0f} days"
