@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -20,12 +21,13 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from focal_plugin.analysis.__main__ import main
-from focal_plugin.analysis.checks import cost, settings
+from focal_plugin.analysis.checks import cost, schedule, settings
 from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
 from focal_plugin.analysis.doctor import CHECKS, examine
 from focal_plugin.config import load
 from focal_plugin.config.load import load_config
 from focal_plugin.engine.changes import plain_config
+from tests.docs.pages import PAGES, section
 
 ROOT = Path(__file__).parents[2]
 FINE = {
@@ -140,11 +142,15 @@ def test_learning_rate(find):
 @pytest.mark.parametrize(
     ("opts", "says"),
     [
-        (["SOLVER.BASE_LR", 5.0], "4e+03 times what linear scaling gives for IMS_PER_BATCH 2: training diverges"),
-        (["SOLVER.BASE_LR", 1e-7], "next to nothing is learnt. Set it near 0.00125"),
+        (["SOLVER.BASE_LR", 5.0], "4,000 times what linear scaling gives for IMS_PER_BATCH 2: training diverges"),
+        (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0, 0 times what linear scaling gives"),
+        (
+            ["SOLVER.BASE_LR", 1e-7],
+            "1/12,500 of what linear scaling gives for IMS_PER_BATCH 2: next to nothing is learnt",
+        ),
         (["SOLVER.WARMUP_ITERS", 1000], "never reaches BASE_LR. Set WARMUP_ITERS 0 or less"),
         (["SOLVER.STEPS", "(3, 30)", "SOLVER.MAX_ITER", 9], "SOLVER.STEPS (30,) come after the run's end"),
-        (["SOLVER.MAX_ITER", 180_000], "180,000 steps of 2 images, 6e+04 epochs of 6 images"),
+        (["SOLVER.MAX_ITER", 180_000], "180,000 steps of 2 images, 60,000 epochs of 6 images"),
         (["SOLVER.MAX_ITER", 2], "0.667 epochs: not all 6 images are seen"),
     ],
 )
@@ -169,6 +175,23 @@ def test_schedule(find, opts, says):
 def test_schedules_that_may_be_meant(find, opts):
     ((level, text),) = find("schedule", *opts)
     assert level == OK and "epochs" in text
+
+
+WARNED_OF = re.findall(
+    r"^\| `([A-Z_.]+ .*)` \| (.*) \|$", section(PAGES["docs/own_data.md"], "What it says of a schedule"), re.M
+)
+
+
+@pytest.mark.parametrize(("words", "text"), WARNED_OF)
+def test_the_schedules_of_the_page(words, text):
+    case = Case("quickstart/trees.yaml", [*shlex.split(words), "DATASETS.LOCAL", "[]"])
+    case.used_records = [{}] * 61
+    found = [finding for check in (schedule.check_schedule, schedule.check_sizes) for finding in check(case)]
+    assert [finding.text for finding in found if finding.level == WARNING] == [text]
+
+
+def test_the_page_has_each_kind():
+    assert len(WARNED_OF) == 6
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def check_schedule(case: Case) -> Iterator[Finding]:
     """Check the learning rate, the warm-up, the steps and the number of epochs against each other."""
     solver = case.cfg.SOLVER
     epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(len(case.used_records), 1)
-    length = f"{solver.MAX_ITER:,} steps of {solver.IMS_PER_BATCH} images, {epochs:,.3g} epochs"
+    length = f"{solver.MAX_ITER:,} steps of {solver.IMS_PER_BATCH} images, {_number(epochs)} epochs"
     problems = [*_rate(case.cfg), *_warmup(case.cfg), *_steps(case.cfg)]
     if epochs > _MANY_EPOCHS:
         problems.append(f"{length} of {len(case.used_records):,} images. Is SOLVER.MAX_ITER meant for a larger set?")
@@ -30,10 +30,15 @@ def _rate(cfg: CfgNode) -> Iterator[str]:
     rate, scaled = cfg.SOLVER.BASE_LR, scaled_learning_rate(cfg)
     if rate > _FAR * scaled or rate < scaled / _FAR:
         effect = "training diverges, even with clipping" if rate > scaled else "next to nothing is learnt"
+        share = f"1/{_number(scaled / rate)} of" if 0 < rate < scaled else f"{_number(rate / scaled)} times"
         yield (
-            f"SOLVER.BASE_LR is {rate:g}, {rate / scaled:.3g} times what linear scaling gives for IMS_PER_BATCH "
+            f"SOLVER.BASE_LR is {rate:g}, {share} what linear scaling gives for IMS_PER_BATCH "
             f"{cfg.SOLVER.IMS_PER_BATCH}: {effect}. Set it near {scaled:g}."
         )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _warmup(cfg: CfgNode) -> Iterator[str]:
