@@ -20,6 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from focal_plugin import CLS_LOSS_REGISTRY, BCELoss
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.checks import cost, schedule, settings
 from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case, Check
@@ -129,6 +130,20 @@ def test_nothing_is_wrong_with_a_run_that_is_right(tiny_config, tmp_path, capsys
 def test_config(find, opts, says):
     ((level, text),) = find("config", *opts)
     assert level == ERROR and says in text
+
+
+def test_the_keys_of_a_component_are_shown(find, monkeypatch):
+    def loss(cfg, *, gamma_neg=4.0, tau=1):
+        return BCELoss()
+
+    monkeypatch.setattr(CLS_LOSS_REGISTRY, "_obj_map", CLS_LOSS_REGISTRY._obj_map | {"Mine": loss})
+    own = ["MODEL.FOCAL.CLS_LOSS.NAME", "Mine", "MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG"]
+    ((level, text),) = find("config", *own, 2)
+    assert level == OK and text.endswith("; MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG 2.0; MODEL.FOCAL.CLS_LOSS.ARGS.TAU 1")
+    ((level, text),) = find("config", *own, "big")
+    assert (
+        level == ERROR and "MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG is 'big' (str); expected a value of type float" in text
+    )
 
 
 def test_learning_rate(find):

@@ -195,15 +195,15 @@ def test_shipped_components_have_none(section):
 
 def test_none_stands_for_the_default(name, tmp_path):
     """So that a command line can choose another component than the one whose keys are in a file."""
-    name()
-    (tmp_path / "config.yaml").write_text(load_config("", words("CLS_LOSS", GAMMA_NEG=2)).dump())
-    opts = ["MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG", "None"]
-    assert load_config(str(tmp_path / "config.yaml"), opts).MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG == 4.0
+    name(OnAShippedOne)
+    path = str(tmp_path / "my.yaml")
+    (tmp_path / "my.yaml").write_text("VERSION: 2\nMODEL: {FOCAL: {CLS_LOSS: {NAME: Mine, ARGS: {GAMMA_NEG: 2.0}}}}")
+    none = ["MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG", "None"]
+    assert load_config(path, none).MODEL.FOCAL.CLS_LOSS.ARGS.GAMMA_NEG == 4.0
     stock = ["MODEL.FOCAL.CLS_LOSS.NAME", "BCELoss"]
     with pytest.raises(ConfigError, match=r"BCELoss has no such key\. It has none.*None"):
-        load_config(str(tmp_path / "config.yaml"), stock)
-    opts = [word for key in DEFAULTS for word in (f"MODEL.FOCAL.CLS_LOSS.ARGS.{key}", "None")]
-    assert dict(load_config(str(tmp_path / "config.yaml"), [*stock, *opts]).MODEL.FOCAL.CLS_LOSS.ARGS) == {}
+        load_config(path, stock)
+    assert dict(load_config(path, [*stock, *none]).MODEL.FOCAL.CLS_LOSS.ARGS) == {}
 
 
 def test_a_component_that_is_not_known_is_told_by_its_builder():
