@@ -210,7 +210,7 @@ def test_doctor_takes_the_words_of_training_and_those_of_the_analysis(monkeypatc
     front.main(["doctor", *words], "focal")
     front.main(["train", "--doctor", "--config-file", "my.yaml"], "focal")
     assert given == [
-        ["doctor", "--config-file", "my.yaml", "--resume", "--num-images", "3", "SEED", "1"],
+        ["doctor", "--config-file", "my.yaml", "--resume", "--num-gpus", "8", "--num-images", "3", "SEED", "1"],
         ["doctor", "--config-file", "my.yaml"],
     ]
 

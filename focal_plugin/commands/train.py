@@ -167,7 +167,8 @@ def doctor_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
 def check(args: argparse.Namespace) -> int:
     """Run ``analysis doctor`` on a command line, and return its exit code."""
     words = ["doctor", "--config-file", args.config_file, *["--resume"] * args.resume]
-    words += ["--num-gpus", str(args.num_gpus * args.num_machines)]
+    if (gpus := args.num_gpus * args.num_machines) > 1:
+        words += ["--num-gpus", str(gpus)]
     for flag, value in (("--weights", "weights"), ("--num-images", "num_images")):
         if (given := getattr(args, value, None)) is not None:
             words += [flag, given]

@@ -7,7 +7,6 @@ from numbers import Real
 from typing import Any
 
 from detectron2.config.instantiate import locate
-from omegaconf import OmegaConf
 
 from .keys import ConfigError
 
@@ -16,24 +15,20 @@ def check_arguments(node: Any, path: str) -> None:
     """Check that each object of a part of a LazyConfig takes the arguments that the config gives.
 
     Args:
-        node: the part, such as ``cfg.model``.
+        node: the part, such as ``cfg.model``, or any value in it.
         path: what it is called in messages, such as "model".
 
     Raises:
         ConfigError: an argument is unknown, or text where the default is a number.
     """
-    _check(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, path)
-
-
-def _check(node: Any, path: str) -> None:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            _check(value, f"{path}.{key}")
+            check_arguments(value, f"{path}.{key}")
         if "_target_" in node:
             _check_call(node, path)
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for i, value in enumerate(node):
-            _check(value, f"{path}[{i}]")
+            check_arguments(value, f"{path}[{i}]")
 
 
 def _check_call(node: Mapping[str, Any], path: str) -> None:
@@ -43,7 +38,7 @@ def _check_call(node: Mapping[str, Any], path: str) -> None:
     except (TypeError, ValueError):  # not written in Python
         return
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    for key in node.keys() - {"_target_"}:
+    for key in set(node) - {"_target_"}:
         name, value = f"{path}.{key}", node[key]
         if key not in known and not takes_any:
             near = get_close_matches(key, known)
