@@ -28,6 +28,7 @@ CHECKS = (
     Check("sizes", schedule.check_sizes, needs=["config"]),
     Check("gradient clipping", settings.check_clipping, needs=["config"]),
     Check("unread keys", settings.check_unread_keys, needs=["config"]),
+    Check("evaluations", settings.check_evaluations, needs=["config"]),
     Check("output folder", settings.check_output_dir, needs=["config"]),
     Check("training data", data.check_data, needs=["config"]),
     Check("test data", data.check_test_data, needs=["config"]),

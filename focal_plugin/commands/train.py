@@ -25,6 +25,7 @@ from ..engine import (
     settled_seed,
     sole_training,
     start_run,
+    training_folder,
 )
 from ..files.write import kept_on_error
 
@@ -67,6 +68,7 @@ def evaluate(cfg: CfgNode, resume: bool, trainer_class: type[Trainer] = Trainer,
 
 def train(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> dict | None:
     """Train, as the only one in ``OUTPUT_DIR``, and return the results of the last evaluation."""
+    cfg.OUTPUT_DIR = training_folder(cfg.OUTPUT_DIR, args.resume)
     with sole_training(cfg.OUTPUT_DIR):
         with kept_on_error(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
             _start(cfg, args, cfg.OUTPUT_DIR)
@@ -99,7 +101,8 @@ def run(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> dic
     cfg = load_config(args.config_file, args.opts)
     if not args.eval_only:
         return train(cfg, args, trainer_class)
-    run_folder, cfg.OUTPUT_DIR = cfg.OUTPUT_DIR, evaluation_folder(cfg.OUTPUT_DIR)
+    run_folder = training_folder(cfg.OUTPUT_DIR, args.resume) if args.resume else cfg.OUTPUT_DIR
+    cfg.OUTPUT_DIR = evaluation_folder(run_folder)
     _start(cfg, args, run_folder)
     return evaluate(cfg, args.resume, trainer_class, run_folder)
 

@@ -43,6 +43,9 @@ def workflow_defaults() -> CN:
     # `coco`, `yolo` or `csv`) and its files. `focal_plugin.data.formats` has a class for each, which describes its
     # keys. "Your own data" has examples.
     cfg.DATASETS.LOCAL = []
+    # Data sets on which each evaluation also computes the losses of training, as `validation/total_loss` and so on. The
+    # images are those of evaluation, without augmentations. They may be those of `DATASETS.TEST`. Empty: none.
+    cfg.DATASETS.VALIDATION = ()
     cfg.INPUT = CN()
     # Augmentations for training, after the resizing and the flip, as classes and their arguments: Detectron2's, such as
     # `{name: RandomFlip, horizontal: False, vertical: True}`, or `{name: albumentations.GaussianBlur, p: 0.2}`.
@@ -59,6 +62,17 @@ def workflow_defaults() -> CN:
     # The dtype of `SOLVER.AMP.ENABLED`, which works on CPUs too: `float16` or `bfloat16`. Empty: float16 on a GPU,
     # bfloat16 on a CPU that has instructions for it, and float32 on another.
     cfg.SOLVER.AMP.DTYPE = ""
+
+    cfg.TEST = CN()
+    # The number by which evaluations are compared, such as `bbox/AP` or `validation/total_loss`: a name in
+    # `metrics.json`. The weights of the best evaluation are kept as `model_best.pth`. The least is best of losses, of
+    # others the most. Empty: none.
+    cfg.TEST.BEST_METRIC = ""
+    # End the run after this many evaluations in a row in which `TEST.BEST_METRIC` was not better than before. 0: never.
+    cfg.TEST.PATIENCE = 0
+
+    # Where a run is logged beside the screen and `metrics.json`: `tensorboard`, `wandb` (Weights & Biases), `mlflow`.
+    cfg.LOGGERS = ["tensorboard"]
 
     cfg.VIS = CN()
     # Draw `curves.png` and `detections.png` in `OUTPUT_DIR` when a run ends.

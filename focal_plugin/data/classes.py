@@ -9,7 +9,7 @@ from ..config import ConfigError
 
 
 def check_num_classes(cfg: CfgNode) -> None:
-    """Check that the model and all data sets of ``DATASETS.{TRAIN, TEST}`` agree on the classes.
+    """Check that the model and all data sets of ``DATASETS.{TRAIN, TEST, VALIDATION}`` agree on the classes.
 
     The model's number is ``MODEL.RETINANET.NUM_CLASSES`` for a dense detector and ``MODEL.ROI_HEADS.NUM_CLASSES`` for a
     ``GeneralizedRCNN``; for other models, the data sets are compared with each other alone. Data sets are loaded if
@@ -19,7 +19,7 @@ def check_num_classes(cfg: CfgNode) -> None:
         ConfigError: a data set is not registered, or the number or the names differ; the message says what to set.
     """
     names = {}
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST", "VALIDATION"):
         for dataset in cfg.DATASETS[key]:
             check_registered(dataset, f"DATASETS.{key}")
             if (classes := class_names(dataset)) is not None:
@@ -30,7 +30,7 @@ def check_num_classes(cfg: CfgNode) -> None:
     for dataset, others in names.items():
         if others != classes:
             raise ConfigError(
-                f"The data sets of DATASETS.TRAIN and DATASETS.TEST disagree on the classes: {first!r} has "
+                f"The data sets of DATASETS.{{TRAIN, TEST, VALIDATION}} disagree on the classes: {first!r} has "
                 f"{_listed(classes)}, {dataset!r} has {_listed(others)}. For sets of DATASETS.LOCAL, give both entries "
                 "the same classes: [...]."
             )

@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import ConfigError
 
 
-def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST")) -> None:
+def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST", "VALIDATION")) -> None:
     """Check that the files of all data sets in these ``keys`` of ``DATASETS`` exist.
 
     A set's file is the JSON file, or for Pascal VOC's sets the folder, in its metadata. Sets of ``DATASETS.LOCAL`` are
@@ -21,7 +21,7 @@ def check_files(cfg: CfgNode, keys: Sequence[str] = ("TRAIN", "TEST")) -> None:
         FileNotFoundError: a file does not exist.
     """
     for key in keys:
-        if cfg.MODEL.LOAD_PROPOSALS:
+        if cfg.MODEL.LOAD_PROPOSALS and key != "VALIDATION":
             _check_proposals(cfg, key)
         for name in cfg.DATASETS[key]:
             check_files_of(name, f"DATASETS.{key}", "Describe data of your own in DATASETS.LOCAL.")

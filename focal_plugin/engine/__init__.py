@@ -3,6 +3,7 @@
 from . import lazy
 from .advice import advise
 from .checkpoint import AtomicCheckpointer
+from .folder import training_folder
 from .loader import TrainLoader, build_train_loader
 from .lock import sole_training
 from .processes import launch
@@ -25,4 +26,5 @@ __all__ = [
     "settled_seed",
     "sole_training",
     "start_run",
+    "training_folder",
 ]

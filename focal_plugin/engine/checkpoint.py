@@ -55,12 +55,20 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if "://" in self.save_dir:  # not a file system: nothing can be renamed
             super().save(name, **kwargs)
             return
-        content = {"model": self.model.state_dict()} | ({} if self.config is None else {"config": self.config})
-        content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()} | kwargs
+        state = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        self.save_weights(name, **state, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Save the model and its config, with what is given; for MODEL.WEIGHTS, and not to resume from.
+
+        Raises:
+            OSError: the file could not be written. An earlier one is unchanged.
+        """
+        content = {"model": self.model.state_dict()} | ({} if self.config is None else {"config": self.config}) | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
         replace_file(path, lambda file: torch.save(content, file))
-        self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the checkpoint to resume from."""

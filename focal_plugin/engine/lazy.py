@@ -4,11 +4,12 @@ Beyond the tool: resuming exactly, micro-batches, bfloat16, steps that are not f
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import default_writers, hooks
+from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
@@ -24,17 +25,22 @@ from ..kernels.conv_relu import fuse_blocks
 from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
 from ..retinanet import FocalRetinaNet
 from .balance import BalanceHook
+from .best import BestHook, EarlyStop, check_patience
 from .changes import plain_config
 from .checkpoint import AtomicCheckpointer
-from .console import EarlyWriter
+from .console import EarlyWriter, progress_bar
+from .evaluate import EvaluationHook
+from .folder import training_folder
 from .graphs import compile_network, pins_batches
 from .loader import build_train_loader
 from .lock import sole_training
+from .loggers import RunLogger, check_loggers, logged, run_writers
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
 from .setup import evaluation_folder, settled_seed, start_logs
 from .step import StepTrainer, amp_precision, data_parallel
-from .trainer import EvaluationHook, explained_training, log_model, resumable_writers, use_channels_last
+from .trainer import explained_training, log_model, use_channels_last
+from .validation import NAME, ValidationLoss
 
 _DETECTRON2_LOADERS = (
     build_detection_train_loader,
@@ -48,7 +54,8 @@ def main(args) -> dict | None:
 
     The config has Detectron2's sections: ``model``, ``dataloader.{train, test, evaluator}``, ``optimizer``,
     ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate``, ``max_skips``,
-    ``channels_last`` and ``compile``.
+    ``channels_last``, ``compile``, ``loggers``, ``best_metric`` and ``patience``; and ``dataloader`` a loader
+    ``validation``, with ground truth.
 
     Returns:
         The results of the last evaluation; None on other processes than the main one.
@@ -69,6 +76,9 @@ def main(args) -> dict | None:
         raise ConfigError(f"{args.config_file}: dataloader.evaluator is missing; expected one for --eval-only.")
     cfg.train.device = usable_device(cfg.train.device, "train.device")
     run = cfg.train.output_dir
+    if args.resume or not args.eval_only:
+        run = training_folder(run, args.resume)
+        _move_output(cfg, run)
     if args.eval_only:
         _move_output(cfg, evaluation_folder(run))
         results = evaluate(cfg, _start(cfg, args, run))
@@ -82,8 +92,8 @@ def main(args) -> dict | None:
 
 
 def _move_output(cfg, folder: str) -> None:
-    """Let an evaluation write to ``folder`` in place of the run's."""
-    before, evaluator = cfg.train.output_dir, cfg.dataloader.evaluator
+    """Let a run and its evaluator write to ``folder`` in place of ``train.output_dir``."""
+    before, evaluator = cfg.train.output_dir, cfg.dataloader.get("evaluator")
     output = evaluator.get("output_dir") if isinstance(evaluator, Mapping) else None
     if output and f"{output}/".startswith(f"{before}/"):
         evaluator.output_dir = folder + output[len(before) :]
@@ -128,14 +138,17 @@ def train(cfg, args) -> dict:
     """Train the model as the config says, and return the results of the last evaluation."""
     results: dict = {}
     with kept_on_error(f"{cfg.train.output_dir}/config.yaml"):
-        trainer, start = _build_trainer(cfg, args, results)
-    with explained_training(cfg.train.output_dir):
+        trainer, start, loggers = _build_trainer(cfg, args, results)
+    with explained_training(cfg.train.output_dir), logged(loggers, args.resume), suppress(EarlyStop):
         trainer.train(start, cfg.train.max_iter)
     return results
 
 
-def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int]:
-    """Return the trainer, whose evaluations put their results into ``results``, and its first step."""
+def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[RunLogger]]:
+    """Return the trainer, whose evaluations put their results into ``results``, its first step, and its loggers."""
+    names, metric = cfg.train.get("loggers", ["tensorboard"]), cfg.train.get("best_metric", "")
+    check_loggers(names)
+    check_patience(metric, cfg.train.get("patience", 0), cfg.train.eval_period)
     model, saved = _start(cfg, args, cfg.train.output_dir), plain_config(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -159,31 +172,47 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int]:
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     checkpointer.config = saved
 
+    validation = cfg.dataloader.get("validation")
+    validate = ValidationLoss(trainer, instantiate(validation)) if validation else None
+
     def evaluate_now() -> dict:
         results.clear()
         results.update(evaluate(cfg, model))
-        return results
+        return results | ({NAME: validate()} if validate else {})
 
-    tail = [EvaluationHook(cfg.train.eval_period, evaluate_now, lambda: save)]
-    metrics = None
+    evaluation = EvaluationHook(cfg.train.eval_period, evaluate_now, lambda: save)
+    tail: list[HookBase] = [evaluation]
+    writers = []
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        writers = resumable_writers(writers, cfg.train.output_dir)
-        metrics = next(writer for writer in writers if isinstance(writer, MetricsWriter))
-        tail += [hooks.PeriodicWriter(writers, period=cfg.train.log_period), EarlyWriter(writers, cfg.train.log_period)]
+        writers = run_writers(writers, cfg.train.output_dir, names, saved)
+        period = cfg.train.log_period
+        tail += [hooks.PeriodicWriter(writers, period=period), EarlyWriter(writers, period, evaluation)]
+    if metric:
+        tail.append(
+            BestHook(
+                metric,
+                cfg.train.get("patience", 0),
+                evaluation=evaluation,
+                checkpointer=checkpointer,
+                finish=lambda: save.finish(),
+            )
+        )
+    metrics = next((writer for writer in writers if isinstance(writer, MetricsWriter)), None)
     save = CheckpointHook(
         checkpointer, **cfg.train.checkpointer, model=model, loader=loader, metrics=metrics, tail=tail
     )
     trainer.signals = save.signals
     schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
-    trainer.register_hooks([*balance, hooks.IterationTimer(), schedule, save, *tail])
+    bar = progress_bar(evaluation) if comm.is_main_process() else None
+    trainer.register_hooks([bar, *balance, hooks.IterationTimer(), schedule, save, *tail])
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
     save.check_steps(start, cfg.train.max_iter)
     if args.resume and not checkpointer.has_checkpoint():
         save.start_again()
-    return trainer, start
+    return trainer, start, [writer for writer in writers if isinstance(writer, RunLogger)]
 
 
 def _check_files(cfg, eval_only: bool) -> None:

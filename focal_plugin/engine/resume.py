@@ -105,6 +105,13 @@ class CheckpointHook(HookBase):
         if received:
             self._stop(received)
 
+    def finish(self) -> None:
+        """Save the step that is done, and all that follows it, as the run's last. For all processes."""
+        self._processes, self._tail_is_done = comm.all_gather(self._process_state()), True
+        if comm.is_main_process():
+            self.periodic.save("model_final", iteration=self.trainer.iter)
+        self._processes = []
+
     def _stop(self, received: int) -> NoReturn:
         comm.synchronize()  # as soon as one process ends, its launcher ends the others
         self.signals.remove()

@@ -95,7 +95,7 @@ def start_run(cfg: CfgNode, args) -> None:
     if args.eval_only:  # the training set need not be there
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.DATASETS.TRAIN = cfg.DATASETS.PROPOSAL_FILES_TRAIN = ()
+        cfg.DATASETS.TRAIN = cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.VALIDATION = ()
     needed = "TEST" if args.eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         where = args.config_file or "Detectron2's own config; name yours with --config-file"

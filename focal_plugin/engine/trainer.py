@@ -4,18 +4,18 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator, verify_results
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -27,16 +27,21 @@ from ..evaluation.report import draw_curves, draw_detections, log_report, note_s
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
 from .balance import BalanceHook
+from .best import BestHook, EarlyStop, check_metric
 from .changes import plain_config
 from .checkpoint import AtomicCheckpointer
-from .console import EarlyWriter, off_screen
+from .console import EarlyWriter, off_screen, progress_bar
 from .divergence import recorded_divergence
+from .evaluate import EvaluationHook
+from .folder import refuse_used
 from .graphs import compile_network, pins_batches
 from .loader import build_train_loader, explained_dead_worker
 from .lock import sole_training
+from .loggers import RunLogger, check_loggers, logged, run_writers
 from .metrics import MetricsWriter
 from .resume import CheckpointHook
 from .step import StepTrainer, amp_precision, data_parallel
+from .validation import NAME, ValidationLoss, build_validation_loader
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,8 @@ class Trainer(DefaultTrainer):
                 setup_logger(name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         _check_accumulate(cfg)
+        check_loggers(cfg.LOGGERS, cfg.VIS_PERIOD)
+        check_metric(cfg, by_type=type(self).build_evaluator.__func__ is Trainer.build_evaluator.__func__)
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -87,16 +94,21 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.evaluate_also = evaluate_also
+        self._resumes = False
+        self.validation: ValidationLoss | None = None
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Do as Detectron2's; with nothing to resume from, metrics.json is emptied.
 
         Raises:
-            ConfigError: another process trains in ``OUTPUT_DIR``; the checkpoint does not fit the config, or has more
-                steps than ``SOLVER.MAX_ITER``.
+            ConfigError: another process trains in ``OUTPUT_DIR``; an earlier run is there, without ``resume``; the
+                checkpoint does not fit the config, or has more steps than ``SOLVER.MAX_ITER``.
         """
         with sole_training(self.cfg.OUTPUT_DIR):
+            self._resumes = resume
+            if not resume:
+                refuse_used(self.cfg.OUTPUT_DIR)
             super().resume_or_load(resume)
             self.checkpoint_hook.check_steps(self.start_iter, self.max_iter)
             if resume and not self.checkpointer.has_checkpoint():
@@ -119,12 +131,17 @@ class Trainer(DefaultTrainer):
             The results of the last evaluation; None on other processes than the main one.
         """
         output_dir = self.cfg.OUTPUT_DIR
-        with sole_training(output_dir), explained_training(output_dir):
-            super().train()
-        if not comm.is_main_process():
-            return None
-        results = getattr(self, "_last_eval_results", {})
-        self.report(self.cfg, self.model, results)
+        loggers = [writer for writer in self.writers if isinstance(writer, RunLogger)]
+        with sole_training(output_dir), explained_training(output_dir), logged(loggers, self._resumes):
+            try:
+                super().train()
+            except EarlyStop:
+                if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                    verify_results(self.cfg, self._last_eval_results)
+            if not comm.is_main_process():
+                return None
+            results = getattr(self, "_last_eval_results", {})
+            self.report(self.cfg, self.model, results)
         return results
 
     @classmethod
@@ -149,12 +166,27 @@ class Trainer(DefaultTrainer):
         """Build Detectron2's hooks, with others that save and evaluate, and one that writes the first steps."""
         self.writers: list[EventWriter] = []
         hooks = [hook for hook in super().build_hooks() if not isinstance(hook, PeriodicCheckpointer)]
-        if comm.is_main_process():
-            hooks.append(EarlyWriter(self.writers))
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[place] = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate, lambda: self.checkpoint_hook)
+        evaluation = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate, lambda: self.checkpoint_hook)
+        hooks[place] = evaluation
         if self.evaluate_also is not None:  # before the writers, which close after training
             hooks.insert(place + 1, EvaluationHook(0, self._evaluate_also))
+        if comm.is_main_process():
+            hooks.append(EarlyWriter(self.writers, evaluation=evaluation))
+            hooks.insert(0, progress_bar(evaluation))
+            place += 1
+        if metric := self.cfg.TEST.BEST_METRIC:
+            hooks.append(
+                BestHook(
+                    metric,
+                    self.cfg.TEST.PATIENCE,
+                    evaluation=evaluation,
+                    checkpointer=self.checkpointer,
+                    finish=lambda: self.checkpoint_hook.finish(),
+                )
+            )
+        if self.cfg.DATASETS.VALIDATION:
+            self.validation = ValidationLoss(self._trainer, build_validation_loader(self.cfg))
         self.checkpoint_hook = CheckpointHook(
             self.checkpointer,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
@@ -168,7 +200,7 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        return self._last_eval_results | ({NAME: self.validation()} if self.validation else {})
 
     def _evaluate_also(self) -> dict:
         results = self.evaluate_also(self.model)
@@ -176,8 +208,9 @@ class Trainer(DefaultTrainer):
         return results
 
     def build_writers(self) -> list[EventWriter]:
-        """Build Detectron2's writers: the screen, metrics.json and TensorBoard."""
-        self.writers += resumable_writers(super().build_writers(), self.cfg.OUTPUT_DIR)
+        """Build Detectron2's writers, the screen, metrics.json and TensorBoard, and those of ``LOGGERS``."""
+        writers = super().build_writers()
+        self.writers += run_writers(writers, self.cfg.OUTPUT_DIR, self.cfg.LOGGERS, self.checkpointer.config)
         return self.writers
 
     @classmethod
@@ -261,47 +294,6 @@ def explained_training(output_dir: str) -> Iterator[None]:
     """Explain the errors of a training inside: a full disk, a process that loads images and died, a divergence."""
     with explained_full_disk(output_dir), explained_dead_worker(), recorded_divergence(output_dir):
         yield
-
-
-class EvaluationHook(EvalHook):
-    """Detectron2's ``EvalHook``, except that it evaluates after training only if all steps are done.
-
-    Detectron2's also does when the last step has failed, or when a signal ends the run there. And a signal during an
-    evaluation between steps does not wait for its end.
-
-    Args:
-        period, function: as those of ``EvalHook``.
-        save: returns the ``CheckpointHook`` of the run.
-    """
-
-    def __init__(self, period: int, function: Callable[[], dict], save: Callable[[], CheckpointHook] | None = None):
-        super().__init__(period, function)
-        self._save = save
-
-    def after_step(self) -> None:
-        """Evaluate, if this step is one of the period's but not the last."""
-        with self._save().interruptible() if self._save and self._is_due() else nullcontext():
-            super().after_step()
-
-    def _is_due(self) -> bool:
-        done = self.trainer.iter + 1
-        return self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter
-
-    def after_train(self) -> None:
-        """Evaluate, if the run is complete."""
-        if self.trainer.iter >= self.trainer.max_iter:
-            super().after_train()
-
-
-def resumable_writers(writers: list[EventWriter], output_dir: str) -> list[EventWriter]:
-    """Return Detectron2's ``writers``, with a ``MetricsWriter`` in place of the one of metrics.json."""
-    ours = []
-    for writer in writers:
-        if isinstance(writer, JSONWriter):
-            writer.close()
-            writer = MetricsWriter(os.path.join(output_dir, "metrics.json"))
-        ours.append(writer)
-    return ours
 
 
 def use_channels_last(model: nn.Module) -> None:

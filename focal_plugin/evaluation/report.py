@@ -24,6 +24,7 @@ _FILES = {  # of a run's folder
     "metrics.json": "loss, learning rate and AP in numbers",
     "events.out.tfevents.*": "the same for `tensorboard --logdir`",
     "model_final.pth": "the weights, for MODEL.WEIGHTS",
+    "model_best.pth": "the weights of the best evaluation (TEST.BEST_METRIC)",
     "inference/*_instances_results.json": "all detections, in COCO's format",
     "inference/*/*_instances_results.json": "all detections in that test set, in COCO's format",
     "config.yaml": "the whole config",

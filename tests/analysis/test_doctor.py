@@ -259,17 +259,16 @@ def earlier_run(tiny_config, tmp_path):
 
 
 def test_output_folder(find, earlier_run):
-    assert "no checkpoints yet" in find("output folder")[0][1]
+    assert "no earlier run" in find("output folder")[0][1]
     assert find("output folder", resume=True)[0][0] == WARNING
 
     earlier_run()
     ((level, text),) = find("output folder")
-    assert level == WARNING and "--resume" in text and "model_0000001.pth" in text
+    assert level == ERROR and "--resume" in text and "model_0000001.pth" in text
     assert find("output folder", resume=True)[0][0] == OK
 
     earlier_run("SOLVER.BASE_LR", 0.5, "MODEL.RETINANET.NUM_CLASSES", 7)
-    ((level, text),) = find("output folder")
-    assert level == ERROR and "MODEL.RETINANET.NUM_CLASSES, SOLVER.BASE_LR" in text and "another OUTPUT_DIR" in text
+    assert find("output folder")[0][0] == ERROR
     ((level, text),) = find("output folder", resume=True)
     assert level == WARNING and "SOLVER.BASE_LR 0.5 → 0.001" in text
 
@@ -300,14 +299,26 @@ def test_a_folder_in_use(find, tmp_path, monkeypatch):
 def test_the_seed_that_an_earlier_run_drew_is_no_difference(find, earlier_run):
     earlier_run("SEED", 77)
     assert [level for level, _ in find("output folder", "SEED", -1, resume=True)] == [OK]
-    assert [level for level, _ in find("output folder", "SEED", -1)] == [WARNING]
-    assert [level for level, _ in find("output folder", "SEED", 78)] == [ERROR]
+    assert [level for level, _ in find("output folder", "SEED", 78, resume=True)] == [ERROR]
 
 
-def test_output_folder_without_a_config(find, earlier_run):
-    earlier_run(config=False)
-    ((level, text),) = find("output folder")
-    assert level == ERROR and "config.yaml, which cannot be read" in text
+def test_a_default_output_folder_gets_a_number(find, earlier_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    earlier_run()
+    assert find("output folder", "OUTPUT_DIR", "./output") == [(OK, "OUTPUT_DIR ./output-2: no earlier run")]
+
+
+def test_evaluations(find):
+    assert find("evaluations")[0][0] == OK
+    for opts, found in {
+        ("TEST.BEST_METRIC", "AP"): "'AP'; expected a name that metrics.json will have, such as bbox/AP",
+        ("TEST.PATIENCE", 3): "TEST.BEST_METRIC is empty",
+        ("LOGGERS", "['wandbb']"): "has 'wandbb'; expected some of tensorboard, wandb, mlflow",
+    }.items():
+        ((level, text),) = find("evaluations", *opts)
+        assert level == ERROR and found in text
+    ((_, text), _) = find("test data", "DATASETS.VALIDATION", "('shapes_test',)")
+    assert "4 images for losses" in text
 
 
 # Data

@@ -11,7 +11,10 @@ from torch import distributed, nn
 
 from focal_plugin.config.load import load_config
 from focal_plugin.engine import AtomicCheckpointer, CheckpointHook, StepTrainer, Trainer, launch
+from focal_plugin.engine.best import BestHook, EarlyStop
+from focal_plugin.engine.evaluate import EvaluationHook
 from focal_plugin.engine.step import data_parallel
+from focal_plugin.engine.validation import ValidationLoss, build_validation_loader
 
 
 def start(rank, port, job, folder, *args):
@@ -64,6 +67,34 @@ def evaluate(config, output):
     os.makedirs(cfg.OUTPUT_DIR)
     torch.manual_seed(0)
     return Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+def stop_early(output):
+    """When a process ends whose evaluations get no better after the second; the main one alone has the results."""
+    model = data_parallel(Square())
+    trainer = StepTrainer(model, [[{"image": torch.ones(1)}]] * 9, torch.optim.SGD(model.parameters(), lr=0.1))
+    values = [1.0, 2.0, 1.0, 0.5, 9.0, 9.0]
+    evaluation = EvaluationHook(1, lambda: {"a": {"b": values[trainer.iter]}} if comm.is_main_process() else {})
+    checkpointer = AtomicCheckpointer(model, output, save_to_disk=comm.is_main_process())
+    hook = BestHook("a/b", 2, evaluation=evaluation, checkpointer=checkpointer, finish=lambda: None)
+    trainer.register_hooks([evaluation, hook])
+    try:
+        trainer.train(0, 6)
+    except EarlyStop:
+        return {"steps": trainer.iter, "waited": hook.waited, "value": hook.value}
+
+
+def validate(config):
+    """The validation losses of an untrained model, of which this process computes a part."""
+    opts = ["DATASETS.VALIDATION", "('shapes_test',)", "MODEL.FOCAL.NORMALIZER", "num_fg_sync"]
+    cfg = load_config(config, opts)
+    torch.manual_seed(0)
+    model = data_parallel(Trainer.build_model(cfg))
+    trainer = StepTrainer(model, [], torch.optim.SGD(model.parameters(), lr=0.01))
+    loader = build_validation_loader(cfg)
+    dataset = loader.dataset  # three images and one
+    share = [[dataset[index]] for index in ((0, 1, 2), (3,))[comm.get_rank()]]
+    return ValidationLoss(trainer, share)()
 
 
 class Square(nn.Module):

@@ -37,8 +37,10 @@ def check_data(case: Case) -> Iterator[Finding]:
 
 
 def check_test_data(case: Case) -> Iterator[Finding]:
-    """Check that the test sets can be read."""
+    """Check that the test sets and those of ``DATASETS.VALIDATION`` can be read."""
     names = case.cfg.DATASETS.TEST
+    if validation := case.cfg.DATASETS.VALIDATION:
+        yield Finding(OK, f"{few(validation)}: {len(read_records(case.cfg, 'VALIDATION')):,} images for losses")
     if not names:
         yield Finding(OK, "DATASETS.TEST is empty: nothing is evaluated")
         return

@@ -7,11 +7,13 @@ from detectron2.config import CfgNode
 
 from ...config import ConfigError
 from ...config.explain import flatten
-from ...engine import AtomicCheckpointer
+from ...engine import AtomicCheckpointer, training_folder
 from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
+from ...engine.best import check_metric
 from ...engine.changes import changes, describe, plain_config
 from ...engine.checkpoint import read_whole
 from ...engine.lock import holder
+from ...engine.loggers import check_loggers
 from ...files.regular import read_regular
 from ...files.safe_yaml import MOST_BYTES, parse_yaml
 from .case import ERROR, OK, WARNING, Case, Finding, few
@@ -56,42 +58,36 @@ def check_unread_keys(case: Case) -> Iterator[Finding]:
     yield from _warnings([message for _, message in unread_keys(case.cfg)], "none among those of heads and backbone")
 
 
+def check_evaluations(case: Case) -> Iterator[Finding]:
+    """Check what evaluations are compared by, and where the run is logged."""
+    cfg = case.cfg
+    check_loggers(cfg.LOGGERS, cfg.VIS_PERIOD)
+    check_metric(cfg, by_type=True)
+    best = f"the best by {cfg.TEST.BEST_METRIC}" if cfg.TEST.BEST_METRIC else "no TEST.BEST_METRIC"
+    yield Finding(OK, f"every {cfg.TEST.EVAL_PERIOD} steps (0: at the end), {best}; logged to {few(cfg.LOGGERS)}")
+
+
 def check_output_dir(case: Case) -> Iterator[Finding]:
-    """Check that the run will not overwrite the checkpoints of another one."""
-    folder = case.cfg.OUTPUT_DIR
-    checkpointer = AtomicCheckpointer(None, folder)
-    if training := holder(folder):
-        yield Finding(
-            ERROR, f"OUTPUT_DIR {folder} is in use: {training} trains there. Wait, or set another OUTPUT_DIR."
-        )
-    if not checkpointer.has_checkpoint():
-        problem = "there is no run to --resume: training starts from the beginning" if case.resume else ""
-        yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no checkpoints yet'}")
-        return
-    if case.resume:
-        yield from _check_resumed(case, checkpointer)
-        return
-    last = os.path.basename(checkpointer.get_checkpoint_file()) or "without last_checkpoint"
-    different = _differences(case.cfg, os.path.join(folder, "config.yaml"))
-    if different:
+    """Check that the run has a folder of its own, or is one that can go on."""
+    if training := holder(case.cfg.OUTPUT_DIR):
         yield Finding(
             ERROR,
-            f"OUTPUT_DIR {folder} holds another run ({last}), with other values of {few(different)}: its checkpoints "
-            "would be overwritten. Set another OUTPUT_DIR.",
+            f"OUTPUT_DIR {case.cfg.OUTPUT_DIR} is in use: {training} trains there. Wait, or set another OUTPUT_DIR.",
         )
-    else:
-        yield Finding(
-            WARNING,
-            f"OUTPUT_DIR {folder} holds a run of this config ({last}), whose checkpoints would be overwritten. "
-            "Resume it with --resume, or set another OUTPUT_DIR.",
-        )
+    folder = training_folder(case.cfg.OUTPUT_DIR, case.resume)
+    checkpointer = AtomicCheckpointer(None, folder)
+    if case.resume and checkpointer.has_checkpoint():
+        yield from _check_resumed(case, checkpointer)
+        return
+    problem = "there is no run to --resume: training starts from the beginning" if case.resume else ""
+    yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no earlier run'}")
 
 
 def _check_resumed(case: Case, checkpointer: AtomicCheckpointer) -> Iterator[Finding]:
     """Check what a resumed run does with the keys that have changed since its checkpoint."""
     path, most = checkpointer.last_whole_checkpoint(), case.cfg.SOLVER.MAX_ITER
     content = read_whole(path)
-    theirs = content.get("config") or _read_config(os.path.join(case.cfg.OUTPUT_DIR, "config.yaml"))
+    theirs = content.get("config") or _read_config(os.path.join(checkpointer.save_dir, "config.yaml"))
     changed = changes(theirs, plain_config(case.cfg)) if theirs else {}
     if case.cfg.SEED < 0:
         changed.pop("SEED", None)  # the run's is taken
@@ -102,7 +98,7 @@ def _check_resumed(case: Case, checkpointer: AtomicCheckpointer) -> Iterator[Fin
     elif changed:
         yield Finding(WARNING, f"resumes from {path}, with other values from there on: {describe(changed)}.")
     else:
-        yield Finding(OK, f"OUTPUT_DIR {case.cfg.OUTPUT_DIR}: resumes from {os.path.basename(path)}")
+        yield Finding(OK, f"OUTPUT_DIR {checkpointer.save_dir}: resumes from {os.path.basename(path)}")
 
 
 def has_encoder_weights(cfg: CfgNode) -> bool:
@@ -112,14 +108,6 @@ def has_encoder_weights(cfg: CfgNode) -> bool:
 
 def _warnings(messages: list[str], fine: str) -> Iterator[Finding]:
     yield from [Finding(WARNING, message) for message in messages] or [Finding(OK, fine)]
-
-
-def _differences(cfg: CfgNode, path: str) -> list[str]:
-    """Return the keys whose values differ from those in the config file ``path``, or that it cannot be read."""
-    if (theirs := _read_config(path)) is None:
-        return ["config.yaml, which cannot be read"]
-    different = changes(theirs, plain_config(cfg)).keys()
-    return sorted(different - ({"SEED"} if cfg.SEED < 0 else set()))  # the run drew one
 
 
 def _read_config(path: str) -> dict | None:

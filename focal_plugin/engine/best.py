@@ -1,0 +1,204 @@
+"""The best weights of a run by a metric of its evaluations, and the end of a run that gets no better."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..config import ConfigError
+from ..config.explain import near_keys
+from .checkpoint import AtomicCheckpointer
+from .evaluate import EvaluationHook
+from .validation import NAME
+
+logger = logging.getLogger(__name__)
+
+BEST = "model_best"  # the checkpoint's name
+_COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "pascal_voc": ("AP", "AP50", "AP75")}
+
+
+class EarlyStop(BaseException):
+    """Ends a run as complete before ``SOLVER.MAX_ITER``. No ``Exception``, which Detectron2 would log as an error."""
+
+
+class BestHook(HookBase):
+    """After each evaluation, keep the weights if they are the best so far, or end the run if none was for too long.
+
+    Detectron2's ``BestCheckpointer`` forgets the best value when a run resumes, lets ``--resume`` go on from the best
+    checkpoint in place of the last, and knows the metric on the main process alone, which cannot end the others.
+
+    Register it in every process, as the last hook: a run that it ends has nothing left to do for its last step.
+
+    Args:
+        metric: a name in the event storage. The least is best if its last word has "loss" in it, else the most.
+        patience: so many evaluations in a row without a better value end the run by ``EarlyStop``; 0 for never.
+        evaluation: the hook that evaluates.
+        checkpointer: writes ``model_best.pth``.
+        finish: saves the step that is done as the run's last.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        patience: int,
+        *,
+        evaluation: EvaluationHook,
+        checkpointer: AtomicCheckpointer,
+        finish: Callable[[], None],
+    ):
+        self.metric, self.patience = metric, patience
+        self.evaluation, self.checkpointer, self.finish = evaluation, checkpointer, finish
+        self.value: float | None = None  # the best
+        self.steps = 0  # that it was reached after
+        self.waited = 0  # evaluations since
+        self._judged: int | None = None  # the step whose evaluation was judged last
+
+    def before_train(self) -> None:
+        """End a run at once that has ended so before.
+
+        Raises:
+            EarlyStop: it has, by the patience that is asked for now.
+        """
+        self._judged = None
+        if self._is_over():
+            self._stop(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """Judge the evaluation of this step, if there was one.
+
+        Raises:
+            EarlyStop: the patience is exhausted.
+            ConfigError: the evaluation has not given the metric.
+        """
+        if self.evaluation.last == self.trainer.iter:
+            self._judge(steps=self.trainer.iter + 1)
+            if self._is_over():
+                self.finish()
+                self._stop(self.trainer.iter + 1)
+
+    def after_train(self) -> None:
+        """Judge the evaluation after the last step."""
+        if self.evaluation.last == self.trainer.iter == self.trainer.max_iter and not self._is_over():
+            self._judge(steps=self.trainer.iter)
+        if self.value is not None:
+            logger.info(f"Best {self._now()}: {self.checkpointer.save_dir}/{BEST}.pth.")
+
+    def _is_over(self) -> bool:
+        return 0 < self.patience <= self.waited
+
+    def _stop(self, steps: int) -> None:
+        logger.info(
+            f"TEST.PATIENCE: stopping after {steps} steps, since {self.metric} was not better in {self.waited} "
+            f"evaluations. To go on, use --resume with another TEST.PATIENCE."
+        )
+        self.trainer.iter = self.trainer.max_iter = steps  # complete: the other hooks end as after the last step
+        raise EarlyStop
+
+    def _judge(self, steps: int) -> None:
+        if self._judged == self.evaluation.last:
+            return
+        self._judged = self.evaluation.last
+        value = self._value()
+        if math.isfinite(value) and (self.value is None or self._is_better(value)):
+            self.value, self.steps, self.waited = value, steps, 0
+            if comm.is_main_process():
+                notes = {"iteration": steps - 1, "metric": self.metric, "value": value}
+                self.checkpointer.save_weights(BEST, **notes)
+        else:
+            self.waited += 1
+            best = "none is known yet" if self.value is None else f"the best is {self._now()}"
+            logger.info(f"{self.metric} is {value:.4f}, not better for {self.waited} evaluations in a row; {best}.")
+
+    def _now(self) -> str:
+        return f"{self.metric} {self.value:.4f}, after {self.steps} steps"
+
+    def _is_better(self, value: float) -> bool:
+        return value < self.value if "loss" in self.metric.rpartition("/")[2] else value > self.value
+
+    def _value(self) -> float:
+        """The value of this evaluation, which is known on the main process, in all of them."""
+        storage, step = self.trainer.storage, self.evaluation.last
+        found = {name: value for name, (value, at) in storage.latest().items() if at == step and "/" in name}
+        found = comm.all_gather(found)[0]
+        if self.metric not in found:
+            near = near_keys(self.metric, list(found)) or sorted(found)[:6]
+            raise ConfigError(
+                f"TEST.BEST_METRIC (in a LazyConfig train.best_metric) is {self.metric!r}, which the evaluation has "
+                f"not given; expected one of its names, such as {', '.join(near)}."
+            )
+        return found[self.metric]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and how long ago it was."""
+        return {"metric": self.metric, "value": self.value, "steps": self.steps, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; from none if it is of another metric."""
+        if state["metric"] == self.metric:
+            self.value, self.steps, self.waited = state["value"], state["steps"], state["waited"]
+        else:
+            logger.warning(f"TEST.BEST_METRIC was {state['metric']}: the best {self.metric} counts from here on.")
+
+
+def check_patience(metric: str, patience: int, period: int) -> None:
+    """Check that a run with patience has evaluations and knows what to compare.
+
+    Raises:
+        ConfigError: it has or does not.
+    """
+    if patience and not metric:
+        raise ConfigError(
+            f"TEST.PATIENCE is {patience}, and TEST.BEST_METRIC is empty; expected what is to get better, such as "
+            "bbox/AP. (In a LazyConfig train.patience and train.best_metric.)"
+        )
+    if patience and not period:
+        raise ConfigError(
+            f"TEST.PATIENCE is {patience}, and TEST.EVAL_PERIOD is 0; expected evaluations every so many steps. (In a "
+            "LazyConfig train.patience and train.eval_period.)"
+        )
+
+
+def check_metric(cfg: CfgNode, by_type: bool) -> None:
+    """Check ``TEST.BEST_METRIC`` and ``TEST.PATIENCE``, as far as one knows without evaluating.
+
+    Args:
+        cfg: the whole config.
+        by_type: whether each test set is evaluated by its ``evaluator_type``, so that the names are known.
+
+    Raises:
+        ConfigError: no evaluation will give the metric, or as ``check_patience``.
+    """
+    metric, sets = cfg.TEST.BEST_METRIC, list(cfg.DATASETS.TEST)
+    check_patience(metric, cfg.TEST.PATIENCE, cfg.TEST.EVAL_PERIOD)
+    if not metric:
+        return
+    if metric.startswith(f"{NAME}/"):
+        if not cfg.DATASETS.VALIDATION:
+            raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, and DATASETS.VALIDATION is empty; expected a data set.")
+        return
+    if not sets:
+        raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, and DATASETS.TEST is empty; expected a data set.")
+    if not by_type:
+        return
+    kinds = [MetadataCatalog.get(name).get("evaluator_type", "coco") for name in sets]
+    known = {
+        f"{name}/bbox/{ap}" if len(sets) > 1 else f"bbox/{ap}"
+        for name, kind in zip(sets, kinds)
+        for ap in _METRICS.get(kind, ())
+    }
+    group, _, name = metric.rpartition("/")
+    groups, names = {one.rpartition("/")[0] for one in known}, {one.rpartition("/")[2] for one in known}
+    task = group.rpartition("/")[2]
+    is_box = group in groups and (name in names or name.startswith("AP-"))
+    others = task and task != "bbox" and name.startswith("AP")  # of masks, keypoints or an average of the weights
+    if known and not is_box and not others:
+        near = near_keys(metric, sorted(known)) or sorted(known)[:1]
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}; expected a name that metrics.json will have, such as {', '.join(near)}."
+        )

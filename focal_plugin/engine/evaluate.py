@@ -1,0 +1,47 @@
+"""When a run evaluates."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from detectron2.engine.hooks import EvalHook
+
+from .resume import CheckpointHook
+
+
+class EvaluationHook(EvalHook):
+    """Detectron2's ``EvalHook``, except that it evaluates after training only if all steps are done.
+
+    Detectron2's also does when the last step has failed, or when a signal ends the run there. And a signal during an
+    evaluation between steps does not wait for its end.
+
+    Args:
+        period, function: as those of ``EvalHook``.
+        save: returns the ``CheckpointHook`` of the run.
+
+    Attributes:
+        last: the iteration of the last evaluation, ``max_iter`` for the one after training; None before.
+    """
+
+    def __init__(self, period: int, function: Callable[[], dict], save: Callable[[], CheckpointHook] | None = None):
+        super().__init__(period, function)
+        self._save = save
+        self.last: int | None = None
+
+    def after_step(self) -> None:
+        """Evaluate, if this step is one of the period's but not the last."""
+        with self._save().interruptible() if self._save and self.is_due() else nullcontext():
+            super().after_step()
+
+    def is_due(self) -> bool:
+        """Return whether there is an evaluation after this step and before the next."""
+        done = self.trainer.iter + 1
+        return self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter
+
+    def after_train(self) -> None:
+        """Evaluate, if the run is complete."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        self.last = self.trainer.iter
