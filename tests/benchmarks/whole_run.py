@@ -30,6 +30,7 @@ import yaml
 from rows_gpu import calm
 
 from focal_plugin.config.load import build_model, load_config
+from focal_plugin.files.write import free_paths
 
 CONFIG = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 WARMUP = 20  # steps, the first window that metrics.json has medians of
@@ -104,10 +105,9 @@ def run(architecture: str, config: Path, output: Path, opts: list[str]) -> dict:
     Raises:
         RuntimeError: the run failed; its log says why.
     """
-    folder = output / architecture
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(free_paths(output, architecture)[0])
+    folder.mkdir(parents=True)
     metrics = folder / "metrics.json"
-    earlier = len(metrics.read_text().splitlines()) if metrics.exists() else 0  # lines of an earlier run
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config), *opts]
     command += ["MODEL.META_ARCHITECTURE", architecture, "OUTPUT_DIR", str(folder)]
     with (folder / "output.txt").open("w") as log:
@@ -115,7 +115,7 @@ def run(architecture: str, config: Path, output: Path, opts: list[str]) -> dict:
     if code:
         tail = "\n".join((folder / "output.txt").read_text().splitlines()[-5:])
         raise RuntimeError(f"the run of {architecture} failed, see {folder}/output.txt:\n{tail}")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()[earlier:]]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     late = [line for line in lines if line["iteration"] >= WARMUP and "time" in line]
     return {key: statistics.median(line[key] for line in late) for key in ("time", "data_time")}
 

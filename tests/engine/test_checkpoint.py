@@ -50,14 +50,16 @@ def resume(folder):
     return steps
 
 
-def test_the_last_one(tmp_path):
+def test_the_last_one(tmp_path, caplog):
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth", "model_0000002.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     assert resume(tmp_path) == 2
     checkpointer = make(tmp_path)
-    checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
+    with caplog.at_level("WARNING"):
+        checkpointer.resume_or_load(str(tmp_path / "model_0000001.pth"), resume=False)
+    assert "holds an earlier run, whose checkpoints this one replaces" in caplog.text
     assert checkpointer.model.weight.unique().item() == 1 and checkpointer.checkpointables["counter"].steps == 0
 
 

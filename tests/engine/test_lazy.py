@@ -2,6 +2,9 @@
 
 import pytest
 
+from focal_plugin.config import ConfigError
+from tests.engine.same import final, metrics
+
 TRAIN, TEST = "dataloader.train.dataset.names", "dataloader.test.dataset.names"
 
 
@@ -44,8 +47,8 @@ def test_what_is_said_of_weights_and_of_an_earlier_run(train_net, lazy_config, c
     train_net("--resume", *words, config=lazy_config)
     screen = capfd.readouterr().out
     assert "No weights given" not in screen and "holds an earlier run" not in screen
-    train_net(*words, config=lazy_config)
-    assert "holds an earlier run" in capfd.readouterr().out
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        train_net(*words, config=lazy_config)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,26 @@ def test_a_device_that_is_none(train_net, lazy_config):
 def test_numbers_that_a_key_may_not_have(train_net, lazy_config, key, value):
     with pytest.raises(ValueError, match=rf"train\.{key}\) is {value}; expected a whole number"):
         train_net(f"train.{key}={value}", config=lazy_config)
+
+
+def test_the_best_and_losses_on_other_data(train_net, lazy_config, tmp_path):
+    with open(lazy_config, "a") as file:
+        file.write(
+            "\ndataloader.validation = L(build_detection_test_loader)("
+            'dataset=L(get_detection_dataset_dicts)(names="shapes_test", filter_empty=False), num_workers=0,'
+            'mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR"))\n'
+        )
+    output, words = tmp_path / "output", ["optimizer.lr=0", "train.max_iter=9", "train.eval_period=1"]
+    words += ["train.best_metric=validation/total_loss", "train.patience=2", "train.loggers=[]"]
+    train_net(*words, config=lazy_config)
+    lines = metrics(output)  # the learning rate is 0: the first evaluation is the best
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert len({line["validation/total_loss"] for line in lines}) == 1
+    assert final(output)["iteration"] == 2 and final(output, "model_best.pth")["iteration"] == 0
+    assert not list(output.glob("events.*"))
+    for word, message in {
+        "train.best_metric=": r"train\.patience and train\.best_metric",
+        "train.loggers=[wandbb]": r"train\.loggers\) has 'wandbb'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            train_net("train.patience=2", word, f"train.output_dir={tmp_path / 'other'}", config=lazy_config)
