@@ -222,6 +222,10 @@ def plan(rows: Sequence[Row], base: Path | None, opts: Sequence[str], seeds: int
             cfg = compose(row, base, [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)])
             if not cfg.DATASETS.TEST:
                 raise ConfigError(f"{row.file}: DATASETS.TEST is empty; expected the data set to report the AP of.")
+            if cfg.TEST.PATIENCE:
+                raise ConfigError(
+                    f"{row.file}: TEST.PATIENCE is {cfg.TEST.PATIENCE}; expected 0: all runs have as many steps."
+                )
             runs.append(Run(row, seed, folder, cfg))
     folders: dict[str, str] = {}  # by their changes
     for run in runs:

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import nn
 
 from ..config import ConfigError
 from ..config.explain import near_keys
@@ -40,7 +41,8 @@ class BestHook(HookBase):
         patience: so many evaluations in a row without a better value end the run by ``EarlyStop``; 0 for never.
         evaluation: the hook that evaluates.
         checkpointer: writes ``model_best.pth``.
-        finish: saves the step that is done as the run's last.
+        finish: saves the step that is done as the run's last; ``max_iter`` is its number by then.
+        judged: returns the model whose evaluation gives the metric, if that is not the checkpointer's.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class BestHook(HookBase):
         evaluation: EvaluationHook,
         checkpointer: AtomicCheckpointer,
         finish: Callable[[], None],
+        judged: Callable[[], nn.Module] | None = None,
     ):
         self.metric, self.patience = metric, patience
         self.evaluation, self.checkpointer, self.finish = evaluation, checkpointer, finish
+        self.judged = judged or (lambda: checkpointer.model)
         self.value: float | None = None  # the best
         self.steps = 0  # that it was reached after
         self.waited = 0  # evaluations since
@@ -79,8 +83,9 @@ class BestHook(HookBase):
         if self.evaluation.last == self.trainer.iter:
             self._judge(steps=self.trainer.iter + 1)
             if self._is_over():
+                self.trainer.max_iter = self.trainer.iter + 1
                 self.finish()
-                self._stop(self.trainer.iter + 1)
+                self._stop(self.trainer.max_iter)
 
     def after_train(self) -> None:
         """Judge the evaluation after the last step."""
@@ -109,7 +114,7 @@ class BestHook(HookBase):
             self.value, self.steps, self.waited = value, steps, 0
             if comm.is_main_process():
                 notes = {"iteration": steps - 1, "metric": self.metric, "value": value}
-                self.checkpointer.save_weights(BEST, **notes)
+                self.checkpointer.save_weights(BEST, self.judged(), **notes)
         else:
             self.waited += 1
             best = "none is known yet" if self.value is None else f"the best is {self._now()}"
@@ -192,12 +197,11 @@ def check_metric(cfg: CfgNode, by_type: bool) -> None:
         for name, kind in zip(sets, kinds)
         for ap in _METRICS.get(kind, ())
     }
-    group, _, name = metric.rpartition("/")
-    groups, names = {one.rpartition("/")[0] for one in known}, {one.rpartition("/")[2] for one in known}
-    task = group.rpartition("/")[2]
-    is_box = group in groups and (name in names or name.startswith("AP-"))
-    others = task and task != "bbox" and name.startswith("AP")  # of masks, keypoints or an average of the weights
-    if known and not is_box and not others:
+    plain = metric.replace("_EMA", "")  # evaluated beside the weights, by the same metrics
+    group, _, name = plain.rpartition("/")
+    is_class = name.startswith("AP-") and any(one.startswith(f"{group}/") for one in known)
+    is_task = group.rpartition("/")[2] not in ("", "bbox")  # of masks or keypoints
+    if known and plain not in known and not is_class and not is_task:
         near = near_keys(metric, sorted(known)) or sorted(known)[:1]
         raise ConfigError(
             f"TEST.BEST_METRIC is {metric!r}; expected a name that metrics.json will have, such as {', '.join(near)}."

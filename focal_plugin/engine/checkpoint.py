@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from torch import nn
 
 from ..config import ConfigError
 from ..files.safe_load import WeightsError, load_torch, load_zoo
@@ -56,16 +57,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
             super().save(name, **kwargs)
             return
         state = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
-        self.save_weights(name, **state, **kwargs)
+        self.save_weights(name, self.model, **state, **kwargs)
         self.tag_last_checkpoint(f"{name}.pth")
 
-    def save_weights(self, name: str, **kwargs: Any) -> None:
-        """Save the model and its config, with what is given; for MODEL.WEIGHTS, and not to resume from.
+    def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
+        """Save a model and the config, with what is given; for MODEL.WEIGHTS, and not to resume from.
 
         Raises:
             OSError: the file could not be written. An earlier one is unchanged.
         """
-        content = {"model": self.model.state_dict()} | ({} if self.config is None else {"config": self.config}) | kwargs
+        content = {"model": model.state_dict()} | ({} if self.config is None else {"config": self.config}) | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
         replace_file(path, lambda file: torch.save(content, file))

@@ -20,7 +20,8 @@ from ..files.write import remove_unfinished
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # the file in a training's folder; it stays there, since removing it would let two hold two files
-_WRITTEN = ("model_*.pth", "diverged_*.pth", "diverged.json", "last_checkpoint", "config.yaml")  # by trainings alone
+# By trainings alone.
+_WRITTEN = ("model_*.pth", "diverged_*.pth", "diverged.json", "last_checkpoint", "config.yaml", "loggers.json")
 _TRIES, _PAUSE = 5, 0.1  # whoever looks at the lock holds it for a moment, too
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

@@ -7,7 +7,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-_LOSSES = {"total_loss": "total", "loss_cls": "classification", "loss_box_reg": "box"}
+_LOSSES = {
+    "total_loss": "total",
+    "loss_cls": "classification",
+    "loss_box_reg": "box",
+    "validation/total_loss": "total, validation",
+}
 _METRICS = ("AP", "AP50")
 
 

@@ -380,6 +380,11 @@ def test_no_test_set_is_told_before_anything_runs(ablation, table, capfd):
     assert not table.exists()
 
 
+def test_runs_of_other_lengths_are_no_ablation(ablation, table, capfd):
+    assert ablation("TEST.PATIENCE", "2", "TEST.BEST_METRIC", "bbox/AP") == 1
+    assert "TEST.PATIENCE is 2; expected 0" in capfd.readouterr().err and not table.exists()
+
+
 def test_a_run_without_an_ap_is_not_run_again(ablation, train_net, table, capfd):
     train_net.write_text(train_net.read_text().replace('"bbox/AP"', '"mine/AP"'))
     assert ablation() == 1

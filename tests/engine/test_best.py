@@ -22,13 +22,13 @@ from tests.engine.test_processes import run_pair
 class Recorder:
     """In place of a checkpointer."""
 
-    save_dir = "output"
+    save_dir, model = "output", "the trained one"
 
     def __init__(self):
         self.saved = []
 
-    def save_weights(self, name, **notes):
-        assert name == "model_best"
+    def save_weights(self, name, model, **notes):
+        assert name == "model_best" and model == "the trained one"
         self.saved.append((notes["iteration"], notes["value"]))
 
 

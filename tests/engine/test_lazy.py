@@ -78,7 +78,7 @@ def test_numbers_that_a_key_may_not_have(train_net, lazy_config, key, value):
 def test_the_best_and_losses_on_other_data(train_net, lazy_config, tmp_path):
     with open(lazy_config, "a") as file:
         file.write(
-            "\ndataloader.validation = L(build_detection_test_loader)("
+            "\ndataloader['validation'] = L(build_detection_test_loader)("
             'dataset=L(get_detection_dataset_dicts)(names="shapes_test", filter_empty=False), num_workers=0,'
             'mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR"))\n'
         )

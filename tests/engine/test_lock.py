@@ -203,8 +203,8 @@ def test_two_processes_write_one_file(fork, tmp_path):
 def test_a_run_that_cannot_start_leaves_config_yaml(train_net, tmp_path):
     train_net("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 1)
     before = (tmp_path / "output/config.yaml").read_text()
-    with pytest.raises(FileNotFoundError):
-        train_net("MODEL.WEIGHTS", "nowhere.pth")
+    with pytest.raises(ConfigError, match="is of another model"):
+        train_net("--resume", "SOLVER.BASE_LR", 0.5, "MODEL.FPN.OUT_CHANNELS", 8)
     assert (tmp_path / "output/config.yaml").read_text() == before
 
 
