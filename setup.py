@@ -7,6 +7,7 @@ setup(
     package_dir={"focal_plugin.configs": "configs"},
     package_data={
         "focal_plugin.ablation": ["template.html"],
+        "focal_plugin.analysis.labels": ["*.html"],
         "focal_plugin.evaluation": ["*.html"],
         "focal_plugin.configs": ["**/*.yaml", "**/*.py", "**/*.csv"],
     },

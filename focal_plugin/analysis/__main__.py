@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from ..config.explain import split_pairs
-from . import anchors, doctor, init, loss_cdf, speed
+from . import anchors, doctor, hardest, init, loss_cdf, speed
 from .common import MISTAKES
 
-_WHAT = {"doctor": doctor, "loss-cdf": loss_cdf, "init": init, "anchors": anchors, "speed": speed}
+_WHAT = {"doctor": doctor, "loss-cdf": loss_cdf, "hardest": hardest, "init": init, "anchors": anchors, "speed": speed}
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -50,9 +50,14 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 
 def output_paths(args: argparse.Namespace, cfg: CfgNode, *names: str) -> list[Path]:
     """Return paths of new files in the output folder, which is made. Names that exist get a number."""
+    return [Path(path) for path in free_paths(output_folder(args, cfg), *names)]
+
+
+def output_folder(args: argparse.Namespace, cfg: CfgNode) -> Path:
+    """Return the output folder, which is made."""
     folder = Path(args.output) if args.output else Path(cfg.OUTPUT_DIR) / "analysis"
     folder.mkdir(parents=True, exist_ok=True)
-    return [Path(path) for path in free_paths(folder, *names)]
+    return folder
 
 
 def print_written(paths: Sequence[Path]) -> None:
@@ -61,9 +66,9 @@ def print_written(paths: Sequence[Path]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows with the same keys to a CSV file."""
+    """Write rows with the same keys to a CSV file, which is empty without rows."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
 

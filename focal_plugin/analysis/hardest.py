@@ -1,0 +1,114 @@
+"""The hardest examples, which are often wrong labels: what to accept or reject of what a model says against them.
+
+The focal loss puts nearly all of its weight on few examples (figure 4 of the paper). Where the model is right, they are
+mistakes of the labels: an object that nobody labelled ("missing"), a label of another class ("class"), at another place
+("box"), or without an object ("extra"). Each kind is ranked by the term of the loss that it raises; anchors of one object
+are one suggestion. Crowds are left out.
+
+With --folds K, the images of DATASETS.TRAIN are cut into K parts, and each is judged by a model that was trained on the
+others, with this config. Otherwise --weights judges; give it labels that it was not trained on, since it knows those by
+heart.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ..config import ConfigError
+from ..data import check_num_classes, class_names
+from .common import (
+    add_flags,
+    build_focal_model,
+    load_weights,
+    output_folder,
+    output_paths,
+    print_written,
+    read_config,
+    read_records,
+    spread,
+    write_csv,
+)
+from .labels.folds import cut, train_folds
+from .labels.judge import Judge, Ranking, Suggestion
+from .labels.page import rows, to_coco, to_html
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this analysis."""
+    parser.add_argument("--weights", metavar="FILE", help="the checkpoint that judges (default: MODEL.WEIGHTS)")
+    parser.add_argument("--split", choices=("test", "train"), help="data sets (default: test; with --folds: train)")
+    text = "train K models, so that each image of DATASETS.TRAIN is judged by one that has not seen it; resumes"
+    parser.add_argument("--folds", type=int, metavar="K", help=text)
+    text = "which images stay in one part: image (each alone), or as for `data split` a CSV file or a regular expression"
+    parser.add_argument("--by", default="image", metavar="WHAT", help=text)
+    parser.add_argument("--top", type=int, default=100, metavar="N", help="suggestions of each kind (default: 100)")
+    add_flags(parser, num_images=0)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Judge the labels, print what was found, and write the page, the table and the COCO file."""
+    if args.top < 1:
+        raise ConfigError(f"--top is {args.top}; expected a number of suggestions of at least 1.")
+    if args.folds is not None and (args.weights or args.split == "test"):
+        raise ConfigError("--folds trains what judges DATASETS.TRAIN: leave out --weights and --split test.")
+    cfg = read_config(args)
+    key = (args.split or ("train" if args.folds is not None else "test")).upper()
+    records = read_records(cfg, key)
+    check_num_classes(cfg)
+    judged = spread(records, args.num_images)
+    if args.folds is not None:
+        parts = cut(records, args.folds, args.by)
+        runs = train_folds(cfg, parts, output_folder(args, cfg) / f"hardest_{args.folds}_folds")
+        chosen = set(map(id, judged))
+        judges = [(run, [record for record in part if id(record) in chosen]) for run, part in zip(runs, parts)]
+    elif cfg.MODEL.WEIGHTS:
+        judges = [(cfg, judged)]
+    else:
+        raise ConfigError("No weights: give a trained checkpoint with --weights or MODEL.WEIGHTS, or --folds K.")
+    ranking = rank(judges, args.top)
+
+    names = class_names(cfg.DATASETS[key][0]) or [f"class {k}" for k in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
+    best = ranking.best()
+    shown = [suggestion for kind in best.values() for suggestion in kind]
+    share = sum(s.loss for s in shown) / ranking.loss if ranking.loss else 0.0
+    of = f"{ranking.images} images of DATASETS.{key} with {ranking.labels} labels"
+    print(f"The hardest objects of {of}. They hold {share:.0%} of the focal loss:")
+    print(tabulate(table(best, names), headers="keys", tablefmt="pipe"))
+    if ranking.unjudged:
+        print(f"{ranking.unjudged} labels have no positive anchor and were not judged; see `analysis anchors`.")
+    stem = f"hardest_{key.lower()}"
+    page, csv, coco = paths = output_paths(args, cfg, f"{stem}.html", f"{stem}.csv", f"{stem}.json")
+    folds = f"{args.folds} models, each trained on the other images" if args.folds else Path(cfg.MODEL.WEIGHTS).name
+    about = {"data_set": ", ".join(cfg.DATASETS[key]), "judge": folds, "of": of, "share": share}
+    page.write_text(to_html(best, names, about))
+    write_csv(csv, rows(shown, names))
+    coco.write_text(to_coco(shown, names))
+    print_written(paths)
+    return 0
+
+
+def rank(judges: Sequence[tuple[CfgNode, Sequence[dict]]], top: int) -> Ranking:
+    """Return the ranking of the labels of records, which the model of the config beside them judges."""
+    ranking = Ranking(top)
+    with tqdm(total=sum(len(records) for _, records in judges), desc="Judging", unit="image") as progress:
+        for cfg, records in judges:
+            model = build_focal_model(cfg, "hardest")
+            load_weights(model, cfg.MODEL.WEIGHTS)
+            judge = Judge(model, cfg)
+            for record in records:
+                ranking.add(judge(record))
+                progress.update()
+    return ranking
+
+
+def table(best: dict[str, list[Suggestion]], names: Sequence[str]) -> list[dict]:
+    """Return for each class the number of suggestions of each kind, where there are any."""
+    counted = [
+        {"class, if accepted": name, **{kind: sum(s.accepted[1] == k for s in found) for kind, found in best.items()}}
+        for k, name in enumerate(names)
+    ]
+    return [row for row in counted if any(row[kind] for kind in best)]

@@ -1,0 +1,390 @@
+"""Planted mistakes are what ranks highest for a model that sees the truth, and its files can be read."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import nn
+
+from focal_plugin import FocalRetinaNet
+from focal_plugin.analysis.__main__ import main
+from focal_plugin.analysis.labels.folds import cut
+from focal_plugin.analysis.labels.judge import KINDS, Judge, Ranking
+from focal_plugin.analysis.labels.page import rows, to_coco, to_html
+from focal_plugin.anchors.cache import cached_anchors
+from focal_plugin.config import ConfigError
+from focal_plugin.config.load import load_config
+from focal_plugin.data import DataError
+from focal_plugin.data.coco import CocoSet
+from focal_plugin.data.records import Checker
+from focal_plugin.losses.functional import sigmoid_focal_loss
+from tests.small_retinanet import small_config
+
+STRIDES, SIZE, LOGIT = (8, 16, 32, 64, 128), 256, 4.0
+
+
+class Numbered(nn.Module):
+    """A backbone whose features are the number of the image, which its pixels are."""
+
+    size_divisibility, padding_constraints = 0, {}
+
+    def forward(self, images):
+        number = images.mean(dim=(1, 2, 3), keepdim=True)
+        return {f"p{i}": number.expand(len(images), 1, SIZE // s, SIZE // s) for i, s in enumerate(STRIDES)}
+
+
+class Perfect(nn.Module):
+    """A head that sees the true boxes of the images by their numbers: anchors matched to them, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.truth, self.model = {}, []
+
+    def forward(self, features):
+        (model,) = self.model
+        (boxes, classes) = self.truth[round(float(features[0][0, 0, 0, 0]))]
+        truth = Instances((SIZE, SIZE), gt_boxes=Boxes(boxes), gt_classes=classes)
+        targets = model.label_anchors(cached_anchors(model.anchor_generator, features), [truth])
+        logits, deltas = [], []
+        start = 0
+        for labels, at in zip(targets.labels, targets.positives):
+            _, a, h, w = labels.shape
+            x = torch.full((a * h * w, model.num_classes), -LOGIT)
+            d = torch.zeros(a * h * w, 4)
+            chosen = slice(start, start + len(at))
+            x[at, labels.flatten()[at]] = LOGIT
+            d[at] = model.box2box_transform.get_deltas(targets.anchors[chosen], targets.gt_boxes[chosen])
+            logits.append(x.view(a, h, w, -1).permute(0, 3, 1, 2).reshape(1, -1, h, w))
+            deltas.append(d.view(a, h, w, 4).permute(0, 3, 1, 2).reshape(1, -1, h, w))
+            start += len(at)
+        return logits, deltas
+
+
+def perfect_judge(classes):
+    cfg = small_config()
+    cfg.MODEL.RETINANET.NUM_CLASSES = classes
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * 3, [1.0] * 3
+    cfg.INPUT.MIN_SIZE_TEST = SIZE
+    parts = FocalRetinaNet.from_config(cfg) | {
+        "backbone": Numbered(),
+        "head": Perfect(),
+        "head_in_features": [f"p{i}" for i in range(5)],
+    }
+    model = FocalRetinaNet(**parts)
+    model.head.model = [model]
+    return Judge(model, cfg)
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return {classes: perfect_judge(classes) for classes in (1, 3, 90)}
+
+
+def objects(rng, count=9):
+    """Boxes of 40 to 60 pixels in the cells of a grid of 3×3, (count, 4)."""
+    cells = rng.permutation(9)[:count]
+    corners = np.stack([cells % 3, cells // 3], axis=1) * 85 + rng.uniform(2, 20, (count, 2))
+    return np.concatenate([corners, corners + rng.uniform(40, 60, (count, 2))], axis=1)
+
+
+def annotation(box, k, **more):
+    return {"bbox": list(map(float, box)), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(k), "iscrowd": 0, **more}
+
+
+class Planted:
+    """Images with objects that a judge sees as they are, and labels with mistakes in them."""
+
+    def __init__(self, folder, judge, num_images=3, seed=0, scale=1):
+        self.judge, self.records, self.planted = judge, [], {kind: set() for kind in KINDS}
+        classes, rng = judge.model.num_classes, np.random.default_rng(seed)
+        for number in range(1, num_images + 1):
+            path = folder / f"{number}.png"
+            Image.new("RGB", (SIZE * scale, SIZE * scale), (number,) * 3).save(path)
+            boxes, kinds = objects(rng), rng.integers(classes, size=9)
+            # The last cell has no object; the first four objects have mistakes, as far as there are classes.
+            judge.model.head.truth[number] = torch.tensor(boxes[:8]).float(), torch.tensor(kinds[:8])
+            labels = [annotation(box * scale, k) for box, k in zip(boxes, kinds)]
+            name = str(path)
+            self.planted["missing"].add((name, tuple(np.round(boxes[0] * scale))))
+            if classes > 1:
+                labels[1]["category_id"] = int(kinds[1] + 1) % classes
+                self.planted["class"].add((name, 0))
+            side = (boxes[2, 2] - boxes[2, 0]) * scale
+            labels[2]["bbox"][0] += 0.15 * side
+            labels[2]["bbox"][2] += 0.15 * side
+            self.planted["box"].add((name, 1))
+            self.planted["extra"].add((name, 7))
+            size = {"width": SIZE * scale, "height": SIZE * scale}
+            self.records.append({"file_name": name, "image_id": number, **size, "annotations": labels[1:]})
+
+    def best(self, top):
+        ranking = Ranking(top)
+        for record in self.records:
+            ranking.add(self.judge(record))
+        return ranking, ranking.best()
+
+
+def what(suggestion):
+    if suggestion.kind == "missing":
+        return suggestion.record["file_name"], tuple(np.round(suggestion.predicted_box))
+    return suggestion.record["file_name"], suggestion.label
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(1, 1), (3, 2), (90, 1)])
+def test_the_best_are_the_planted_ones(tmp_path, judges, classes, scale):
+    planted = Planted(tmp_path, judges[classes], scale=scale)
+    ranking, best = planted.best(top=3)
+    for kind in KINDS:
+        assert {what(s) for s in best[kind]} == planted.planted[kind], kind
+    assert (ranking.images, ranking.labels, ranking.unjudged) == (3, 24, 0)
+    truth = {record["file_name"]: judges[classes].model.head.truth[i + 1] for i, record in enumerate(planted.records)}
+    for s in [*best["class"], *best["box"]]:
+        boxes, kinds = truth[s.record["file_name"]]
+        number = 1 if s.kind == "class" else 2
+        assert s.accepted[1] == kinds[number]
+        np.testing.assert_allclose(s.accepted[0], scale * boxes[number], atol=0.02)
+        assert s.score == pytest.approx(1 / (1 + np.exp(-LOGIT)))
+    for s in best["box"]:
+        assert s.iou == pytest.approx(0.85 / 1.15, abs=1e-3)
+
+
+def test_the_values_by_hand(tmp_path, judges):
+    """The hardest anchor of a missing object has the logit 4; each positive of a swapped label prefers the other class."""
+    _, best = Planted(tmp_path, judges[3], num_images=1).best(top=1)
+    negative, positive = (
+        float(sigmoid_focal_loss(torch.tensor(LOGIT), torch.tensor(float(target)), 0.25, 2)) for target in (0, 1)
+    )
+    unseen = float(sigmoid_focal_loss(torch.tensor(-LOGIT), torch.tensor(1.0), 0.25, 2))
+    easy = float(sigmoid_focal_loss(torch.tensor(-LOGIT), torch.tensor(0.0), 0.25, 2))
+    assert best["missing"][0].value == pytest.approx(negative, rel=1e-4)
+    assert best["class"][0].value == pytest.approx(negative + unseen - positive - easy, rel=1e-4)
+    assert best["extra"][0].value == pytest.approx(unseen + 2 * easy, rel=1e-4)
+    assert 0 < best["box"][0].value < 1 - 0.85 / 1.15 + 0.01
+
+
+def test_correct_labels_are_no_suggestions_of_missing_objects_or_of_other_classes(tmp_path, judges):
+    planted = Planted(tmp_path, judges[3], num_images=1)
+    boxes, kinds = judges[3].model.head.truth[1]
+    planted.records[0]["annotations"] = [annotation(box, k) for box, k in zip(boxes, kinds)]
+    verdict = planted.judge(planted.records[0])
+    assert {s.kind for s in verdict.suggestions} == {"box", "extra"}
+    assert max(s.value for s in verdict.suggestions) < 1e-3
+
+
+@pytest.mark.parametrize("mark", ["iscrowd", "around"])
+def test_crowds_are_left_out(tmp_path, judges, mark):
+    """An object in a crowd is no missing one, and a crowd is no label, whatever comes before it in the list."""
+    planted = Planted(tmp_path, judges[3], num_images=1)
+    record = planted.records[0]
+    (missing,) = judges[3].model.head.truth[1][0][:1]
+    grow = torch.tensor([-5, -5, 5, 5]) if mark == "around" else 0
+    record["annotations"].insert(0, annotation(missing + grow, 0, iscrowd=1))
+    _, best = planted.best(top=9)
+    assert best["missing"] == []
+    assert what(best["class"][0])[1] == 1 and what(best["extra"][0])[1] == 8  # places count the crowd
+    assert 0 not in {s.label for found in best.values() for s in found}
+
+
+def test_images_without_labels_and_without_objects(tmp_path, judges):
+    planted = Planted(tmp_path, judges[3], num_images=2)
+    head = judges[3].model.head
+    planted.records[0]["annotations"] = []
+    head.truth[2] = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    planted.records[1] |= {"annotations": []}
+    del planted.records[1]["width"], planted.records[1]["height"]
+    ranking, best = planted.best(top=20)
+    assert {kind: len(found) for kind, found in best.items()} == {"missing": 8, "class": 0, "box": 0, "extra": 0}
+    assert ranking.labels == 0
+    head.truth[1] = head.truth[2]
+    _, best = planted.best(top=20)
+    assert not any(best.values())
+    page = to_html(best, ["a", "b", "c"], {"data_set": "x", "judge": "y", "of": "2 images", "share": 0.0})
+    assert "Nothing speaks against the labels" in page and "None" not in page
+    assert json.loads(to_coco([], ["a"]))["annotations"] == [] == rows([], ["a"])
+
+
+def test_a_label_without_size_is_left_out_and_the_places_stay(tmp_path, judges):
+    planted = Planted(tmp_path, judges[3], num_images=1)
+    planted.records[0]["annotations"].insert(0, annotation((10, 10, 10, 30), 0))
+    _, best = planted.best(top=1)
+    assert [best[kind][0].label for kind in ("class", "box", "extra")] == [1, 2, 8]
+
+
+def test_a_label_is_shown_once(tmp_path, judges):
+    _, best = Planted(tmp_path, judges[3]).best(top=50)
+    labels = [what(s) for kind in KINDS[1:] for s in best[kind]]
+    assert len(labels) == len(set(labels)) == 24
+
+
+def test_only_the_best_are_kept_on_the_way(tmp_path, judges):
+    planted = Planted(tmp_path, judges[1], num_images=1)
+    verdict, few, many = planted.judge(planted.records[0]), Ranking(1), Ranking(1000)
+    for _ in range(50):
+        few.add(verdict)
+        many.add(verdict)
+    assert max(map(len, few._pool.values())) <= 8
+    for kind in KINDS:
+        assert [s.value for s in few.best()[kind]] == [s.value for s in many.best()[kind][:1]]
+
+
+def test_logits_that_are_nan(tmp_path, judges, monkeypatch):
+    planted = Planted(tmp_path, judges[1], num_images=1)
+    monkeypatch.setattr("tests.analysis.test_hardest.LOGIT", float("nan"))
+    with pytest.raises(ConfigError, match="NaN"):
+        planted.judge(planted.records[0])
+
+
+@pytest.mark.parametrize("classes", [1, 3, 90])
+def test_the_coco_file_is_read_back(tmp_path, judges, classes):
+    """By pycocotools and by DATASETS.LOCAL: the boxes as they would be if accepted; what has no object is ignored."""
+    _, best = Planted(tmp_path, judges[classes], scale=2).best(top=3)
+    shown = [s for found in best.values() for s in found]
+    names = [f"class {k}" for k in range(classes)]
+    path = tmp_path / "suggestions.json"
+    path.write_text(to_coco(shown, names))
+    coco = COCO(str(path))
+    assert len(coco.getAnnIds()) == len(shown) and len(coco.getCatIds()) == classes
+    for s, a in zip(shown, coco.loadAnns(coco.getAnnIds())):
+        x, y, w, h = a["bbox"]
+        np.testing.assert_allclose((x, y, x + w, y + h), s.accepted[0])
+        assert names[s.accepted[1]] == coco.loadCats(a["category_id"])[0]["name"]
+        assert (a["suggestion"], a["value"], a["replaces"] is None) == (s.kind, s.value, s.kind == "missing")
+    records, _ = CocoSet("read_back", str(path), coco.dataset["info"]["images"]).load(Checker("read_back"))
+    boxes = [a for record in records for a in record["annotations"]]
+    assert sum(a["iscrowd"] for a in boxes) == len(best["extra"]) and len(boxes) == len(shown)
+    assert {record["file_name"] for record in records} == {str(tmp_path / f"{i}.png") for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("classes", [1, 3, 90])
+def test_the_page_in_a_browser(tmp_path, judges, browser, classes):
+    """Light and dark, on a screen and on a phone: nothing is wider than the screen, or comes from elsewhere."""
+    _, best = Planted(tmp_path, judges[classes], num_images=2).best(top=3)
+    names = [f"<b>a_class_with_a_long_name_of_one_word_{k}" for k in range(classes)]
+    page = to_html(best, names, {"data_set": "a" * 60, "judge": "y", "of": "2 images", "share": 0.5})
+    assert "<b>a_class" not in page and page.count("data:image/jpeg") == sum(map(len, best.values()))
+    colors = set()
+    for width, dark in ((390, False), (1280, True)):
+        probe = "{shown: [...document.querySelectorAll('figure')].filter(f => f.offsetWidth > 100).length}"
+        found = browser(page, width, dark, probe)
+        assert (found["width"], found["requests"], found["shown"]) == (width, 0, sum(map(len, best.values())))
+        assert found["overflow"] <= 0
+        colors.add(found["color"])
+    assert colors == {"rgb(255, 255, 255)", "rgb(22, 24, 28)"}
+
+
+def test_an_image_that_is_gone(tmp_path, judges):
+    planted = Planted(tmp_path, judges[1], num_images=1)
+    _, best = planted.best(top=1)
+    Path(planted.records[0]["file_name"]).unlink()
+    page = to_html(best, ["a"], {"data_set": "x", "judge": "y", "of": "z", "share": 0.5})
+    assert page.count("it cannot be read") == 3
+    with pytest.raises(DataError, match=r"1\.png"):
+        planted.best(top=1)
+
+
+def test_parts_are_the_same_in_every_call_and_keep_groups():
+    records = [{"file_name": f"{i // 3}/{i}.png"} for i in range(18)]
+    parts = cut(records, 3, by=r"(\d+)/")
+    assert parts == cut(records, 3, by=r"(\d+)/")
+    assert sorted(r["file_name"] for part in parts for r in part) == sorted(r["file_name"] for r in records)
+    groups = [{r["file_name"].split("/")[0] for r in part} for part in parts]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 6
+    assert list(map(len, cut(records, 4))) in ([5, 5, 4, 4], [4, 5, 4, 5], [5, 4, 5, 4], [4, 4, 5, 5])
+    with pytest.raises(ConfigError, match="--folds is 1"):
+        cut(records, 1)
+    with pytest.raises(DataError, match="too few groups"):
+        cut(records, 19)
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tmp_path):
+    model = build_model(load_config(tiny_config, ["MODEL.DEVICE", "cpu"]))
+    with torch.no_grad():
+        model.head.cls_score.weight.normal_(std=0.5)
+    DetectionCheckpointer(model, str(tmp_path)).save("trained")
+    return str(tmp_path / "trained.pth")
+
+
+def test_command(tiny_config, checkpoint, tmp_path, capsys):
+    words = ["hardest", "--config-file", tiny_config, "--weights", checkpoint, "--top", "5", "--num-images", "3"]
+    assert main([*words, "MODEL.DEVICE", "cpu"]) == 0
+    assert "3 images of DATASETS.TEST" in capsys.readouterr().out
+    folder = tmp_path / "output" / "analysis"
+    with (folder / "hardest_test.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {row["kind"] for row in table} <= set(KINDS) and len(table) >= 5
+    assert len(COCO(str(folder / "hardest_test.json")).getAnnIds()) == len(table)
+    assert (folder / "hardest_test.html").read_text().count("<figure") == len(table)
+    assert main([*words, "MODEL.DEVICE", "cpu"]) == 0  # nothing is overwritten
+    assert (folder / "hardest_test-2.html").exists()
+
+
+def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsys, loggers, monkeypatch):
+    """Each image is judged by the model that has not seen it; a second start trains nothing."""
+    seen, judged = [], []
+    train, call = "focal_plugin.analysis.labels.folds._train", Judge.__call__
+    monkeypatch.setattr(train, lambda cfg, records, really=_imported(train): (seen.append(_names(records)), really(cfg, records)))
+    monkeypatch.setattr(Judge, "__call__", lambda self, record: (judged.append(record["file_name"]), call(self, record))[1])
+    words = ["hardest", "--config-file", tiny_config, "--folds", "2", "--top", "5", "MODEL.DEVICE", "cpu"]
+    words += ["SOLVER.MAX_ITER", "2"]
+    assert main(words) == 0
+    assert len(seen) == 2 and not seen[0] & seen[1] and set(judged) == seen[0] | seen[1] and len(judged) == 6
+    assert set(judged[:3]) == seen[1]  # the first model judges what the second is trained on
+    printed = capsys.readouterr().out
+    assert "Model 1 of 2 trains on 3 images, to judge the other 3" in printed and "time left for the others" in printed
+
+    folds = tmp_path / "output" / "analysis" / "hardest_2_folds"
+    (folds / "2_of_2" / "model_final.pth").rename(folds / "2_of_2" / "away")
+    (folds / "2_of_2" / "last_checkpoint").unlink()
+    assert main(words) == 0
+    assert len(seen) == 3 and seen[2] == seen[1]
+
+    assert main([*words, "SOLVER.BASE_LR", "0.1"]) == 2
+    assert "SOLVER.BASE_LR 0.001 → 0.1" in capsys.readouterr().err
+    labels = tmp_path / "shapes_train.json"
+    content = json.loads(labels.read_text())
+    content["annotations"].pop()
+    labels.write_text(json.dumps(content))
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    DatasetCatalog.remove("shapes_train"), MetadataCatalog.remove("shapes_train")
+    assert main(words) == 2
+    assert "labels have changed" in capsys.readouterr().err and len(seen) == 3
+
+
+def _imported(path):
+    module, _, name = path.rpartition(".")
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def _names(records):
+    return {record["file_name"] for record in records}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "No weights"),
+        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--folds", "1"], "--folds is 1"),
+        (["--folds", "7"], "too few groups"),
+        (["--folds", "2", "--split", "test"], "leave out --weights and --split test"),
+        (["--folds", "2", "--weights", "a.pth"], "leave out --weights"),
+        (["--folds", "2", "--by", "["], "no regular expression"),
+        (["--top", "0", "--folds", "2"], "--top is 0"),
+        (["--folds", "2", "DATASETS.TRAIN", "()"], "DATASETS.TRAIN"),
+        (["--folds", "2", "MODEL.RETINANET.NUM_CLASSES", "5"], "MODEL.RETINANET.NUM_CLASSES is 5"),
+        (["--folds", "2", "MODEL.META_ARCHITECTURE", "RetinaNet"], "MODEL.META_ARCHITECTURE"),
+    ],
+)
+def test_mistakes(tiny_config, capsys, words, message):
+    assert main(["hardest", "--config-file", tiny_config, *words]) == 2
+    assert message in capsys.readouterr().err
