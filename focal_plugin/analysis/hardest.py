@@ -11,7 +11,7 @@ heart.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         parts = cut(records, args.folds, args.by)
         runs = train_folds(cfg, parts, output_folder(args, cfg) / f"hardest_{args.folds}_folds")
         chosen = set(map(id, judged))
-        judges = [(run, [record for record in part if id(record) in chosen]) for run, part in zip(runs, parts)]
+        judges = zip(runs, [[record for record in part if id(record) in chosen] for part in parts])
     elif cfg.MODEL.WEIGHTS:
         judges = [(cfg, judged)]
     else:
@@ -91,17 +91,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def rank(judges: Sequence[tuple[CfgNode, Sequence[dict]]], top: int) -> Ranking:
+def rank(judges: Iterable[tuple[CfgNode, Sequence[dict]]], top: int) -> Ranking:
     """Return the ranking of the labels of records, which the model of the config beside them judges."""
     ranking = Ranking(top)
-    with tqdm(total=sum(len(records) for _, records in judges), desc="Judging", unit="image") as progress:
-        for cfg, records in judges:
-            model = build_focal_model(cfg, "hardest")
-            load_weights(model, cfg.MODEL.WEIGHTS)
-            judge = Judge(model, cfg)
-            for record in records:
-                ranking.add(judge(record))
-                progress.update()
+    for cfg, records in judges:
+        model = build_focal_model(cfg, "hardest")
+        load_weights(model, cfg.MODEL.WEIGHTS)
+        judge = Judge(model, cfg)
+        for record in tqdm(records, desc="Judging", unit="image"):
+            ranking.add(judge(record))
     return ranking
 
 

@@ -339,7 +339,7 @@ def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsy
     assert len(seen) == 2 and not seen[0] & seen[1] and set(judged) == seen[0] | seen[1] and len(judged) == 6
     assert set(judged[:3]) == seen[1]  # the first model judges what the second is trained on
     printed = capsys.readouterr().out
-    assert "Model 1 of 2 trains on 3 images, to judge the other 3" in printed and "time left for the others" in printed
+    assert "Model 1 of 2 learns from 3 images to judge 3 others." in printed and "; time left for the models: 0" in printed
 
     folds = tmp_path / "output" / "analysis" / "hardest_2_folds"
     (folds / "2_of_2" / "model_final.pth").rename(folds / "2_of_2" / "away")

@@ -123,29 +123,34 @@ def hits(ranked: Sequence[int | None], k: int) -> int:
     return len({mistake for mistake in ranked[:k] if mistake is not None})
 
 
-def measure(cfg: CfgNode, seed: int, folds: int, folder: Path) -> list[dict]:
+def planted_parts(cfg: CfgNode, folds: int, seed: int) -> tuple[list[list[dict]], list[dict]]:
+    """Return the parts of the training set with mistakes, the same images for every seed; and the mistakes."""
+    records = read_records(cfg, "TRAIN")
+    planted = plant(records, cfg.MODEL.RETINANET.NUM_CLASSES, seed)
+    return cut(records, folds), planted
+
+
+def measure(cfg: CfgNode, seed: int, args: argparse.Namespace, folder: Path) -> list[dict]:
     """Return a row for each kind of mistake, planted by ``seed``; what was trained on has those of ``cfg.SEED``."""
-    runs, classes = [], cfg.MODEL.RETINANET.NUM_CLASSES
-    for number in (cfg.SEED, seed):
-        records = read_records(cfg, "TRAIN")
-        planted = Planted(plant(records, classes, number))
-        parts = cut(records, folds)  # the same images in both
-        runs = runs or train_folds(cfg, parts, folder / f"seed_{number}")
+    runs = train_folds(cfg, planted_parts(cfg, args.folds, cfg.SEED)[0], folder)
+    parts, mistakes = planted_parts(cfg, args.folds, seed)
+    parts = parts[: args.parts]
+    records = [record for part in parts for record in part]
+    files = {record["file_name"] for record in records}
+    planted = Planted([mistake for mistake in mistakes if mistake["file_name"] in files])
     ranking = Ranking(top=sum(len(record["annotations"]) for record in records))
     confidence: dict[str, list] = {kind: [] for kind in KINDS}
-    with tqdm(total=len(records), desc="Judging", unit="image") as progress:
-        for run, part in zip(runs, parts):
-            model = build_focal_model(run, "hardest")
-            load_weights(model, run.MODEL.WEIGHTS)
-            judge = Judge(model, run)
-            for record in part:
-                ranking.add(judge(record))
-                inputs = {"image": judge.mapper(record)["image"], "height": record["height"], "width": record["width"]}
-                with inference_context(model), torch.no_grad():
-                    found = model([inputs])[0]["instances"].to("cpu")
-                for kind, value, mistake in plain_confidence(found, record, planted):
-                    confidence[kind].append((value, mistake))
-                progress.update()
+    for part, run in zip(parts, runs):
+        model = build_focal_model(run, "hardest")
+        load_weights(model, run.MODEL.WEIGHTS)
+        judge = Judge(model, run)
+        for record in tqdm(part, desc="Judging", unit="image"):
+            ranking.add(judge(record))
+            inputs = {"image": judge.mapper(record)["image"], "height": record["height"], "width": record["width"]}
+            with inference_context(model), torch.no_grad():
+                found = model([inputs])[0]["instances"].to("cpu")
+            for kind, value, mistake in plain_confidence(found, record, planted):
+                confidence[kind].append((value, mistake))
     rows = []
     by_file = {record["file_name"]: record for record in records}
     for kind, suggestions in ranking.best().items():
@@ -178,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--parts", type=int, metavar="N", help="train for and judge only N of the folds (default: all)")
     text = "train with the first seed alone; the others judge other mistakes, in images that the models have not seen"
     parser.add_argument("--one-training", action="store_true", help=text)
     parser.add_argument("--output", type=Path, default=Path("output/label_errors"))
@@ -189,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             trained = args.seeds[0] if args.one_training else seed
             cfg = load_config(config, [*opts, *args.opts, "SEED", str(trained)])
-            found = measure(cfg, seed, args.folds, args.output / data)
+            found = measure(cfg, seed, args, args.output / data / f"seed_{trained}")
             rows += [{"data": data, "seed": seed, **row} for row in found]
             text = tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".3f")
             (args.output / "label_errors.md").write_text(text + "\n")

@@ -38,8 +38,8 @@ def cut(records: Sequence[dict], count: int, by: str = "image") -> list[list[dic
     return list(split_records(records, groups, {str(i): 1 / count for i in range(count)}, seed=0).values())
 
 
-def train_folds(cfg: CfgNode, parts: Sequence[list[dict]], folder: Path) -> list[CfgNode]:
-    """Train a model for each part on the other parts, and return their configs, with ``MODEL.WEIGHTS`` set.
+def train_folds(cfg: CfgNode, parts: Sequence[list[dict]], folder: Path) -> Iterator[CfgNode]:
+    """Train a model for each part on the other parts; yield its config, with ``MODEL.WEIGHTS`` set, when it is trained.
 
     What is there already is kept, and a training that was interrupted goes on where it was.
 
@@ -57,25 +57,24 @@ def train_folds(cfg: CfgNode, parts: Sequence[list[dict]], folder: Path) -> list
     cfg.TEST.EVAL_PERIOD, cfg.TEST.AUG.ENABLED, cfg.VIS.ENABLED = 0, False, False
     folder.mkdir(parents=True, exist_ok=True)
     cfg.SEED = _check_notes(folder / _NOTES, cfg, parts)
-    runs = [cfg.clone() for _ in parts]
-    for number, run in enumerate(runs, start=1):
+    seconds: list[float] = []
+    for number, part in enumerate(parts, start=1):
+        run = cfg.clone()
         run.OUTPUT_DIR = str(folder / f"{number}_of_{len(parts)}")
-    left = [i for i, run in enumerate(runs) if not _weights(run).exists()]
-    started = time.monotonic()
-    for done, i in enumerate(left):
-        others = [record for j, part in enumerate(parts) if j != i for record in part]
-        print(f"Model {i + 1} of {len(parts)} trains on {len(others)} images, to judge the other {len(parts[i])}.", flush=True)
-        _train(runs[i], others)
-        passed = time.monotonic() - started
-        time_left = tqdm.format_interval(passed / (done + 1) * (len(left) - done - 1))
-        print(f"Model {i + 1} of {len(parts)} is trained; time left for the others: {time_left}.", flush=True)
-    for run in runs:
-        run.MODEL.WEIGHTS = str(_weights(run))
-    return runs
+        weights = Path(run.OUTPUT_DIR) / "model_final.pth"
+        if not weights.exists():
+            others = [record for other in parts if other is not part for record in other]
+            left = f"; time left for the models: {_time_left(seconds, len(parts) - number + 1)}" if seconds else ""
+            print(f"Model {number} of {len(parts)} learns from {len(others)} images to judge {len(part)} others{left}.")
+            started = time.monotonic()
+            _train(run, others)
+            seconds.append(time.monotonic() - started)
+        run.MODEL.WEIGHTS = str(weights)
+        yield run
 
 
-def _weights(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "model_final.pth"
+def _time_left(seconds: Sequence[float], models: int) -> str:
+    return tqdm.format_interval(sum(seconds) / len(seconds) * models)
 
 
 def _train(cfg: CfgNode, records: list[dict]) -> None:

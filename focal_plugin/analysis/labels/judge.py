@@ -260,18 +260,19 @@ class _Positives:
     def mistakes(self, score_thresh: float) -> Iterator[dict]:
         """Yield what may be wrong with each label: its box, if the model sees something, its object and its class."""
         for g, at in self.of_label.items():
-            k, scores = int(self.given.gt_classes[g]), self.scores[at]  # (n, K)
-            confidence = scores.max(dim=1).values
-            box = ((1 - self.iou[at]) * confidence).sum() / confidence.sum()
-            best = int(confidence.argmax())
-            if confidence[best] > score_thresh:
-                yield self._mistake("box", box, g, best, int(scores[best].argmax()))
-            easiest = int(self.losses[at].argmin())
-            yield self._mistake("extra", self.losses[at[easiest]], g, easiest, int(scores[easiest].argmax()))
+            scores = self.scores[at]  # (n, K)
             gain = (self.losses[at, None] - self.with_class[at]).mean(dim=0)  # (K,), 0 for the label's class
-            if gain.max() > 0:
+            if gain.max() > 0:  # which explains what else is wrong with its loss
                 other = int(gain.argmax())
                 yield self._mistake("class", gain[other], g, int(scores[:, other].argmax()), other)
+                continue
+            easiest = int(self.losses[at].argmin())
+            yield self._mistake("extra", self.losses[at[easiest]], g, easiest, int(scores[easiest].argmax()))
+            confidence = scores.max(dim=1).values
+            best = int(confidence.argmax())
+            if confidence[best] > score_thresh:
+                box = ((1 - self.iou[at]) * confidence).sum() / confidence.sum()
+                yield self._mistake("box", box, g, best, int(scores[best].argmax()))
 
     def _mistake(self, kind: str, value: Tensor, label: int, best: int, predicted_class: int) -> dict:
         """``best`` is the positive that shows it, among those of the label."""
