@@ -2,8 +2,8 @@
 
 The focal loss puts nearly all of its weight on few examples (figure 4 of the paper). Where the model is right, they are
 mistakes of the labels: an object that nobody labelled ("missing"), a label of another class ("class"), at another place
-("box"), or without an object ("extra"). Each kind is ranked by the term of the loss that it raises; anchors of one object
-are one suggestion. Crowds are left out.
+("box"), or without an object ("extra"). Each kind is ranked by the term of the loss that it raises, and the anchors of
+one object are one suggestion. Crowds are left out.
 
 With --folds K, the images of DATASETS.TRAIN are cut into K parts, and each is judged by a model that was trained on the
 others, with this config. Otherwise --weights judges; give it labels that it was not trained on, since it knows those by
@@ -33,8 +33,9 @@ from .common import (
     write_csv,
 )
 from .labels.folds import cut, train_folds
-from .labels.judge import Judge, Ranking, Suggestion
+from .labels.judge import Judge
 from .labels.page import rows, to_coco, to_html
+from .labels.suggestions import Ranking, Suggestion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("test", "train"), help="data sets (default: test; with --folds: train)")
     text = "train K models, so that each image of DATASETS.TRAIN is judged by one that has not seen it; resumes"
     parser.add_argument("--folds", type=int, metavar="K", help=text)
-    text = "which images stay in one part: image (each alone), or as for `data split` a CSV file or a regular expression"
+    text = (
+        "which images stay in one part: image (each alone), or as for `data split` a CSV file or a regular expression"
+    )
     parser.add_argument("--by", default="image", metavar="WHAT", help=text)
     parser.add_argument("--top", type=int, default=100, metavar="N", help="suggestions of each kind (default: 100)")
     add_flags(parser, num_images=0)

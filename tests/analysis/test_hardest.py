@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
@@ -16,9 +17,11 @@ from torch import nn
 
 from focal_plugin import FocalRetinaNet
 from focal_plugin.analysis.__main__ import main
+from focal_plugin.analysis.labels import folds
 from focal_plugin.analysis.labels.folds import cut
-from focal_plugin.analysis.labels.judge import KINDS, Judge, Ranking
+from focal_plugin.analysis.labels.judge import Judge
 from focal_plugin.analysis.labels.page import rows, to_coco, to_html
+from focal_plugin.analysis.labels.suggestions import KINDS, Ranking
 from focal_plugin.anchors.cache import cached_anchors
 from focal_plugin.config import ConfigError
 from focal_plugin.config.load import load_config
@@ -157,7 +160,7 @@ def test_the_best_are_the_planted_ones(tmp_path, judges, classes, scale):
 
 
 def test_the_values_by_hand(tmp_path, judges):
-    """The hardest anchor of a missing object has the logit 4; each positive of a swapped label prefers the other class."""
+    """A missing object has an anchor of logit 4, and all positives of a swapped label prefer the other class."""
     _, best = Planted(tmp_path, judges[3], num_images=1).best(top=1)
     negative, positive = (
         float(sigmoid_focal_loss(torch.tensor(LOGIT), torch.tensor(float(target)), 0.25, 2)) for target in (0, 1)
@@ -263,21 +266,19 @@ def test_the_coco_file_is_read_back(tmp_path, judges, classes):
     assert {record["file_name"] for record in records} == {str(tmp_path / f"{i}.png") for i in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("classes", [1, 3, 90])
-def test_the_page_in_a_browser(tmp_path, judges, browser, classes):
+@pytest.mark.parametrize(("classes", "width", "dark"), [(1, 390, False), (3, 1280, False), (90, 390, True)])
+def test_the_page_in_a_browser(tmp_path, judges, browser, classes, width, dark):
     """Light and dark, on a screen and on a phone: nothing is wider than the screen, or comes from elsewhere."""
     _, best = Planted(tmp_path, judges[classes], num_images=2).best(top=3)
     names = [f"<b>a_class_with_a_long_name_of_one_word_{k}" for k in range(classes)]
     page = to_html(best, names, {"data_set": "a" * 60, "judge": "y", "of": "2 images", "share": 0.5})
-    assert "<b>a_class" not in page and page.count("data:image/jpeg") == sum(map(len, best.values()))
-    colors = set()
-    for width, dark in ((390, False), (1280, True)):
-        probe = "{shown: [...document.querySelectorAll('figure')].filter(f => f.offsetWidth > 100).length}"
-        found = browser(page, width, dark, probe)
-        assert (found["width"], found["requests"], found["shown"]) == (width, 0, sum(map(len, best.values())))
-        assert found["overflow"] <= 0
-        colors.add(found["color"])
-    assert colors == {"rgb(255, 255, 255)", "rgb(22, 24, 28)"}
+    number = sum(map(len, best.values()))
+    assert "<b>a_class" not in page and page.count("data:image/jpeg") == number
+    probe = "{shown: [...document.querySelectorAll('figure')].filter(f => f.offsetWidth > 100).length}"
+    found = browser(page, width, dark, probe)
+    assert (found["width"], found["requests"], found["shown"]) == (width, 0, number)
+    assert found["overflow"] <= 0
+    assert found["color"] == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
 
 
 def test_an_image_that_is_gone(tmp_path, judges):
@@ -329,21 +330,31 @@ def test_command(tiny_config, checkpoint, tmp_path, capsys):
 
 def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsys, loggers, monkeypatch):
     """Each image is judged by the model that has not seen it; a second start trains nothing."""
-    seen, judged = [], []
-    train, call = "focal_plugin.analysis.labels.folds._train", Judge.__call__
-    monkeypatch.setattr(train, lambda cfg, records, really=_imported(train): (seen.append(_names(records)), really(cfg, records)))
-    monkeypatch.setattr(Judge, "__call__", lambda self, record: (judged.append(record["file_name"]), call(self, record))[1])
+    seen, judged, train, judge = [], [], folds._train, Judge.__call__
+
+    def noted_train(cfg, records):
+        seen.append({record["file_name"] for record in records})
+        train(cfg, records)
+
+    def noted_judge(self, record):
+        judged.append(record["file_name"])
+        return judge(self, record)
+
+    monkeypatch.setattr(folds, "_train", noted_train)
+    monkeypatch.setattr(Judge, "__call__", noted_judge)
     words = ["hardest", "--config-file", tiny_config, "--folds", "2", "--top", "5", "MODEL.DEVICE", "cpu"]
     words += ["SOLVER.MAX_ITER", "2"]
     assert main(words) == 0
     assert len(seen) == 2 and not seen[0] & seen[1] and set(judged) == seen[0] | seen[1] and len(judged) == 6
     assert set(judged[:3]) == seen[1]  # the first model judges what the second is trained on
     printed = capsys.readouterr().out
-    assert "Model 1 of 2 learns from 3 images to judge 3 others." in printed and "; time left for the models: 0" in printed
+    assert (
+        "Model 1 of 2 learns from 3 images to judge 3 others." in printed and "; time left for the models: 0" in printed
+    )
 
-    folds = tmp_path / "output" / "analysis" / "hardest_2_folds"
-    (folds / "2_of_2" / "model_final.pth").rename(folds / "2_of_2" / "away")
-    (folds / "2_of_2" / "last_checkpoint").unlink()
+    second = tmp_path / "output" / "analysis" / "hardest_2_folds" / "2_of_2"
+    (second / "model_final.pth").unlink()
+    (second / "last_checkpoint").unlink()
     assert main(words) == 0
     assert len(seen) == 3 and seen[2] == seen[1]
 
@@ -353,20 +364,10 @@ def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsy
     content = json.loads(labels.read_text())
     content["annotations"].pop()
     labels.write_text(json.dumps(content))
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    DatasetCatalog.remove("shapes_train"), MetadataCatalog.remove("shapes_train")
+    DatasetCatalog.remove("shapes_train")
+    MetadataCatalog.remove("shapes_train")
     assert main(words) == 2
     assert "labels have changed" in capsys.readouterr().err and len(seen) == 3
-
-
-def _imported(path):
-    module, _, name = path.rpartition(".")
-    return getattr(__import__(module, fromlist=[name]), name)
-
-
-def _names(records):
-    return {record["file_name"] for record in records}
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 
     label_errors.py --data bccd trees --seeds 1 2 3 [--folds 2] [--output output/label_errors]
 
-10 % of the boxes are removed; of 5 % the class is changed, where there are several; 5 % are moved by 20 to 40 % of their
-width and of their height. For each kind, k is the number planted, and the k suggestions that rank highest are compared
-with what was planted: precision and recall are then one number. The same is counted for plain confidence (detections on
-no label, by score; labels, by the lowest score of a detection of their class on them) and for random choice among the
-same. Trainings that are done, or begun, are not repeated. It prints a table and writes it to label_errors.md and .json.
+10 % of the boxes are removed; of 5 % the class is changed, where there are several; 5 % are moved by 20 to 40 % of
+their width and of their height. For each kind, k is the number planted, and the k suggestions that rank highest are
+compared with what was planted: precision and recall are then one number. The same is counted for plain confidence
+(detections on no label, by score; labels, by the lowest score of a detection of their class on them) and for random
+choice among the same. Trainings that are done, or begun, are not repeated. It prints a table and writes it to
+label_errors.md and .json.
 """
 
 # ruff: noqa: E402  # the folder comes first: the package need not be installed
@@ -33,7 +34,8 @@ from tqdm import tqdm
 
 from focal_plugin.analysis.common import build_focal_model, load_weights, read_records
 from focal_plugin.analysis.labels.folds import cut, train_folds
-from focal_plugin.analysis.labels.judge import Judge, Ranking
+from focal_plugin.analysis.labels.judge import Judge
+from focal_plugin.analysis.labels.suggestions import Ranking
 from focal_plugin.config.load import load_config
 
 SETS = {  # config, and changes of it

@@ -115,5 +115,7 @@ def _check_notes(path: Path, cfg: CfgNode, parts: Sequence[list[dict]]) -> int:
     changed = changes(before["config"], now["config"])
     if changed or before["labels"] != digest:
         what = describe(changed) or "images or labels have changed since"
-        raise ConfigError(f"{path.parent} holds models of another start: {what}. Remove it, or choose another --output.")
+        raise ConfigError(
+            f"{path.parent} holds models of another start: {what}. Remove it, or choose another --output."
+        )
     return cfg.SEED

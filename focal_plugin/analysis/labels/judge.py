@@ -12,7 +12,6 @@ scores, FL the focal loss of an (anchor, class) pair, and the positives of a lab
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
@@ -30,61 +29,9 @@ from ...evaluation.numbers import IOU
 from ...losses.functional import sigmoid_focal_loss
 from ...retinanet import FocalRetinaNet
 from ...structures import DenseTargets
+from .suggestions import Suggestion, Verdict
 
-KINDS = ("missing", "class", "box", "extra")
-_POOL = 4  # times as many suggestions as are asked for are kept, since a label may be among several kinds
 _NEAR = 0.1  # the IoU from which a detection may be of a label's object; from IOU on it is
-Box = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A change of the labels, with its evidence. Boxes are XYXY in pixels of the image.
-
-    Attributes:
-        kind: one of ``KINDS``.
-        value: what suggestions of this kind are ranked by, the highest first.
-        loss: the FL of all anchors of the object.
-        record: the image, in Detectron2's format, with its width and height.
-        predicted_box, predicted_class, score: what the model sees there.
-        label: the place of the label among the record's annotations; None for "missing", as are its box and class.
-        iou: of the predicted box with the label's; None for "missing".
-    """
-
-    kind: str
-    value: float
-    loss: float
-    record: dict
-    predicted_box: Box
-    predicted_class: int
-    score: float
-    label: int | None = None
-    label_box: Box | None = None
-    label_class: int | None = None
-    iou: float | None = None
-
-    @property
-    def accepted(self) -> tuple[Box, int]:
-        """The box and the class after the change; for "extra" those of the label that goes."""
-        box = self.predicted_box if self.kind in ("missing", "box") else self.label_box
-        return box, self.predicted_class if self.kind in ("missing", "class") else self.label_class
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is found in an image.
-
-    Attributes:
-        suggestions: in no order; a label may have one of each kind.
-        loss: the FL of all anchors that are not ignored.
-        labels: the number of labels, without crowds.
-        unjudged: of these without a positive anchor.
-    """
-
-    suggestions: list[Suggestion]
-    loss: float
-    labels: int
-    unjudged: int
 
 
 class Judge:
@@ -127,7 +74,10 @@ class Judge:
 
         height, width = given.image_size
         scale = [record["width"] / width, record["height"] / height] * 2
-        seen = [*_missing(found[free], losses, targets.grid.flat, self.rates), *positives.mistakes(self.model.test_score_thresh)]
+        seen = [
+            *_missing(found[free], losses, targets.grid.flat, self.rates),
+            *positives.mistakes(self.model.test_score_thresh),
+        ]
         suggestions = [_in_image(suggestion, record, scale) for suggestion in seen]
         return Verdict(
             [s for s in suggestions if s.accepted[0][0] < s.accepted[0][2] and s.accepted[0][1] < s.accepted[0][3]],
@@ -135,51 +85,6 @@ class Judge:
             len(given),
             len(given) - len(positives.of_label),
         )
-
-
-class Ranking:
-    """The best suggestions of each kind, from the verdicts on many images.
-
-    Args:
-        top: the number of suggestions of each kind.
-
-    Attributes:
-        images, labels, unjudged, loss: the sums over the verdicts.
-    """
-
-    def __init__(self, top: int):
-        self.top = top
-        self.images = self.labels = self.unjudged = 0
-        self.loss = 0.0
-        self._pool: dict[str, list[Suggestion]] = {kind: [] for kind in KINDS}
-
-    def add(self, verdict: Verdict) -> None:
-        """Count a verdict."""
-        self.images += 1
-        self.labels += verdict.labels
-        self.unjudged += verdict.unjudged
-        self.loss += verdict.loss
-        for suggestion in verdict.suggestions:
-            pool = self._pool[suggestion.kind]
-            pool.append(suggestion)
-            if len(pool) >= 2 * _POOL * self.top:
-                pool[:] = self._best(pool)
-
-    def _best(self, pool: list[Suggestion]) -> list[Suggestion]:
-        return sorted(pool, key=lambda suggestion: -suggestion.value)[: _POOL * self.top]
-
-    def best(self) -> dict[str, list[Suggestion]]:
-        """Return the best of each kind, the best first; a label is of the kind in which it ranks highest."""
-        places = [
-            (place, kind, s) for kind in KINDS for place, s in enumerate(self._best(self._pool[kind]))
-        ]
-        chosen, taken = {kind: [] for kind in KINDS}, set()
-        for _, kind, suggestion in sorted(places, key=lambda place: (place[0], KINDS.index(place[1]))):
-            label = (suggestion.record["file_name"], suggestion.label)
-            if len(chosen[kind]) < self.top and (suggestion.label is None or label not in taken):
-                chosen[kind].append(suggestion)
-                taken.add(label)
-        return chosen
 
 
 def _with_usable_labels(record: dict) -> dict:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...evaluation.page import render
 from ...evaluation.style import class_color
-from .judge import Box, Suggestion
+from .suggestions import Box, Suggestion
 
 _SIDE = 260  # pixels of a crop's longer side
 _MARGIN = 0.6  # of the object's size, on each side: what is around it often decides
@@ -46,10 +46,9 @@ def _corners(of: str, box: Box | None) -> dict[str, str]:
 def to_coco(suggestions: Sequence[Suggestion], names: Sequence[str]) -> str:
     """Return the suggestions as a COCO file: an annotation for each, as it would be if accepted.
 
-    ``suggestion`` is its kind; ``value``, ``loss``, ``predicted``, ``score`` and ``iou`` are its evidence; ``replaces`` is
-    the label that it changes, with its place among the image's annotations. A label to be removed has ``ignore`` 1, so
-    that whoever reads the file as labels leaves it out. Names of images are relative to the folder in ``info``. Ids count
-    from 1.
+    ``suggestion`` is its kind; ``value``, ``loss``, ``predicted``, ``score`` and ``iou`` are its evidence; ``replaces``
+    is the label that it changes, with its place among the image's annotations. A label to be removed has ``ignore`` 1,
+    so that whoever reads the file as labels leaves it out. Names of images are relative to the folder in ``info``.
     """
     records = {s.record["file_name"]: s.record for s in suggestions}
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in records]) if records else ""
@@ -82,8 +81,7 @@ def _annotation(s: Suggestion) -> dict:
         "predicted": {"bbox": _xywh(s.predicted_box), "category_id": s.predicted_class + 1},
         "score": s.score,
         "iou": s.iou,
-        "replaces": s.label_box
-        and {"place": s.label, "bbox": _xywh(s.label_box), "category_id": s.label_class + 1},
+        "replaces": s.label_box and {"place": s.label, "bbox": _xywh(s.label_box), "category_id": s.label_class + 1},
     }
 
 
@@ -120,7 +118,7 @@ def to_html(best: Mapping[str, Sequence[Suggestion]], names: Sequence[str], abou
 
 
 def _crops(suggestions: Sequence[Suggestion]) -> list[dict]:
-    """For each suggestion a crop around it: ``view``, (x, y, width, height) in the image, and ``uri``, "" if unreadable."""
+    """For each suggestion a crop: ``view``, (x, y, width, height) in the image, and ``uri``, "" if it is unreadable."""
     crops: list[dict] = [{}] * len(suggestions)
     order = sorted(range(len(suggestions)), key=lambda i: suggestions[i].record["file_name"])  # each image is read once
     path, image = None, None
