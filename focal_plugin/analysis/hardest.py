@@ -58,12 +58,15 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--top is {args.top}; expected a number of suggestions of at least 1.")
     if args.folds is not None and (args.weights or args.split == "test"):
         raise ConfigError("--folds trains what judges DATASETS.TRAIN: leave out --weights and --split test.")
+    if args.folds is None and args.by != "image":
+        raise ConfigError(f"--by is {args.by!r}, which says what stays in one part: give --folds too.")
     cfg = read_config(args)
     key = (args.split or ("train" if args.folds is not None else "test")).upper()
     records = read_records(cfg, key)
     check_num_classes(cfg)
     judged = spread(records, args.num_images)
     if args.folds is not None:
+        build_focal_model(cfg, "hardest")  # its errors before any training
         parts = cut(records, args.folds, args.by)
         runs = train_folds(cfg, parts, output_folder(args, cfg) / f"hardest_{args.folds}_folds")
         chosen = set(map(id, judged))

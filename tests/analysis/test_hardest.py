@@ -178,7 +178,7 @@ def test_correct_labels_are_no_suggestions_of_missing_objects_or_of_other_classe
     boxes, kinds = judges[3].model.head.truth[1]
     planted.records[0]["annotations"] = [annotation(box, k) for box, k in zip(boxes, kinds)]
     verdict = planted.judge(planted.records[0])
-    assert {s.kind for s in verdict.suggestions} == {"box", "extra"}
+    assert {s.kind for s in verdict.suggestions} == {"box"}
     assert max(s.value for s in verdict.suggestions) < 1e-3
 
 
@@ -233,7 +233,7 @@ def test_only_the_best_are_kept_on_the_way(tmp_path, judges):
     for _ in range(50):
         few.add(verdict)
         many.add(verdict)
-    assert max(map(len, few._pool.values())) <= 8
+    assert max(map(len, few._pool.values())) <= 2
     for kind in KINDS:
         assert [s.value for s in few.best()[kind]] == [s.value for s in many.best()[kind][:1]]
 
@@ -266,7 +266,7 @@ def test_the_coco_file_is_read_back(tmp_path, judges, classes):
     assert {record["file_name"] for record in records} == {str(tmp_path / f"{i}.png") for i in (1, 2, 3)}
 
 
-@pytest.mark.parametrize(("classes", "width", "dark"), [(1, 390, False), (3, 1280, False), (90, 390, True)])
+@pytest.mark.parametrize(("classes", "width", "dark"), [(1, 1280, False), (90, 390, True)])
 def test_the_page_in_a_browser(tmp_path, judges, browser, classes, width, dark):
     """Light and dark, on a screen and on a phone: nothing is wider than the screen, or comes from elsewhere."""
     _, best = Planted(tmp_path, judges[classes], num_images=2).best(top=3)
@@ -380,6 +380,7 @@ def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsy
         (["--folds", "2", "--split", "test"], "leave out --weights and --split test"),
         (["--folds", "2", "--weights", "a.pth"], "leave out --weights"),
         (["--folds", "2", "--by", "["], "no regular expression"),
+        (["--by", "(.*)_", "--weights", "a.pth"], "give --folds too"),
         (["--top", "0", "--folds", "2"], "--top is 0"),
         (["--folds", "2", "DATASETS.TRAIN", "()"], "DATASETS.TRAIN"),
         (["--folds", "2", "MODEL.RETINANET.NUM_CLASSES", "5"], "MODEL.RETINANET.NUM_CLASSES is 5"),
@@ -388,4 +389,5 @@ def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsy
 )
 def test_mistakes(tiny_config, capsys, words, message):
     assert main(["hardest", "--config-file", tiny_config, *words]) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err and "learns from" not in printed.out

@@ -13,6 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
 from ...config import ConfigError
+from ...data import class_names
 from ...data.splits import groups_of, split_records
 from ...engine import Trainer, settled_seed
 from ...engine.changes import changes, describe, plain_config
@@ -93,7 +94,8 @@ def _registered(cfg: CfgNode, records: list[dict]) -> Iterator[str]:
     """A data set of ``records``, with the classes of those of ``DATASETS.TRAIN``."""
     name = f"{'+'.join(cfg.DATASETS.TRAIN)}, model {Path(cfg.OUTPUT_DIR).name}"
     DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).thing_classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    if names := class_names(cfg.DATASETS.TRAIN[0]):
+        MetadataCatalog.get(name).thing_classes = names
     try:
         yield name
     finally:
@@ -106,7 +108,9 @@ def _check_notes(path: Path, cfg: CfgNode, parts: Sequence[list[dict]]) -> int:
     before = json.loads(path.read_text()) if path.exists() else None
     if cfg.SEED < 0:
         cfg.SEED = before["config"]["SEED"] if before else settled_seed(cfg.SEED, "", False)
-    labels = [[[r["file_name"], [[a["category_id"], *a["bbox"]] for a in r["annotations"]]] for r in p] for p in parts]
+    labels = [
+        [[r["file_name"], [[a["category_id"], *a["bbox"]] for a in r.get("annotations", [])]] for r in p] for p in parts
+    ]
     digest = hashlib.sha256(json.dumps(labels, default=float).encode()).hexdigest()
     now = {"config": json.loads(json.dumps(plain_config(cfg))), "labels": digest}
     if before is None:

@@ -5,10 +5,11 @@ scores, FL the focal loss of an (anchor, class) pair, and the positives of a lab
 
 - "missing", an object that nobody labelled: the FL of its hardest background anchor.
 - "class", a label of another class: by how much the FL of its positives would be lower with the class that suits them
-  best, on average.
+  best, on average. A label is only this if it would.
 - "box", a label at another place: 1 − IoU of what its positives predict with it, averaged with weights p, since a box
-  means little where the model sees nothing. Without a score above ``SCORE_THRESH_TEST`` it is no such suggestion.
-- "extra", a label without an object: the FL of its easiest positive. Those at an object's edge are always hard.
+  means little where the model sees nothing.
+- "extra", a label without an object: the FL of its easiest positive, since those at an object's edge are always hard. A
+  label is this if no positive has a score above ``SCORE_THRESH_TEST``, and else "box".
 """
 
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def _missing(found: Instances, losses: Tensor, anchors: Tensor, rates: dict) -> 
     """
     if not len(found):
         return
-    values = sigmoid_focal_loss(found.scores.logit(), torch.zeros_like(found.scores), **rates)
+    values = sigmoid_focal_loss(found.scores.logit(eps=1e-7), torch.zeros_like(found.scores), **rates)
     iou, nearest = pairwise_iou(found.pred_boxes, Boxes(anchors)).max(dim=0)  # (R,), an anchor is of one object
     for d, (box, k, score) in enumerate(zip(found.pred_boxes, found.pred_classes.tolist(), found.scores.tolist())):
         of_object = losses[(nearest == d) & (iou >= IOU), k]
@@ -163,21 +164,21 @@ class _Positives:
         self.of_label = {g: (owners == g).nonzero().flatten() for g in owners.unique().tolist()}
 
     def mistakes(self, score_thresh: float) -> Iterator[dict]:
-        """Yield what may be wrong with each label: its box, if the model sees something, its object and its class."""
+        """Yield what may be wrong with each label: its class, else its box where the model sees something, else all."""
         for g, at in self.of_label.items():
             scores = self.scores[at]  # (n, K)
             gain = (self.losses[at, None] - self.with_class[at]).mean(dim=0)  # (K,), 0 for the label's class
-            if gain.max() > 0:  # which explains what else is wrong with its loss
-                other = int(gain.argmax())
-                yield self._mistake("class", gain[other], g, int(scores[:, other].argmax()), other)
-                continue
-            easiest = int(self.losses[at].argmin())
-            yield self._mistake("extra", self.losses[at[easiest]], g, easiest, int(scores[easiest].argmax()))
             confidence = scores.max(dim=1).values
             best = int(confidence.argmax())
-            if confidence[best] > score_thresh:
+            if gain.max() > 0:
+                other = int(gain.argmax())
+                yield self._mistake("class", gain[other], g, int(scores[:, other].argmax()), other)
+            elif confidence[best] > score_thresh:
                 box = ((1 - self.iou[at]) * confidence).sum() / confidence.sum()
                 yield self._mistake("box", box, g, best, int(scores[best].argmax()))
+            else:
+                easiest = int(self.losses[at].argmin())
+                yield self._mistake("extra", self.losses[at[easiest]], g, easiest, int(scores[easiest].argmax()))
 
     def _mistake(self, kind: str, value: Tensor, label: int, best: int, predicted_class: int) -> dict:
         """``best`` is the positive that shows it, among those of the label."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 KINDS = ("missing", "class", "box", "extra")
-_POOL = 4  # times as many suggestions as are asked for are kept, since a label may be among several kinds
 Box = tuple[float, ...]
 
 
@@ -45,7 +44,7 @@ class Verdict:
     """What is found in an image.
 
     Attributes:
-        suggestions: in no order; a label may have one of each kind.
+        suggestions: in no order, one of a label at most.
         loss: the FL of all anchors that are not ignored.
         labels: the number of labels, without crowds.
         unjudged: of these without a positive anchor.
@@ -82,19 +81,12 @@ class Ranking:
         for suggestion in verdict.suggestions:
             pool = self._pool[suggestion.kind]
             pool.append(suggestion)
-            if len(pool) >= 2 * _POOL * self.top:
-                pool[:] = self._best(pool)
+            if len(pool) >= 2 * self.top:  # for millions of labels
+                self._pool[suggestion.kind] = self._best(pool)
 
     def _best(self, pool: list[Suggestion]) -> list[Suggestion]:
-        return sorted(pool, key=lambda suggestion: -suggestion.value)[: _POOL * self.top]
+        return sorted(pool, key=lambda suggestion: -suggestion.value)[: self.top]
 
     def best(self) -> dict[str, list[Suggestion]]:
-        """Return the best of each kind, the best first; a label is of the kind in which it ranks highest."""
-        places = [(place, kind, s) for kind in KINDS for place, s in enumerate(self._best(self._pool[kind]))]
-        chosen, taken = {kind: [] for kind in KINDS}, set()
-        for _, kind, suggestion in sorted(places, key=lambda place: (place[0], KINDS.index(place[1]))):
-            label = (suggestion.record["file_name"], suggestion.label)
-            if len(chosen[kind]) < self.top and (suggestion.label is None or label not in taken):
-                chosen[kind].append(suggestion)
-                taken.add(label)
-        return chosen
+        """Return the best of each kind, the best first."""
+        return {kind: self._best(pool) for kind, pool in self._pool.items()}
