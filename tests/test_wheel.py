@@ -92,6 +92,7 @@ def test_the_wheel_has_all_modules_and_configs(wheel):
     expected = {f"focal_plugin/{name}" for name in files_of(ROOT / "focal_plugin")}
     assert names == expected | {f"focal_plugin/configs/{name}" for name in files_of(ROOT / "configs")}
     assert "focal_plugin/ablation/template.html" in names
+    assert "focal_plugin/analysis/labels/hardest.html" in names
 
 
 def test_each_command_has_its_help(installed):
