@@ -343,7 +343,7 @@ def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsy
     monkeypatch.setattr(folds, "_train", noted_train)
     monkeypatch.setattr(Judge, "__call__", noted_judge)
     words = ["hardest", "--config-file", tiny_config, "--folds", "2", "--top", "5", "MODEL.DEVICE", "cpu"]
-    words += ["SOLVER.MAX_ITER", "2"]
+    words += ["SOLVER.MAX_ITER", "2", "TEST.BEST_METRIC", "bbox/AP", "TEST.PATIENCE", "1", "TEST.EVAL_PERIOD", "1"]
     assert main(words) == 0
     assert len(seen) == 2 and not seen[0] & seen[1] and set(judged) == seen[0] | seen[1] and len(judged) == 6
     assert set(judged[:3]) == seen[1]  # the first model judges what the second is trained on

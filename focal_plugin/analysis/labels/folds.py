@@ -54,7 +54,8 @@ def train_folds(cfg: CfgNode, parts: Sequence[list[dict]], folder: Path) -> Iter
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST = (), ()
+    cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST, cfg.DATASETS.VALIDATION = (), (), ()
+    cfg.TEST.BEST_METRIC, cfg.TEST.PATIENCE = "", 0  # nothing is evaluated
     cfg.TEST.EVAL_PERIOD, cfg.TEST.AUG.ENABLED, cfg.VIS.ENABLED = 0, False, False
     folder.mkdir(parents=True, exist_ok=True)
     cfg.SEED = _check_notes(folder / _NOTES, cfg, parts)
