@@ -1,13 +1,14 @@
 """Detect objects in images, videos and camera pictures; write annotated copies, and all detections as JSON.
 
     python -m focal_plugin predict --config-file output/config.yaml --weights output/model_final.pth \\
-        street.jpg photos/ "more/**/*.png" drive.mp4 --output found
+        street.jpg photos/ "more/**/*.png" drive.mp4 --output found --csv --geojson
 
 An INPUT is an image, a folder (the images directly in it), a pattern, a video, or the number of a camera, which Ctrl+C
 stops. Each gets an annotated copy in the output folder. detections.json has all detections in COCO's results format;
 images.json has the images and categories that its ids refer to. pycocotools reads both with
-COCO("images.json").loadRes("detections.json"), unless there is no detection. Both are whole after each image, also if
-the command is killed then. No file is overwritten: if a name is
+COCO("images.json").loadRes("detections.json"), unless there is no detection. With --csv, detections.csv has a line for
+each detection; with --geojson, each input has a file of polygons beside its annotated copy, in pixels. All are whole
+after each image, also if the command is killed then. No file is overwritten: if a name is
 taken, a number is added. The copy of a video of odd width or height has one column or row less, since OpenCV writes
 even sizes.
 
@@ -17,7 +18,6 @@ INPUT.MIN_SIZE_TEST, ...).
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,21 +25,18 @@ from contextlib import closing
 from itertools import groupby
 
 import numpy as np
-from detectron2.data import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
 from ..config.explain import split_pairs
 from ..engine.signals import exit_on_sigterm
-from ..evaluation.evaluator import read_threshold
-from ..files.growing import GrowingJson
 from ..files.write import free_paths
 from .inputs import ImageError, Source, find_sources
 from .media import LABELS, VIDEO_CODECS, Video, VideoOutput, draw
-from .predictor import Predictor
+from .predictor import SCORE_THRESH, Predictor
+from .results import Results
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -63,10 +60,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument(
         "--score-thresh",
-        default="0.5",
+        default=str(SCORE_THRESH),
         metavar="SCORE",
-        help="the lowest score, or the path of an evaluation.json, for the best F1 there (default: %(default)s)",
+        help="the lowest score; the path of an evaluation.json, for the best F1 there; or config, for the config's "
+        "MODEL.RETINANET.SCORE_THRESH_TEST, evaluation's (default: %(default)s)",
     )
+    parser.add_argument("--csv", action="store_true", help="write detections.csv too")
+    parser.add_argument("--geojson", action="store_true", help="write a GeoJSON file of each input too")
     parser.add_argument("--labels", choices=LABELS, default="all", help="the text on boxes (default: %(default)s)")
     parser.add_argument(
         "--tile", type=int, default=0, metavar="SIZE", help="cut larger images into tiles of SIZE × SIZE pixels"
@@ -94,7 +94,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     args = build_parser(prog).parse_intermixed_args(argv)
     try:
-        args.score_thresh = read_threshold(args.score_thresh)
         words, opts = split_pairs(args.words)
         sources = find_sources(words)
         predictor = Predictor(
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             batch_size=args.batch,
         )
         os.makedirs(args.output, exist_ok=True)
-        results = Results(predictor.metadata, args.output)
+        results = Results(predictor.metadata, args.output, csv=args.csv, geojson=args.geojson)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,13 +124,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"error: {error}. The results so far are kept.", file=sys.stderr)
         code = 1
     finally:
-        is_saved = _close(results, args.score_thresh)
+        is_saved = _close(results, predictor.score_thresh)
         if problems:
             print(f"{len(problems)} of {len(sources)} inputs not read:", *problems, sep="\n  ", file=sys.stderr)
     return code or int(bool(problems) or not is_saved)
 
 
-def _close(results: "Results", score_thresh: float) -> bool:
+def _close(results: Results, score_thresh: float | None) -> bool:
     """Close the JSON files, print the result, and return whether it worked."""
     try:
         written = results.close()
@@ -140,13 +139,14 @@ def _close(results: "Results", score_thresh: float) -> bool:
         return False
     found = f"{results.images.count} images, {results.detections.count} detections"
     if not results.detections.count:
-        found += f" with a score above {score_thresh:g} (--score-thresh)"
+        least = "the config's threshold" if score_thresh is None else f"{score_thresh:g}"
+        found += f" with a score of at least {least} (--score-thresh)"
     print(f"{found}. Written: {', '.join(written)}")
     return True
 
 
 def predict(
-    predictor: Predictor, sources: Sequence[Source], folder: str, results: "Results", problems: list[str], labels: str
+    predictor: Predictor, sources: Sequence[Source], folder: str, results: Results, problems: list[str], labels: str
 ) -> None:
     """Predict on each source: write annotated copies to ``folder``, and add to ``results`` and ``problems``.
 
@@ -178,7 +178,7 @@ def _groups(sources: Sequence[Source], size: int) -> Iterator[list[Source]]:
 
 
 def predict_images(
-    predictor: Predictor, paths: Sequence[str], folder: str, results: "Results", problems: list[str], labels: str
+    predictor: Predictor, paths: Sequence[str], folder: str, results: Results, problems: list[str], labels: str
 ) -> None:
     """Predict on image files together; what is wrong with those that cannot be read or resized goes to ``problems``."""
     images: list[tuple[str, np.ndarray]] = []
@@ -196,9 +196,9 @@ def predict_images(
         drawn = draw(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT), found, predictor.metadata, labels)
         name, suffix = os.path.splitext(os.path.basename(path))
         suffix = ".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png"
-        (written,) = free_paths(folder, f"{name}{suffix}")
+        written, *beside = free_paths(folder, f"{name}{suffix}", *results.beside(name))
         Image.fromarray(drawn).save(written)
-        results.add(found, file_name=path, annotated=os.path.basename(written))
+        results.add(found, beside, file_name=path, annotated=os.path.basename(written))
 
 
 def _detect(predictor: Predictor, images: list[np.ndarray]) -> list[Instances | ImageError]:
@@ -211,7 +211,7 @@ def _detect(predictor: Predictor, images: list[np.ndarray]) -> list[Instances | 
         return [found for image in images for found in _detect(predictor, [image])]  # one does not stop the others
 
 
-def predict_video(predictor: Predictor, video: Video, folder: str, results: "Results", bar: tqdm, labels: str) -> None:
+def predict_video(predictor: Predictor, video: Video, folder: str, results: Results, bar: tqdm, labels: str) -> None:
     """Predict on each frame of a video or camera.
 
     Raises:
@@ -219,77 +219,15 @@ def predict_video(predictor: Predictor, video: Video, folder: str, results: "Res
     """
     bar.total += (video.num_frames or 1) - 1
     name = os.path.splitext(os.path.basename(video.name))[0]
-    paths = free_paths(folder, *(f"{name}{suffix}" for suffix in VIDEO_CODECS))
+    paths = free_paths(folder, *(f"{name}{suffix}" for suffix in VIDEO_CODECS), *results.beside(name))
+    paths, beside = paths[: len(VIDEO_CODECS)], paths[len(VIDEO_CODECS) :]
     with closing(VideoOutput(paths, video.fps, predictor.metadata, labels)) as output:
         for number, frame in enumerate(video):
             (instances,) = predictor.detect([predictor.read(frame)])
             output.add(frame[:, :, ::-1], instances)
-            results.add(instances, file_name=video.name, frame_id=number, annotated=os.path.basename(output.path))
+            annotated = os.path.basename(output.path)
+            results.add(instances, beside, file_name=video.name, frame_id=number, annotated=annotated)
             bar.update()
-
-
-class Results:
-    """Detections in COCO's results format, and the images and categories that their ids refer to.
-
-    They are written as they come, to detections.json and images.json; both names have the same number, if any.
-
-    Args:
-        metadata: the class names, and the ids of the categories if the data set has its own; otherwise a category's id
-            is the index of its class.
-        folder: where to write.
-
-    Attributes:
-        images: an entry for each image, with ids from 1. ``file_name`` is the path as given, ``annotated`` the name of
-            the annotated copy, and ``frame_id`` the number of a video's frame, from 0.
-        detections: an entry for each detection.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
-
-    def __init__(self, metadata: Metadata, folder: str):
-        names = metadata.get("thing_classes")
-        self._names = dict(enumerate(names)) if names else None
-        self._ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
-        self._found: set[int] = set()  # categories
-        detections, images = free_paths(folder, "detections.json", "images.json")
-        self.detections = GrowingJson(detections)
-        head = {"info": {"description": "The images of the detections."}, "annotations": []}
-        self.images = GrowingJson(images, f'{json.dumps(head)[:-1]}, "images": ', self._categories())
-
-    def add(self, instances: Instances, **image) -> None:
-        """Add an image with its detections, which are on the CPU; ``image`` are further fields of its entry.
-
-        Raises:
-            OSError: they could not be written.
-        """
-        (height, width), number = instances.image_size, self.images.count + 1
-        found = instances_to_coco_json(instances, number)
-        found = [{**one, "category_id": self._ids.get(one["category_id"], one["category_id"])} for one in found]
-        self._found |= {one["category_id"] for one in found}
-        # The image first: a detection of an image that is not in the list is none of COCO's.
-        self.images.add([{"id": number, **image, "height": height, "width": width}], self._categories())
-        try:
-            self.detections.add(found)
-        except OSError:
-            self.images.undo()
-            raise
-
-    def _categories(self) -> str:
-        """The end of images.json: the categories, of a data set without names those that were found."""
-        names = self._names or {index: str(index) for index in sorted(self._found)}
-        categories = [{"id": self._ids.get(index, index), "name": name} for index, name in names.items()]
-        return f', "categories": {json.dumps(categories)}}}'
-
-    def close(self) -> list[str]:
-        """Close the files, and return their paths.
-
-        Raises:
-            OSError: one could not be synced to the disk.
-        """
-        for file in (self.detections, self.images):
-            file.close()
-        return [self.detections.path, self.images.path]
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from ..data import DataError
 from ..data.images import readable_image
+from ..evaluation.evaluator import read_threshold
 from .inputs import ImageError
 from .loading import class_metadata, load_model, read_config
 from .optimize import optimize_for_inference
 from .tiles import Window, merge_tiles, tile_windows
 from .tta import with_tta
 
+SCORE_THRESH = 0.5  # by default, of the command too
 _WITHOUT_INSTANCES = ("ProposalNetwork", "SemanticSegmentor")  # of Detectron2's models
 
 
@@ -35,7 +37,9 @@ class Predictor:
         config: a config, or a YAML file by its path or a name that ``find_config`` finds.
         weights: of the model; empty, those of ``MODEL.WEIGHTS``.
         opts: ``KEY VALUE`` pairs that change the config.
-        score_thresh: the lowest score of a detection; None, ``MODEL.RETINANET.SCORE_THRESH_TEST``.
+        score_thresh: the lowest score of a detection, as in the command ``predict``: a number, the path of an
+            evaluation.json for the best F1 there, or None (or "config") for evaluation's threshold in the config,
+            ``MODEL.RETINANET.SCORE_THRESH_TEST``.
         tile: cut larger images into overlapping tiles with this side, in pixels; 0, never. With tiles, files of more
             than 179 million pixels, Pillow's limit, are read too. Each tile is resized and detected as an image. So is
             the whole image, for objects larger than a tile, unless ``INPUT.MIN_SIZE_TEST`` is 0 and nothing is resized.
@@ -51,6 +55,7 @@ class Predictor:
         metadata: Detectron2's ``Metadata`` of the classes, with their names in ``thing_classes``.
         model: the network, optimised and augmented.
         batch_size: as given.
+        score_thresh: the lowest score of a detection; None, the config's.
 
     Raises:
         FileNotFoundError: the config or the weights are no file.
@@ -64,7 +69,7 @@ class Predictor:
         weights: str | os.PathLike = "",
         *,
         opts: Sequence[str] = (),
-        score_thresh: float | None = None,
+        score_thresh: float | str | os.PathLike | None = SCORE_THRESH,
         tile: int = 0,
         overlap: int | None = None,
         optimize: bool = True,
@@ -72,11 +77,13 @@ class Predictor:
         batch_size: int = 1,
     ):
         overlap = tile // 5 if overlap is None else overlap
+        score_thresh = _read_threshold(score_thresh, opts)
         _check_options(score_thresh, tile, overlap, batch_size)
         cfg = read_config(config, opts)
         cfg.MODEL.WEIGHTS = os.fspath(weights) or cfg.MODEL.WEIGHTS
-        if score_thresh is not None:
-            cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_thresh
+        if score_thresh is not None:  # models drop scores that are equal to theirs
+            below = float(np.nextafter(np.float32(score_thresh), np.float32(0)))
+            cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = below
         if tta is not None:
             cfg.TEST.AUG.ENABLED = tta
         cfg.freeze()
@@ -97,7 +104,7 @@ class Predictor:
         self.cfg = cfg
         self.model = model
         self._resize = T.AugmentationList([] if cfg.TEST.AUG.ENABLED else build_augmentation(cfg, is_train=False))
-        self._score_thresh = score_thresh or 0.0
+        self.score_thresh = score_thresh
         self._tile, self._overlap, self.batch_size = tile, overlap, batch_size
 
     def __call__(self, images) -> Instances | list[Instances]:
@@ -158,7 +165,7 @@ class Predictor:
         for image, here in zip(images, windows):
             parts, found = found[: len(here)], found[len(here) :]
             merged = merge_tiles(parts, here, image.shape[:2], self._nms_thresh) if len(here) > 1 else parts[0]
-            results.append(merged[merged.scores >= self._score_thresh])
+            results.append(merged[merged.scores >= (self.score_thresh or 0)])
         return results
 
     def _windows(self, height: int, width: int) -> list[Window]:
@@ -212,6 +219,22 @@ def read_file(path: str, image_format: str) -> np.ndarray:
         raise ImageError(f"{error}{hint}") from error
     except Exception as error:  # Pillow raises many types for damaged files
         raise ImageError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
+
+
+def _read_threshold(score_thresh: float | str | os.PathLike | None, opts: Sequence[str]) -> float | None:
+    """The lowest score of a detection; None for the config's.
+
+    Raises:
+        OSError, ValueError: see ``read_threshold``; or ``opts`` change the config's, and it is not asked for.
+    """
+    if score_thresh in (None, "config"):
+        return None
+    if named := [key for key in opts[::2] if str(key).endswith(".SCORE_THRESH_TEST")]:
+        raise ValueError(
+            f"{named[0]} is evaluation's threshold; prediction's is score_thresh (--score-thresh), {score_thresh}: "
+            "give the number there, or config for evaluation's."
+        )
+    return read_threshold(os.fspath(score_thresh)) if isinstance(score_thresh, str | os.PathLike) else score_thresh
 
 
 def _check_options(score_thresh: float | None, tile: int, overlap: int, batch_size: int) -> None:

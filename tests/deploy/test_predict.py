@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -5,15 +6,21 @@ import signal
 from pathlib import Path
 
 import cv2
+import geojson
 import numpy as np
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, Metadata
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
 
 from focal_plugin.commands.train import main as train
+from focal_plugin.data import register_local_dataset
 from focal_plugin.deploy import DenseTTA, Predictor, media, predict
 from focal_plugin.deploy.inputs import ImageError, find_sources
 from focal_plugin.deploy.predict import main
+from focal_plugin.deploy.results import Results
 from tests.docs.pages import PAGES, blocks, commands
 
 PAGE = PAGES["docs/prediction.md"]
@@ -125,14 +132,14 @@ def test_every_option_reaches_the_predictor(run, tmp_path, monkeypatch):
     options = ["--score-thresh", ".3", "--tile", "48", "--overlap", "8", "--no-optimize", "--tta", "--batch", "3"]
     assert run(path, *options, "TEST.AUG.MIN_SIZES", "(32, 48)", "SEED", "-1", "MODEL.DEVICE", "cpu") == 0
     predictor, found = made.pop()
-    expected = {"score_thresh": 0.3, "tile": 48, "overlap": 8, "optimize": False, "tta": True, "batch_size": 3}
-    assert {key: found[key] for key in expected} == expected
+    expected = {"score_thresh": ".3", "tile": 48, "overlap": 8, "optimize": False, "tta": True, "batch_size": 3}
+    assert {key: found[key] for key in expected} == expected and predictor.score_thresh == 0.3
     assert isinstance(predictor.model, DenseTTA) and predictor.model.mapper.min_sizes == (32, 48)
     assert predictor._windows(64, 64) == [(x, y, x + 48, y + 48) for y in (0, 16) for x in (0, 16)] + [(0, 0, 64, 64)]
     assert all(detection["score"] >= 0.3 for detection in load(tmp_path / "out"))
     assert run(path) == 0
     predictor, found = made.pop()
-    expected = {"score_thresh": 0.5, "tile": 0, "overlap": None, "optimize": True, "tta": None, "batch_size": 1}
+    expected = {"score_thresh": "0.5", "tile": 0, "overlap": None, "optimize": True, "tta": None, "batch_size": 1}
     assert {key: found[key] for key in expected} == expected
     assert not isinstance(predictor.model, DenseTTA)
 
@@ -210,8 +217,8 @@ def frames(path):
 def test_a_video(run, video, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_text("no video")
-    assert run(video, str(broken), "--score-thresh", ".6") == 1
-    (written,) = (tmp_path / "out").glob("square.*")
+    assert run(video, str(broken), "--score-thresh", ".6", "--csv", "--geojson") == 1
+    (written,) = (path for path in (tmp_path / "out").glob("square.*") if path.suffix != ".geojson")
     expected = list(frames(video))
     drawn = list(frames(written))
     assert [frame.shape for frame in drawn] == [(64, 96, 3)] * 12
@@ -221,7 +228,12 @@ def test_a_video(run, video, tmp_path):
     assert [(image["file_name"], image["frame_id"], image["annotated"]) for image in images] == [
         (video, number, written.name) for number in range(12)
     ]
-    assert {detection["image_id"] for detection in load(tmp_path / "out")} <= set(range(1, 13))
+    frames_of = [detection["image_id"] - 1 for detection in load(tmp_path / "out")]
+    assert set(frames_of) <= set(range(12)) and len(set(frames_of)) > 1
+    rows = [row for row in rows_of(tmp_path / "out/detections.csv") if row["score"]]
+    assert [int(row["frame_id"]) for row in rows] == frames_of
+    features = load(tmp_path / "out", "square.geojson")["features"]
+    assert [feature["properties"]["frame_id"] for feature in features] == frames_of
     assert run(video) == 0
     assert (tmp_path / "out" / f"square-2{written.suffix}").exists()
 
@@ -271,9 +283,72 @@ def test_a_build_of_opencv_without_codecs_says_so(video, tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(media.cv2, "VideoWriter", NoWriter)
-    output = media.VideoOutput([str(tmp_path / "a.mp4"), str(tmp_path / "a.avi")], 25, predict.Metadata())
+    output = media.VideoOutput([str(tmp_path / "a.mp4"), str(tmp_path / "a.avi")], 25, Metadata())
     with pytest.raises(OSError, match=r"can write none of .*a\.mp4, .*a\.avi"):
         output.add(np.zeros((8, 8, 3), np.uint8), None)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_is_a_data_set(run, tiny_config, weights, tmp_path, monkeypatch):
+    """Read back by the format ``csv``, an image without detections too."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48), (104, 116, 124)).save("shapes_test/plain, grey.png")
+    paths = [f"shapes_test/{name}" for name in ("0.png", "plain, grey.png", "1.png")]
+    assert run(*paths, "--csv", "--score-thresh", ".6", "--no-optimize") == 0
+    found = Predictor(tiny_config, weights, score_thresh=0.6, optimize=False)(paths)
+    assert len(found[0]) and not len(found[1]) and len(found[2])
+    register_local_dataset({"name": "found", "format": "csv", "csv": "out/detections.csv", "images": "."})
+    records = {record["image_id"]: record for record in DatasetCatalog.get("found")}
+    assert list(records) == paths
+    for path, instances in zip(paths, found):
+        boxes = torch.tensor([box["bbox"] for box in records[path]["annotations"]]).reshape(-1, 4)
+        assert boxes.equal(instances.pred_boxes.tensor)
+    classes = ["square", "disc"]
+    rows = [row for row in rows_of("out/detections.csv") if row["score"]]
+    assert [row["label"] for row in rows] == [classes[k] for one in found for k in one.pred_classes.tolist()]
+    assert [np.float32(row["score"]) for row in rows] == [score for one in found for score in one.scores.tolist()]
+    assert run(paths[0]) == 0 and run(paths[0], "--csv") == 0
+    assert {"detections-2.json", "detections-3.json", "detections-3.csv"} <= set(files(tmp_path / "out"))
+    assert "detections-2.csv" not in files(tmp_path / "out")
+
+
+def test_geojson_has_a_polygon_for_each_detection(run, tmp_path):
+    """Of each image a file of its own, valid to a reader of GeoJSON, with what QuPath reads."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/1.geojson").write_text("mine")
+    assert run(str(tmp_path / "shapes_test"), "--geojson", "--score-thresh", ".6") == 0
+    names = ["0.geojson", "1-2.geojson", "2.geojson", "3.geojson"]
+    assert [name for name in files(tmp_path / "out") if name.endswith("geojson")] == sorted([*names, "1.geojson"])
+    truth = load(tmp_path / "out", "images.json")
+    assert [image["annotated"] for image in truth["images"]] == [f"{name[:-8]}.png" for name in names]
+    categories = {category["id"]: category["name"] for category in truth["categories"]}
+    detections = load(tmp_path / "out")
+    for image, name in zip(truth["images"], names):
+        collection = geojson.loads((tmp_path / "out" / name).read_text())
+        assert isinstance(collection, geojson.FeatureCollection) and collection.is_valid and not collection.errors()
+        assert collection["image"] == image["file_name"]
+        expected = [one for one in detections if one["image_id"] == image["id"]]
+        for feature, one in zip(collection["features"], expected, strict=True):
+            x, y = np.array(feature["geometry"]["coordinates"][0]).T
+            assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2 == pytest.approx(one["bbox"][2] * one["bbox"][3])
+            assert [x.min(), y.min(), np.ptp(x), np.ptp(y)] == pytest.approx(one["bbox"])
+            properties, label = feature["properties"], categories[one["category_id"]]
+            assert (properties["label"], properties["score"]) == (label, one["score"])
+            assert properties["objectType"] == "detection" and properties["measurements"] == {"score": one["score"]}
+            assert properties["classification"]["name"] == label and len(properties["classification"]["color"]) == 3
+
+
+def test_a_data_set_without_names_has_numbers_for_labels(tmp_path):
+    results = Results(Metadata(), str(tmp_path), csv=True)
+    found = Instances((9, 9), pred_boxes=Boxes(torch.tensor([[1.0, 2, 3, 4]])), scores=torch.tensor([0.1]))
+    found.pred_classes = torch.tensor([7])
+    results.add(found, [], file_name="a.png", annotated="a.png")
+    assert results.close()[-1] == str(tmp_path / "detections.csv")
+    assert rows_of(tmp_path / "detections.csv")[0]["label"] == "7"
 
 
 @pytest.mark.parametrize("where", ["picture", "json"])
@@ -292,12 +367,17 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_done(run, tmp_path, monkeyp
             monkeypatch.setattr(self.detections, "add", full)
 
     monkeypatch.setattr(predict.Results, "add", add_and_fill_the_disk)
-    assert run(str(tmp_path / "shapes_test")) == 1
+    assert run(str(tmp_path / "shapes_test"), "--csv", "--geojson") == 1
     error = capsys.readouterr().err
     assert "error: [Errno 28] No space left on device: 'the disk'" in error and "Traceback" not in error
     assert (tmp_path / "out/0.png").exists()
     assert len(load(tmp_path / "out", "images.json")["images"]) == 1
     assert {found["image_id"] for found in load(tmp_path / "out")} == {1}
+    assert {row["image_path"] for row in rows_of(tmp_path / "out/detections.csv")} == {
+        str(tmp_path / "shapes_test/0.png")
+    }
+    assert load(tmp_path / "out", "0.geojson")["features"]
+    assert where == "picture" or load(tmp_path / "out", "1.geojson")["features"] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -409,4 +489,4 @@ def test_the_options_are_listed():
 
 def test_nothing_found_names_the_threshold(run, tmp_path, capsys):
     assert run(str(tmp_path / "shapes_test/0.png"), "--score-thresh", "1") == 0
-    assert "1 images, 0 detections with a score above 1 (--score-thresh). Written: " in capsys.readouterr().out
+    assert "1 images, 0 detections with a score of at least 1 (--score-thresh). Written: " in capsys.readouterr().out

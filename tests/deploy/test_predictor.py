@@ -1,3 +1,4 @@
+import json
 import re
 
 import cv2
@@ -49,11 +50,12 @@ def test_it_finds_what_evaluation_finds(image_format, tiny_config, tmp_path):
         expected = [model(batch)[0]["instances"] for batch in batches]
     paths = [batch[0]["file_name"] for batch in batches]
 
-    predictor = Predictor(tiny_config, tmp_path / "model.pth", opts=opts, optimize=False)
+    options = {"optimize": False, "score_thresh": None}
+    predictor = Predictor(tiny_config, tmp_path / "model.pth", opts=opts, **options)
     for actual in (
         predictor(paths),
         [predictor(cv2.imread(path)) for path in paths],
-        Predictor(cfg, tmp_path / "model.pth", optimize=False)(tmp_path / path for path in paths),
+        Predictor(cfg, tmp_path / "model.pth", **options)(tmp_path / path for path in paths),
     ):
         for one, other in zip(actual, expected, strict=True):
             assert_same(one, other)
@@ -62,8 +64,8 @@ def test_it_finds_what_evaluation_finds(image_format, tiny_config, tmp_path):
 
 def test_the_optimised_model_is_the_default(tiny_config, weights, tmp_path):
     image = cv2.imread(str(tmp_path / "shapes_test/0.png"))
-    default = Predictor(tiny_config, weights)
-    plain = Predictor(tiny_config, weights, optimize=False)
+    default = Predictor(tiny_config, weights, score_thresh=None)
+    plain = Predictor(tiny_config, weights, optimize=False, score_thresh=None)
     assert next(default.model.backbone.parameters()).dtype == fast_dtype("cpu")
     assert next(plain.model.backbone.parameters()).dtype == torch.float32
     default.model = optimize_for_inference(plain.model, torch.float32)
@@ -71,7 +73,7 @@ def test_the_optimised_model_is_the_default(tiny_config, weights, tmp_path):
 
 
 def test_several_images_go_through_the_network_together(tiny_config, weights, tmp_path):
-    predictor = Predictor(tiny_config, weights, optimize=False, batch_size=3)
+    predictor = Predictor(tiny_config, weights, optimize=False, batch_size=3, score_thresh=None)
     paths = [str(tmp_path / f"shapes_test/{i}.png") for i in range(4)]
     sizes = []
     predictor.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -88,8 +90,24 @@ def test_the_threshold(tiny_config, weights, tmp_path):
     assert 0 < len(some) < len(everything)
     assert some.scores.equal(everything.scores[: len(some)])
     assert everything.scores[len(some)] < 0.4
+    assert Predictor(tiny_config, weights)(path).scores.equal(everything.scores[everything.scores >= 0.5])
     opts = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.4]
-    assert Predictor(tiny_config, weights, opts=opts)(path).scores.equal(some.scores)
+    for config in (None, "config"):
+        assert Predictor(tiny_config, weights, opts=opts, score_thresh=config)(path).scores.equal(some.scores)
+    with pytest.raises(ValueError, match=r"MODEL\.RETINANET\.SCORE_THRESH_TEST is evaluation's .* 0\.5"):
+        Predictor(tiny_config, weights, opts=opts)
+
+
+@pytest.mark.parametrize("tile", [0, 48])
+def test_a_score_equal_to_the_threshold_counts(tile, tiny_config, weights, tmp_path):
+    """As evaluation counts for the threshold of the best F1, which is the score of a detection."""
+    path = tmp_path / "shapes_test/0.png"
+    everything = Predictor(tiny_config, weights, score_thresh=0.0, tile=tile, optimize=False)(path)
+    least = everything.scores[10].item()
+    (tmp_path / "evaluation.json").write_text(json.dumps({"overall": {"best_f1": {"score_thresh": least}}}))
+    for given in (least, str(tmp_path / "evaluation.json"), tmp_path / "evaluation.json"):
+        found = Predictor(tiny_config, weights, score_thresh=given, tile=tile, optimize=False)(path)
+        assert found.scores.equal(everything.scores[: len(found)]) and found.scores[-1] == least
 
 
 # Reading
@@ -119,7 +137,7 @@ def write_image(folder, kind):
 
 @pytest.fixture
 def predictor(tiny_config, weights):
-    return Predictor(tiny_config, weights, optimize=False)
+    return Predictor(tiny_config, weights, optimize=False, score_thresh=None)
 
 
 def test_files_of_all_kinds_are_read_as_training_reads_them(predictor, tmp_path):
@@ -250,9 +268,9 @@ def test_the_image_as_a_whole_is_seen_too_where_images_are_resized(tiny_config, 
 
 def test_an_image_no_larger_than_a_tile_is_no_tile(tiny_config, weights, tmp_path):
     path = tmp_path / "shapes_test/0.png"
-    plain = Predictor(tiny_config, weights, optimize=False)(path)
-    assert_same(Predictor(tiny_config, weights, optimize=False, tile=64)(path), plain)
-    assert_same(Predictor(tiny_config, weights, optimize=False, tile=1000, overlap=0)(path), plain)
+    plain = Predictor(tiny_config, weights, optimize=False, score_thresh=None)(path)
+    assert_same(Predictor(tiny_config, weights, optimize=False, tile=64, score_thresh=None)(path), plain)
+    assert_same(Predictor(tiny_config, weights, optimize=False, tile=1000, overlap=0, score_thresh=None)(path), plain)
 
 
 def test_tiles_and_augmentation_together(tiny_config, weights, tmp_path):
@@ -302,9 +320,9 @@ def test_a_config_node_serves_as_well_as_its_file(tiny_config, weights, tmp_path
     merge_from_file(cfg, tiny_config)
     cfg.merge_from_list(opts)
     path = tmp_path / "shapes_test/0.png"
-    found = Predictor(cfg, weights, optimize=False)
+    found = Predictor(cfg, weights, optimize=False, score_thresh=None)
     assert found.metadata.thing_classes == ["square", "disc"] and len(found.cfg.MODEL.FOCAL.CLASS_FREQUENCIES) == 2
-    assert_same(found(path), Predictor(tiny_config, weights, opts=opts, optimize=False)(path))
+    assert_same(found(path), Predictor(tiny_config, weights, opts=opts, optimize=False, score_thresh=None)(path))
 
 
 def test_weights_that_are_not_the_models_are_refused(tiny_config, weights, tmp_path):

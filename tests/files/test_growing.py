@@ -1,4 +1,4 @@
-"""A JSON file that grows is whole whenever it is read."""
+"""A file that grows is whole whenever it is read."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from focal_plugin.files.growing import GrowingJson
+from focal_plugin.files.growing import GrowingFile, GrowingJson
 
 
 def read(path):
@@ -37,6 +37,27 @@ def test_what_is_around_the_list(tmp_path):
     file.undo()
     assert read(path) == {"images": [1], "categories": []}
     file.close()
+
+
+def test_text(tmp_path):
+    path = tmp_path / "a.csv"
+    file = GrowingFile(str(path), "a,b\n")
+    file.append("1,ü\n")
+    file.append("2,4\n")
+    assert path.read_text("utf-8") == "a,b\n1,ü\n2,4\n"
+    file.undo()
+    file.append("3,5\n", "end")
+    file.close()
+    assert path.read_text("utf-8") == "a,b\n1,ü\n3,5\nend"
+
+
+def test_taking_back_counts_too(tmp_path):
+    file = GrowingJson(str(tmp_path / "a.json"))
+    file.add([1, 2])
+    file.add([3])
+    file.undo()
+    file.close()
+    assert file.count == 2 and read(tmp_path / "a.json") == [1, 2]
 
 
 def test_nothing_is_overwritten(tmp_path):
