@@ -13,9 +13,12 @@ from focal_plugin import (
     SmoothL1BoxLoss,
 )
 from focal_plugin.data import FocalDatasetMapper
+from focal_plugin.evaluation.evaluator import PageEvaluator
 
 stock = get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
 dataloader, lr_multiplier, optimizer, train = stock.dataloader, stock.lr_multiplier, stock.optimizer, stock.train
+dataloader.evaluator._target_ = PageEvaluator  # writes evaluation.html too
+dataloader.evaluator.output_dir = "${train.output_dir}/inference"
 dataloader.train.mapper._target_ = FocalDatasetMapper  # keeps crowds, to ignore the anchors in them
 
 model = L(FocalRetinaNet)(

@@ -11,9 +11,12 @@ from focal_plugin import (
     PriorBiasInit,
     SigmoidFocalLoss,
 )
+from focal_plugin.evaluation.evaluator import PageEvaluator
 
 stock = get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
 dataloader, lr_multiplier, optimizer, train = stock.dataloader, stock.lr_multiplier, stock.optimizer, stock.train
+dataloader.evaluator._target_ = PageEvaluator  # writes evaluation.html too
+dataloader.evaluator.output_dir = "${train.output_dir}/inference"
 optimizer.lr = 0.01
 
 model = stock.model

@@ -71,6 +71,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tile", type=int, default=0, metavar="SIZE", help="cut larger images into tiles of SIZE × SIZE pixels"
     )
+    parser.add_argument(
+        "--no-whole-image", action="store_true", help="with --tile, look for no objects that are larger than a tile"
+    )
     parser.add_argument("--overlap", type=int, metavar="PX", help="pixels that tiles share (default: SIZE / 5)")
     parser.add_argument(
         "--batch",
@@ -103,6 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             score_thresh=args.score_thresh,
             tile=args.tile,
             overlap=args.overlap,
+            whole_image=not args.no_whole_image,
             optimize=not args.no_optimize,
             tta=args.tta or None,
             batch_size=args.batch,

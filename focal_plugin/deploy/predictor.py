@@ -43,8 +43,10 @@ class Predictor:
         tile: cut larger images into overlapping tiles with this side, in pixels; 0, never. With tiles, files of more
             than 179 million pixels, Pillow's limit, are read too. Each tile is resized and detected as an image. So is
             the whole image, for objects larger than a tile, unless ``INPUT.MIN_SIZE_TEST`` is 0 and nothing is resized.
+            Of its boxes, those that are larger than a tile are used.
             ``focal_plugin.deploy.tiles.merge_tiles`` merges the detections; of these, boxes alone remain.
         overlap: the least number of pixels that neighbouring tiles share; None, a fifth of a tile.
+        whole_image: with tiles, detect in the whole image too.
         optimize: use ``optimize_for_inference`` of the model, with ``MODEL.FOCAL.INFERENCE.{COMPILE, CUDA_GRAPHS}``.
         tta: test-time augmentation by the keys of ``TEST.AUG``; None, as ``TEST.AUG.ENABLED``. Its copies are made from
             an image's own size, not that of ``INPUT.MIN_SIZE_TEST``.
@@ -72,6 +74,7 @@ class Predictor:
         score_thresh: float | str | os.PathLike | None = SCORE_THRESH,
         tile: int = 0,
         overlap: int | None = None,
+        whole_image: bool = True,
         optimize: bool = True,
         tta: bool | None = None,
         batch_size: int = 1,
@@ -106,6 +109,7 @@ class Predictor:
         self._resize = T.AugmentationList([] if cfg.TEST.AUG.ENABLED else build_augmentation(cfg, is_train=False))
         self.score_thresh = score_thresh
         self._tile, self._overlap, self.batch_size = tile, overlap, batch_size
+        self._whole_image = whole_image and (cfg.TEST.AUG.ENABLED or cfg.INPUT.MIN_SIZE_TEST > 0)  # else not resized
 
     def __call__(self, images) -> Instances | list[Instances]:
         """Return the detections in an image, or a list of those in several; best first, on the CPU.
@@ -174,7 +178,7 @@ class Predictor:
         if not self._tile or max(height, width) <= self._tile:
             return [whole]
         windows = tile_windows(height, width, self._tile, self._overlap)
-        return windows + [whole] * (self.cfg.TEST.AUG.ENABLED or self.cfg.INPUT.MIN_SIZE_TEST > 0)
+        return windows + [whole] * self._whole_image
 
     def _view(self, image: np.ndarray, window: Window) -> dict:
         """The model's input for a window of an image."""

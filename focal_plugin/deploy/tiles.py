@@ -36,8 +36,7 @@ def merge_tiles(
     Two whole boxes are compared as in any NMS. So an object that fits into the overlap is found once and whole, and a
     larger one is put together from its pieces.
 
-    The whole image may be one of the tiles, for objects too large for a tile: its boxes that lie in another tile are
-    dropped.
+    The whole image may be one of the tiles, for objects too large for any other: its smaller boxes are dropped.
 
     Args:
         found: the detections of each tile, in its own pixels. Of their fields, ``pred_boxes``, ``scores`` and
@@ -52,7 +51,7 @@ def merge_tiles(
     boxes = boxes + np.tile(windows[of, :2], 2)
     scores = torch.cat([instances.scores.cpu() for instances in found]).numpy()
     classes = torch.cat([instances.pred_classes.cpu() for instances in found]).numpy()
-    kept = ~_in_smaller_tile(boxes, of, windows, size)
+    kept = ~_is_held_by_a_tile(boxes, of, windows, size)
     boxes, of, scores, classes = boxes[kept], of[kept], scores[kept], classes[kept]
 
     windows = windows[of]  # (D, 4)
@@ -71,14 +70,15 @@ def merge_tiles(
     )
 
 
-def _in_smaller_tile(boxes: np.ndarray, of: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Whether each of the (D, 4) boxes was found in the whole image and lies in a smaller tile: (D,)."""
+def _is_held_by_a_tile(boxes: np.ndarray, of: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Whether each of the (D, 4) boxes was found in the whole image and is no larger than a tile: (D,)."""
     height, width = size
     is_whole = (windows == np.array([0, 0, width, height])).all(axis=1)  # (T,)
-    inside = np.zeros(len(boxes), dtype=bool)
-    for x0, y0, x1, y1 in windows[~is_whole]:
-        inside |= (boxes >= [x0, y0, x0, y0]).all(axis=1) & (boxes <= [x1, y1, x1, y1]).all(axis=1)
-    return inside & is_whole[of]
+    if is_whole.all():  # no tiles
+        return np.zeros(len(boxes), dtype=bool)
+    tiles = windows[~is_whole]
+    sides = (tiles[:, 2:] - tiles[:, :2]).max(axis=0)
+    return is_whole[of] & (boxes[:, 2:] - boxes[:, :2] <= sides).all(axis=1)
 
 
 def _is_cut(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:

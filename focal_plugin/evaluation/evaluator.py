@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..files.write import replace_file
+from .fast import COCOeval_faster, fast_boxes
 from .numbers import METRICS, measure
 from .page import to_html
 
@@ -20,8 +21,19 @@ from .page import to_html
 class PageEvaluator(COCOEvaluator):
     """Detectron2's ``COCOEvaluator``, which also writes ``evaluation.{json,csv,html}`` to its ``output_dir``.
 
-    They are about boxes. Of several processes, the main one writes them.
+    They are about boxes. Of several processes, the main one writes them. ``use_fast_impl`` is faster-coco-eval for the
+    AP of boxes, where it is installed: the numbers are equal to pycocotools'.
     """
+
+    def __init__(self, *args, use_fast_impl: bool = True, **options):
+        is_ours = use_fast_impl and COCOeval_faster is not None
+        super().__init__(*args, use_fast_impl=use_fast_impl and not is_ours, **options)
+        self._is_ours = is_ours
+        self._use_fast_impl |= is_ours
+
+    def _eval_predictions(self, predictions, img_ids=None):
+        with fast_boxes() if self._is_ours else contextlib.nullcontext():
+            super()._eval_predictions(predictions, img_ids)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)

@@ -30,6 +30,7 @@ import focal_plugin  # noqa: F401  # before Detectron2, whose deprecation warnin
 
 # isort: split
 import measure_gpu
+import rows_evaluation
 import rows_gpu
 import rows_loss
 import rows_matching
@@ -48,11 +49,13 @@ def cpu_rows(tiny: bool) -> Iterator[Row]:
         yield from rows_matching.rows(64, 96, counts=(3,))
         yield from rows_network.train_rows(1, 64, 64, depth=18)
         yield from rows_network.inference_rows(64, 64, depth=18)
+        yield from rows_evaluation.rows(3, 4, 2)
         return
     yield from rows_loss.rows()
     yield from rows_matching.rows()
     yield from rows_network.train_rows()
     yield from rows_network.inference_rows()
+    yield from rows_evaluation.rows()
 
 
 def measure(row: Row, repeats: int, peaks: list[str], arguments: list[str]) -> dict:

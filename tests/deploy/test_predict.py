@@ -129,17 +129,45 @@ def test_every_option_reaches_the_predictor(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predict, "Predictor", Recorded)
     path = str(tmp_path / "shapes_test/0.png")
-    options = ["--score-thresh", ".3", "--tile", "48", "--overlap", "8", "--no-optimize", "--tta", "--batch", "3"]
+    options = [
+        "--score-thresh",
+        ".3",
+        "--tile",
+        "48",
+        "--overlap",
+        "8",
+        "--no-optimize",
+        "--tta",
+        "--batch",
+        "3",
+        "--no-whole-image",
+    ]
     assert run(path, *options, "TEST.AUG.MIN_SIZES", "(32, 48)", "SEED", "-1", "MODEL.DEVICE", "cpu") == 0
     predictor, found = made.pop()
-    expected = {"score_thresh": ".3", "tile": 48, "overlap": 8, "optimize": False, "tta": True, "batch_size": 3}
+    expected = {
+        "score_thresh": ".3",
+        "tile": 48,
+        "overlap": 8,
+        "optimize": False,
+        "tta": True,
+        "batch_size": 3,
+        "whole_image": False,
+    }
     assert {key: found[key] for key in expected} == expected and predictor.score_thresh == 0.3
     assert isinstance(predictor.model, DenseTTA) and predictor.model.mapper.min_sizes == (32, 48)
-    assert predictor._windows(64, 64) == [(x, y, x + 48, y + 48) for y in (0, 16) for x in (0, 16)] + [(0, 0, 64, 64)]
+    assert predictor._windows(64, 64) == [(x, y, x + 48, y + 48) for y in (0, 16) for x in (0, 16)]
     assert all(detection["score"] >= 0.3 for detection in load(tmp_path / "out"))
     assert run(path) == 0
     predictor, found = made.pop()
-    expected = {"score_thresh": "0.5", "tile": 0, "overlap": None, "optimize": True, "tta": None, "batch_size": 1}
+    expected = {
+        "score_thresh": "0.5",
+        "tile": 0,
+        "overlap": None,
+        "optimize": True,
+        "tta": None,
+        "batch_size": 1,
+        "whole_image": True,
+    }
     assert {key: found[key] for key in expected} == expected
     assert not isinstance(predictor.model, DenseTTA)
 

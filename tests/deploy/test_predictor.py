@@ -266,6 +266,14 @@ def test_the_image_as_a_whole_is_seen_too_where_images_are_resized(tiny_config, 
     torch.testing.assert_close(rows, torch.tensor(sorted(SPOTS)).float(), rtol=0, atol=2.5)
 
 
+def test_tiles_alone(tiny_config, weights):
+    opts = ["INPUT.MIN_SIZE_TEST", 75]
+    predictor = Predictor(tiny_config, weights, opts=opts, tile=100, whole_image=False)
+    predictor.model = BrightSpots()
+    predictor(spotted())
+    assert predictor.model.seen == [(75, 75)] * 8
+
+
 def test_an_image_no_larger_than_a_tile_is_no_tile(tiny_config, weights, tmp_path):
     path = tmp_path / "shapes_test/0.png"
     plain = Predictor(tiny_config, weights, optimize=False, score_thresh=None)(path)

@@ -121,6 +121,14 @@ def test_an_edge_of_the_image_cuts_nothing():
     assert as_rows(merged_pair(left, right)) == [[60, 60, 90, 99, 0]]
 
 
+def test_the_image_as_a_whole_adds_only_what_is_larger_than_a_tile():
+    """Not a box that fits into a tile, but lies across the border of two."""
+    whole = detections((100, 180), [[60, 10, 120, 50], [20, 60, 160, 90]], [0.95, 0.6])
+    nothing = detections((100, 100), np.zeros((0, 4)), [])
+    merged = merge_tiles([nothing, nothing, whole], [LEFT, RIGHT, (0, 0, 180, 100)], (100, 180), 0.5)
+    assert merged.pred_boxes.tensor.tolist() == [[20, 60, 160, 90]]
+
+
 def test_the_image_as_a_whole_counts_for_what_no_tile_holds():
     """It sees an object in the left tile too, less well; one in neither; and one that only the tiles see in part."""
     whole = detections((100, 180), [[10, 10, 40, 50], [20, 60, 160, 90]], [0.95, 0.6])

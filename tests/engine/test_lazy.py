@@ -1,8 +1,13 @@
 """What a LazyConfig gets wrong is said by its own keys, before anything is built."""
 
+from pathlib import Path
+
 import pytest
+from detectron2.config import LazyConfig
 
 from focal_plugin.config import ConfigError
+from focal_plugin.engine.lazy import _move_output
+from focal_plugin.evaluation.evaluator import PageEvaluator
 from tests.engine.same import final, metrics
 
 TRAIN, TEST = "dataloader.train.dataset.names", "dataloader.test.dataset.names"
@@ -96,3 +101,15 @@ def test_the_best_and_losses_on_other_data(train_net, lazy_config, tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=message):
             train_net("train.patience=2", word, f"train.output_dir={tmp_path / 'other'}", config=lazy_config)
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_ones_write_the_page(path):
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(str(path)), ["train.output_dir=runs/a"])
+    assert cfg.dataloader.evaluator._target_ is PageEvaluator
+    assert cfg.dataloader.evaluator.output_dir == "runs/a/inference"
+    _move_output(cfg, "runs/a/eval")
+    assert cfg.dataloader.evaluator.output_dir == "runs/a/eval/inference"
