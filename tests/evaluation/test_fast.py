@@ -27,10 +27,16 @@ def page_numbers(coco_eval):
     return json.loads(json.dumps(measure(coco_eval)), parse_float=lambda text: round(float(text), 6))
 
 
-@pytest.mark.parametrize("ids", ["numbers", "texts", "huge", "first 0"])
 @pytest.mark.parametrize(
-    ("images", "detections", "classes", "limit"),
-    [(30, 40, 5, 100), (30, 40, 1, 20), (5, 300, 3, 250), (40, 1, 80, 100)],
+    ("images", "detections", "classes", "limit", "ids"),
+    [
+        (30, 40, 1, 20, "numbers"),
+        (5, 300, 3, 250, "numbers"),
+        (40, 1, 80, 100, "numbers"),
+        (20, 40, 5, 100, "texts"),
+        (20, 40, 5, 100, "huge"),
+        (20, 40, 5, 100, "first 0"),
+    ],
 )
 def test_all_numbers_are_equal(images, detections, classes, limit, ids, capsys):
     """With crowds, equal scores, boxes of every size, classes and images without objects, and limits that cut."""
