@@ -35,7 +35,17 @@ def _leaves(values: object) -> Iterator:
         yield values
 
 
+def _are_factors(entries: Sequence) -> bool:
+    return all(entry and all(map(_is_factor, entry, entry.values())) for entry in entries)
+
+
+def _is_factor(pattern: object, factor: object) -> bool:
+    return isinstance(pattern, str) and not isinstance(factor, bool) and _NOT_NEGATIVE.contains(factor)
+
+
 RANGES = {
+    "SOLVER.OPTIMIZER": Range(lambda x: x in ("sgd", "adamw"), "sgd or adamw"),
+    "SOLVER.LR_FACTORS": Range(_are_factors, "a list of {pattern: factor}, each factor a finite number ≥ 0"),
     "SOLVER.IMS_PER_BATCH": _AT_LEAST_1,
     "SOLVER.MAX_ITER": _AT_LEAST_1,
     "SOLVER.BASE_LR": _NOT_NEGATIVE,
@@ -112,6 +122,7 @@ RANGES = {
     "MODEL.FOCAL.MATCHER.IGNORE_IOA": _SHARE,
     "MODEL.FOCAL.ANCHORS.SCALES_PER_OCTAVE": _AT_LEAST_1,
     "TEST.PATIENCE": _AT_LEAST_0,
+    "MODEL.FOCAL.EMA.DECAY": Range(lambda x: 0 <= x < 1, "a number in [0, 1), 0 for none"),
     "VIS_PERIOD": _AT_LEAST_0,
     "VIS.NUM_IMAGES": _AT_LEAST_0,
     "VIS.SCORE_THRESH": _SHARE,

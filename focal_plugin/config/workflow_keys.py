@@ -38,6 +38,12 @@ def workflow_defaults() -> CN:
     # Clip boxes to the image before NMS, as torchvision, MMDetection and Detectron do, instead of after it.
     cfg.MODEL.FOCAL.INFERENCE.CLIP_BEFORE_NMS = False
 
+    cfg.MODEL.FOCAL.EMA = CN()
+    # Keep a moving average of the weights (EMA) with this decay, such as 0.999, which is reached after nine times as many
+    # steps as it averages over. It is evaluated beside the weights, as `bbox_EMA`, and saved as `model_ema_final.pth`,
+    # for `MODEL.WEIGHTS`. 0: none.
+    cfg.MODEL.FOCAL.EMA.DECAY = 0.0
+
     cfg.DATASETS = CN()
     # Data sets to register: `{name: ..., path: ...}` for a folder whose format is found out, or with a `format` (`voc`,
     # `coco`, `yolo` or `csv`) and its files. `focal_plugin.data.formats` has a class for each, which describes its
@@ -52,6 +58,12 @@ def workflow_defaults() -> CN:
     cfg.INPUT.AUGMENTATIONS = []
 
     cfg.SOLVER = CN()
+    # `sgd` or `adamw`. Both read `SOLVER.BASE_LR`, for AdamW around 1e-4, and `SOLVER.WEIGHT_DECAY`, for AdamW around
+    # 0.05, `WEIGHT_DECAY_NORM` and `WEIGHT_DECAY_BIAS`; only SGD reads `MOMENTUM` and `NESTEROV`.
+    cfg.SOLVER.OPTIMIZER = "sgd"
+    # What the learning rate of a part is multiplied by, such as `[{backbone: 0.1}, {"backbone.fpn_*": 1.0}]`: names of
+    # modules or parameters, with `*` for anything. Of several that fit, the last one counts.
+    cfg.SOLVER.LR_FACTORS = []
     # Compute the images of a step in this many micro-batches, one after another: the same step in less memory. A step
     # still has `SOLVER.IMS_PER_BATCH` images in all, and its losses are normalised as those of one batch.
     cfg.SOLVER.ACCUMULATE = 1

@@ -1,7 +1,6 @@
 """Test-time augmentation by Detectron2's ``TEST.AUG`` keys, for one-stage models too."""
 
 import logging
-import os
 from collections.abc import Callable
 
 import torch
@@ -114,7 +113,4 @@ def evaluate_with_tta(cfg: CfgNode, model: nn.Module) -> dict:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TEST = 0
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-    evaluators = [Trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-    results = Trainer.test(cfg, with_tta(cfg, model), evaluators)
-    return {f"{name}_TTA": result for name, result in results.items()}
+    return Trainer.test_beside(cfg, with_tta(cfg, model), "_TTA")

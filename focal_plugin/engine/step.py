@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..layers.fast_dtype import fast_dtype
+from .average import WeightAverage
 from .clipping import parameters_with_gradients
 from .divergence import Divergence, explain
 from .processes import gather_numbers
@@ -88,6 +89,7 @@ class StepTrainer(SimpleTrainer):
         max_skips: the number of steps of a run that may be skipped before one that is not finite stops it.
         output_dir: where to save the batch of a step that is not finite, for ``engine.replay``; empty for nowhere.
         gather_metric_period: the losses are written every so many steps, as in Detectron2, and checked in all.
+        average: takes in the weights after each step that has changed them.
 
     Raises:
         ConfigError: ``accumulate`` is below 1, or ``max_skips`` below 0.
@@ -107,6 +109,7 @@ class StepTrainer(SimpleTrainer):
         max_skips: int = 0,
         output_dir: str = "",
         gather_metric_period: int = 1,
+        average: WeightAverage | None = None,
     ):
         for key, value, least in (("ACCUMULATE", accumulate, 1), ("MAX_SKIPS", max_skips, 0)):
             if value < least:
@@ -119,6 +122,7 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
         self.max_skips, self.skips = max_skips, 0
         self.output_dir = output_dir
+        self.average, self._overflowed = average, False
         self.signals: StopSignals | None = None
 
     def run_step(self) -> None:
@@ -137,6 +141,8 @@ class StepTrainer(SimpleTrainer):
             with parameters_with_gradients(self.optimizer):
                 self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+            if self.average is not None and not self._overflowed:
+                self.average.update()
         else:  # restore running statistics, the normaliser's too
             for buffer, before in zip(self.model.buffers(), buffers):
                 buffer.copy_(before)
@@ -206,7 +212,8 @@ class StepTrainer(SimpleTrainer):
         if is_due and comm.is_main_process():
             storage.put_scalar("data_time", max(data_times))
         finite = all(math.isfinite(loss) for column in columns for loss in column)
-        if not finite or (not all(map(math.isfinite, gradients)) and not self._scale_may_fall()):
+        self._overflowed = not all(map(math.isfinite, gradients))
+        if not finite or (self._overflowed and not self._scale_may_fall()):
             rank = comm.get_rank()
             self._skip_or_stop({name: column[rank] for name, column in zip(losses, columns)}, gradients[rank], batch)
             return False
@@ -223,7 +230,7 @@ class StepTrainer(SimpleTrainer):
 
     def _skip_or_stop(self, losses: dict[str, float], gradient: float, batch: list[dict]) -> None:
         reports = explain(self, losses, gradient, batch)
-        error = Divergence(self.iter, self.optimizer.param_groups[0]["lr"], reports)
+        error = Divergence(self.iter, max(group["lr"] for group in self.optimizer.param_groups), reports)
         if self.skips >= self.max_skips:
             raise error
         self.skips += 1

@@ -26,6 +26,7 @@ from ..evaluation.evaluator import PageEvaluator
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
+from .average import AverageHook, WeightAverage
 from .balance import BalanceHook
 from .best import BestHook, EarlyStop, check_metric
 from .changes import plain_config
@@ -39,6 +40,7 @@ from .loader import build_train_loader, explained_dead_worker
 from .lock import sole_training
 from .loggers import RunLogger, check_loggers, logged, run_writers
 from .metrics import MetricsWriter
+from .optimizer import build_optimizer
 from .resume import CheckpointHook
 from .step import StepTrainer, amp_precision, data_parallel
 from .validation import NAME, ValidationLoss, build_validation_loader
@@ -75,6 +77,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         is_dense = isinstance(model, DenseDetector)
+        self.average = WeightAverage(model, decay) if (decay := cfg.MODEL.FOCAL.EMA.DECAY) else None
         model = data_parallel(model)
         self._trainer = StepTrainer(
             model,
@@ -84,11 +87,14 @@ class Trainer(DefaultTrainer):
             accumulate=cfg.SOLVER.ACCUMULATE,
             max_skips=cfg.SOLVER.MAX_SKIPS,
             output_dir=cfg.OUTPUT_DIR,
+            average=self.average,
         )
         if is_dense:  # registered here, since Detectron2 calls after_backward of the inner trainer's hooks alone
             self._trainer.register_hooks([BalanceHook(model)])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if self.average is not None:
+            self.checkpointer.add_checkpointable("ema", self.average)
         self.checkpointer.config = plain_config(cfg)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -187,6 +193,8 @@ class Trainer(DefaultTrainer):
             )
         if self.cfg.DATASETS.VALIDATION:
             self.validation = ValidationLoss(self._trainer, build_validation_loader(self.cfg))
+        if self.average is not None:
+            hooks.insert(place, AverageHook(self.average, self.cfg.OUTPUT_DIR, self.checkpointer.config))
         self.checkpoint_hook = CheckpointHook(
             self.checkpointer,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
@@ -200,6 +208,9 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict:
         self._last_eval_results = self.test(self.cfg, self.model)
+        if self.average is not None:
+            logger.info("These were the weights as they are trained. Evaluating their average (MODEL.FOCAL.EMA) ...")
+            self._last_eval_results |= self.test_beside(self.cfg, self.average.averaged(), "_EMA")
         return self._last_eval_results | ({NAME: self.validation()} if self.validation else {})
 
     def _evaluate_also(self) -> dict:
@@ -212,6 +223,18 @@ class Trainer(DefaultTrainer):
         writers = super().build_writers()
         self.writers += run_writers(writers, self.cfg.OUTPUT_DIR, self.cfg.LOGGERS, self.checkpointer.config)
         return self.writers
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimiser that ``SOLVER`` describes."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def test_beside(cls, cfg: CfgNode, model: nn.Module, suffix: str) -> dict:
+        """Evaluate a model beside another: ``suffix`` is added to the names of the results and of ``inference``."""
+        folder = os.path.join(cfg.OUTPUT_DIR, f"inference{suffix}")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        return {f"{name}{suffix}": result for name, result in cls.test(cfg, model, evaluators).items()}
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
