@@ -36,7 +36,8 @@ def _leaves(values: object) -> Iterator:
 
 
 def _are_factors(entries: Sequence) -> bool:
-    return all(entry and all(map(_is_factor, entry, entry.values())) for entry in entries)
+    entries = [entry.items() if isinstance(entry, dict) else () for entry in entries]
+    return all(entry and all(_is_factor(*item) for item in entry) for entry in entries)
 
 
 def _is_factor(pattern: object, factor: object) -> bool:

@@ -39,9 +39,8 @@ def workflow_defaults() -> CN:
     cfg.MODEL.FOCAL.INFERENCE.CLIP_BEFORE_NMS = False
 
     cfg.MODEL.FOCAL.EMA = CN()
-    # Keep a moving average of the weights (EMA) with this decay, such as 0.999, which is reached after nine times as many
-    # steps as it averages over. It is evaluated beside the weights, as `bbox_EMA`, and saved as `model_ema_final.pth`,
-    # for `MODEL.WEIGHTS`. 0: none.
+    # The decay of a moving average of the weights (EMA), such as 0.999; after n steps it is at most n / (n + 9). The
+    # average is evaluated beside the weights, as `bbox_EMA`, and saved as `model_ema_final.pth`. 0: no average.
     cfg.MODEL.FOCAL.EMA.DECAY = 0.0
 
     cfg.DATASETS = CN()
@@ -59,7 +58,7 @@ def workflow_defaults() -> CN:
 
     cfg.SOLVER = CN()
     # `sgd` or `adamw`. Both read `SOLVER.BASE_LR`, for AdamW around 1e-4, and `SOLVER.WEIGHT_DECAY`, for AdamW around
-    # 0.05, `WEIGHT_DECAY_NORM` and `WEIGHT_DECAY_BIAS`; only SGD reads `MOMENTUM` and `NESTEROV`.
+    # 0.05, with `WEIGHT_DECAY_NORM` and `WEIGHT_DECAY_BIAS`. `MOMENTUM` and `NESTEROV` are of SGD alone.
     cfg.SOLVER.OPTIMIZER = "sgd"
     # What the learning rate of a part is multiplied by, such as `[{backbone: 0.1}, {"backbone.fpn_*": 1.0}]`: names of
     # modules or parameters, with `*` for anything. Of several that fit, the last one counts.

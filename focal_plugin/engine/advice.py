@@ -7,6 +7,8 @@ from detectron2.config import CfgNode, get_cfg
 # The schedule of Detectron2's RetinaNet configs, which the paper's section 4.1 also uses.
 _REFERENCE_BATCH, _REFERENCE_LR, _REFERENCE_WARMUP = 16, 0.01, 1000
 _TOO_HIGH = 2  # times the scaled rate; below that it may be another schedule than the reference's
+# That of torchvision's RetinaNet v2. From random weights ten times as much can be right, too.
+_REFERENCE_LR_ADAMW, _TOO_HIGH_ADAMW = 1e-4, 50
 _SHORT_WARMUP = 100
 
 # Keys that two-stage models read under MODEL.ROI_HEADS and RetinaNet under MODEL.RETINANET.
@@ -22,14 +24,31 @@ def advise(cfg: CfgNode) -> list[str]:
 
 
 def scaled_learning_rate(cfg: CfgNode) -> float:
-    """Return the reference's learning rate, linearly scaled to the images per step of ``cfg``."""
-    return _REFERENCE_LR * cfg.SOLVER.IMS_PER_BATCH / _REFERENCE_BATCH
+    """Return the reference's learning rate for the optimiser of ``cfg``, scaled to its images per step.
+
+    Linearly for SGD; by the square root for AdamW (https://arxiv.org/abs/2205.10287).
+    """
+    larger = cfg.SOLVER.IMS_PER_BATCH / _REFERENCE_BATCH
+    return _REFERENCE_LR_ADAMW * larger**0.5 if cfg.SOLVER.OPTIMIZER == "adamw" else _REFERENCE_LR * larger
+
+
+def scaling(cfg: CfgNode) -> str:
+    """Return what ``scaled_learning_rate`` does, for messages."""
+    return "square-root scaling (AdamW)" if cfg.SOLVER.OPTIMIZER == "adamw" else "linear scaling"
 
 
 def learning_rate(cfg: CfgNode) -> Iterator[str]:
-    """Find a learning rate for larger batches, without clipping: the usual cause of a loss that becomes NaN."""
+    """Find a learning rate for larger batches, without clipping, or for SGD: the usual causes of a NaN as loss."""
     solver, scaled = cfg.SOLVER, scaled_learning_rate(cfg)
     if scaled <= 0:  # no images a step: the loader raises an error
+        return
+    if solver.OPTIMIZER == "adamw":  # whose steps clipping does not shorten
+        if _TOO_HIGH_ADAMW * scaled <= solver.BASE_LR * (1 + 1e-6):
+            yield (
+                f"SOLVER.BASE_LR {solver.BASE_LR:g} is {solver.BASE_LR / scaled:.3g} times what AdamW is trained with "
+                f"at {solver.IMS_PER_BATCH} images a step: a rate for SGD? Set SOLVER.BASE_LR {scaled:.1g}, or up to "
+                "ten times that from random weights."
+            )
         return
     if solver.CLIP_GRADIENTS.ENABLED or _TOO_HIGH * scaled * (1 - 1e-6) > solver.BASE_LR:
         return
@@ -59,8 +78,19 @@ def warmup(cfg: CfgNode) -> Iterator[str]:
 
 def unread_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     """Yield what ``cfg`` sets and its model does not read: the key or section, and the message."""
+    yield from _solver_keys(cfg)
     yield from _roi_heads_keys(cfg)
     yield from _backbone_keys(cfg)
+
+
+def _solver_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Find keys of SGD that are set for AdamW."""
+    for key in ("MOMENTUM", "NESTEROV") if cfg.SOLVER.OPTIMIZER == "adamw" else ():
+        if (value := cfg.SOLVER[key]) != get_cfg().SOLVER[key]:
+            yield (
+                f"SOLVER.{key}",
+                f"SOLVER.{key} is set to {value}, but SOLVER.OPTIMIZER adamw does not read it: leave it out.",
+            )
 
 
 def _roi_heads_keys(cfg: CfgNode) -> Iterator[tuple[str, str]]:

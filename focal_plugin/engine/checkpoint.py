@@ -203,6 +203,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._changes = changes(theirs, self.config) if theirs and self.config else {}
         if self._resumes:
             refuse_seed(self._path, self._changes)
+        elif "ema" in checkpoint:
+            logger.info(
+                f"{self._path}: its weights as they are trained. It also has their average (MODEL.FOCAL.EMA): "
+                "`python -m focal_plugin convert ema` makes weights of that."
+            )
         # At the end, after names are matched and prefixes removed, and before the first tensor is copied.
         hook = self.model.register_load_state_dict_pre_hook(
             lambda model, found, *_: check_values(found, model.state_dict(), self._path)
@@ -236,11 +241,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if problems := self.fit.problems():
             listed = "; ".join(problems[:2]) + (f"; and {len(problems) - 2} more" if len(problems) > 2 else "")
             raise ConfigError(f"{self._path} is of another model: {listed}. {differing}\n{advice}")
-        for key in [key for key in self.checkpointables if key in checkpoint]:
+        names = [key for key in self.checkpointables if key in checkpoint]
+        for key in names:
             try:
                 self.checkpointables[key].load_state_dict(checkpoint.pop(key))
             except (ValueError, KeyError) as error:  # of an optimiser
                 raise ConfigError(f"{self._path}, its {key}: {error}. {differing}\n{advice}") from error
+        if "ema" in self.checkpointables and "ema" not in names:
+            logger.warning(f"{self._path} has no average of the weights (MODEL.FOCAL.EMA): it begins here.")
         if self._changes:
             logger.warning(
                 f"The config has changed since {self._path}. From here on, this one holds: {describe(self._changes)}."

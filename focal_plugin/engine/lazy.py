@@ -3,6 +3,7 @@
 Beyond the tool: resuming exactly, micro-batches, bfloat16, steps that are not finite, checks of files and words.
 """
 
+import copy
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -24,6 +25,7 @@ from ..files.write import kept_on_error
 from ..kernels.conv_relu import fuse_blocks
 from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
 from ..retinanet import FocalRetinaNet
+from .average import AverageHook, WeightAverage
 from .balance import BalanceHook
 from .best import BestHook, EarlyStop, check_patience
 from .changes import plain_config
@@ -54,8 +56,8 @@ def main(args) -> dict | None:
 
     The config has Detectron2's sections: ``model``, ``dataloader.{train, test, evaluator}``, ``optimizer``,
     ``lr_multiplier`` and ``train``. ``train`` may also have ``amp.dtype``, ``accumulate``, ``max_skips``,
-    ``channels_last``, ``compile``, ``loggers``, ``best_metric`` and ``patience``; and ``dataloader`` a loader
-    ``validation``, with ground truth.
+    ``channels_last``, ``compile``, ``ema.decay``, ``loggers``, ``best_metric`` and ``patience``; and ``dataloader`` a
+    loader ``validation``, with ground truth.
 
     Returns:
         The results of the last evaluation; None on other processes than the main one.
@@ -122,16 +124,22 @@ def _start(cfg, args, run: str) -> nn.Module:
     return model
 
 
-def evaluate(cfg, model: nn.Module) -> dict:
-    """Return the results of ``model`` on ``dataloader.test``; {} if the config has no ``dataloader.evaluator``."""
-    if not cfg.dataloader.get("evaluator"):
+def evaluate(cfg, model: nn.Module, suffix: str = "") -> dict:
+    """Return the results of ``model`` on ``dataloader.test``; {} if the config has no ``dataloader.evaluator``.
+
+    A ``suffix`` is added to their names and to the evaluator's ``output_dir``.
+    """
+    evaluator = copy.deepcopy(cfg.dataloader.get("evaluator"))
+    if not evaluator:
         return {}
+    if suffix and isinstance(evaluator, Mapping) and evaluator.get("output_dir"):
+        evaluator.output_dir += suffix
     for name in _dataset_names(cfg, "test"):
         leave_out_broken_images(name)
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
     if comm.is_main_process():
         print_csv_format(results)
-    return results
+    return {f"{task}{suffix}": result for task, result in results.items()}
 
 
 def train(cfg, args) -> dict:
@@ -158,6 +166,8 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
             cfg.dataloader.train.pin_memory = pins_batches(cfg.train.device, cfg.train.get("compile", False))
     loader = instantiate(cfg.dataloader.train)
     balance = [BalanceHook(model)] if isinstance(model, DenseDetector) else []
+    decay = cfg.train.get("ema", {}).get("decay", 0)
+    average = WeightAverage(model, decay) if decay else None
     model = data_parallel(model, **cfg.train.get("ddp", {}))
     amp = cfg.train.amp
     trainer = StepTrainer(
@@ -168,9 +178,12 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
         accumulate=cfg.train.get("accumulate", 1),
         max_skips=cfg.train.get("max_skips", 0),
         output_dir=cfg.train.output_dir,
+        average=average,
     )
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     checkpointer.config = saved
+    if average is not None:
+        checkpointer.add_checkpointable("ema", average)
 
     validation = cfg.dataloader.get("validation")
     validate = ValidationLoss(trainer, instantiate(validation)) if validation else None
@@ -178,10 +191,13 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
     def evaluate_now() -> dict:
         results.clear()
         results.update(evaluate(cfg, model))
+        if average is not None:
+            results.update(evaluate(cfg, average.averaged(), "_EMA"))
         return results | ({NAME: validate()} if validate else {})
 
     evaluation = EvaluationHook(cfg.train.eval_period, evaluate_now, lambda: save)
-    tail: list[HookBase] = [evaluation]
+    tail: list[HookBase] = [AverageHook(average, checkpointer)] if average is not None else []
+    tail += [evaluation]
     writers = []
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)

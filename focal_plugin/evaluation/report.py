@@ -25,6 +25,7 @@ _FILES = {  # of a run's folder
     "events.out.tfevents.*": "the same for `tensorboard --logdir`",
     "model_final.pth": "the weights, for MODEL.WEIGHTS",
     "model_best.pth": "the weights of the best evaluation (TEST.BEST_METRIC)",
+    "model_ema_final.pth": "their average (MODEL.FOCAL.EMA), for MODEL.WEIGHTS",
     "inference/*_instances_results.json": "all detections, in COCO's format",
     "inference/*/*_instances_results.json": "all detections in that test set, in COCO's format",
     "config.yaml": "the whole config",

@@ -163,6 +163,8 @@ def test_learning_rate(find):
             ["SOLVER.BASE_LR", 1e-7],
             "1/12,500 of what linear scaling gives for IMS_PER_BATCH 2: next to nothing is learnt",
         ),
+        (["SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 1e-8], "Set it near 3.53553e-05"),
+        (["SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 0.02], "566 times what square-root scaling (AdamW) gives"),
         (["SOLVER.WARMUP_ITERS", 1000], "never reaches BASE_LR. Set WARMUP_ITERS 0 or less"),
         (["SOLVER.STEPS", "(3, 30)", "SOLVER.MAX_ITER", 9], "SOLVER.STEPS (30,) come after the run's end"),
         (["SOLVER.MAX_ITER", 180_000], "180,000 steps of 2 images, 60,000 epochs of 6 images"),
@@ -180,6 +182,7 @@ def test_schedule(find, opts, says):
     [
         ["SOLVER.BASE_LR", 0.1],
         ["SOLVER.BASE_LR", 2e-5],
+        ["SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 1e-4],
         ["SOLVER.WARMUP_ITERS", 3],
         ["SOLVER.STEPS", "(2, 3)"],
         ["SOLVER.STEPS", "(30,)", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"],

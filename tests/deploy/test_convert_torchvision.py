@@ -67,6 +67,31 @@ def test_the_converted_twin_detects_the_same(name, tmp_path):
     assert_same_detections(theirs, ours, images)
 
 
+@torch.no_grad()
+def test_the_shipped_config_of_v2_is_torchvisions_model(tmp_path):
+    """Its weights load and give the same logits and deltas; COCO's 80 classes of 91 rows."""
+    theirs = lively(make(retinanet_resnet50_fpn_v2, 91))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    converted = convert_torchvision(str(tmp_path / "theirs.pth"))
+    cfg = load_config("COCO-Detection/focal_retinanet_R_50_FPN_v2.yaml", ["MODEL.DEVICE", "cpu"])
+    ours = build_model(cfg).eval()
+    found = ours.load_state_dict(converted.weights, strict=False)
+    assert not found.unexpected_keys and all("normalizer" in name or "tracked" in name for name in found.missing_keys)
+    ours, theirs, image = ours.double(), theirs.double(), torch.randint(0, 256, (3, 128, 160)).double()
+    images, _ = theirs.transform([image / 255])
+    expected = theirs.head(list(theirs.backbone(images.tensors).values()))  # (N, R, classes), (N, R, 4)
+    features = ours.backbone(ours.preprocess_image([{"image": image}]).tensor)
+    logits, deltas = ours.head([features[name] for name in ours.head_in_features])
+    ids = [_COCO_CATEGORIES.index(name) for name in MetadataCatalog.get("coco_2017_val").thing_classes]
+    for maps, rows in ((logits, expected["cls_logits"][..., ids]), (deltas, expected["bbox_regression"])):
+        # (N, sizes · ratios · C, H, W) → (N, H · W · ratios · sizes, C)
+        levels = [level.unflatten(1, (3, 3, -1)).permute(0, 4, 5, 2, 1, 3).flatten(1, 4) for level in maps]
+        torch.testing.assert_close(torch.cat(levels, dim=1), rows, rtol=1e-5, atol=1e-5)
+    for part, other in (("ANCHOR_GENERATOR", set()), ("RETINANET", set()), ("FPN", set()), ("RESNETS", {"NORM"})):
+        one, two = cfg.MODEL[part], converted.cfg.MODEL[part]
+        assert {key for key in one if one[key] != two[key]} == other  # SyncBN, and BN
+
+
 def test_the_converted_twin_has_the_same_losses(tmp_path):
     """Of one image: torchvision divides by the positives of each, as ``num_fg`` does."""
     theirs = lively(resnet18(5))

@@ -11,6 +11,7 @@ from torch import distributed, nn
 
 from focal_plugin.config.load import load_config
 from focal_plugin.engine import AtomicCheckpointer, CheckpointHook, StepTrainer, Trainer, launch
+from focal_plugin.engine.average import WeightAverage
 from focal_plugin.engine.best import BestHook, EarlyStop
 from focal_plugin.engine.evaluate import EvaluationHook
 from focal_plugin.engine.step import data_parallel
@@ -109,7 +110,8 @@ class Square(nn.Module):
 
 
 def stop(output):
-    """How many collective calls each step makes until a signal of the second process ends both, and when that is."""
+    """How many collective calls each step makes until a signal of the second process ends both, when that is, and the
+    weight and its average then. The processes have other data."""
     calls, steps = [0], []
     for name in ("all_gather", "all_gather_object", "gather_object", "all_reduce", "broadcast", "barrier"):
         wrapped = getattr(distributed, name)
@@ -119,9 +121,11 @@ def stop(output):
             return wrapped(*args, **kwargs)
 
         setattr(distributed, name, counted)
-    model = data_parallel(Square())
-    loader = [[{"image": torch.ones(1)}]] * 9
-    trainer = StepTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1))
+    model = Square()
+    average = WeightAverage(model, 0.9)
+    model = data_parallel(model)
+    loader = [[{"image": torch.ones(1) * (comm.get_rank() + 1)}]] * 9
+    trainer = StepTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), average=average)
     checkpointer = AtomicCheckpointer(model, output, save_to_disk=False, trainer=trainer)
     hook = CheckpointHook(checkpointer, 100, model=model, loader=loader)
     trainer.signals = hook.signals
@@ -137,4 +141,5 @@ def stop(output):
     try:
         trainer.train(0, 9)
     except SystemExit as exit:
-        return {"code": exit.code, "steps": steps, "calls": calls[1:4]}
+        weights = {"weight": float(model.module.weight), "average": float(average.averaged().weight)}
+        return {"code": exit.code, "steps": steps, "calls": calls[1:4], **weights}

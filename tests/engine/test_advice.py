@@ -35,6 +35,21 @@ def test_any_rate_far_above_linear_scaling(rate, times):
     assert f"is {times} times" in message and "SOLVER.BASE_LR 0.00125," in message
 
 
+@pytest.mark.parametrize(("rate", "times"), [(0.02, "200"), (0.01, "100"), (0.005, "50")])
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_rate_of_sgd_for_adamw(rate, times, clipped):
+    opts = ["SOLVER.OPTIMIZER", "adamw", "SOLVER.IMS_PER_BATCH", 16, "SOLVER.CLIP_GRADIENTS.ENABLED", clipped]
+    (message,) = advise(config(*opts, "SOLVER.BASE_LR", rate))
+    assert f"SOLVER.BASE_LR {rate:g} is {times} times" in message and "Set SOLVER.BASE_LR 0.0001," in message
+
+
+def test_keys_of_sgd_for_adamw():
+    opts = ["SOLVER.BASE_LR", 1e-4, "SOLVER.MOMENTUM", 0.95, "SOLVER.NESTEROV", True]
+    assert advise(config(*opts)) == []
+    messages = advise(config(*opts, "SOLVER.OPTIMIZER", "adamw"))
+    assert [message.split()[0] for message in messages] == ["SOLVER.MOMENTUM", "SOLVER.NESTEROV"]
+
+
 @pytest.mark.parametrize(
     ("opts", "count"), [([], 1), (["SOLVER.WARMUP_ITERS", 100], 0), (["SOLVER.BASE_LR", 0.009], 0)]
 )
@@ -51,8 +66,10 @@ def test_a_start_at_the_whole_rate(opts, count):
         ["SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 16],
         ["SOLVER.BASE_LR", 0.00125, "SOLVER.IMS_PER_BATCH", 2],
         ["SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
+        ["SOLVER.BASE_LR", 1e-4, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.OPTIMIZER", "adamw"],
+        ["SOLVER.BASE_LR", 1e-3, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.OPTIMIZER", "adamw"],
     ],
-    ids=["the reference", "scaled", "clipped"],
+    ids=["the reference", "scaled", "clipped", "the reference of AdamW", "AdamW from random weights"],
 )
 def test_a_learning_rate_that_is_meant(opts):
     assert advise(config(*opts)) == []

@@ -217,6 +217,8 @@ def wait_for(path):
 def test_two_processes(two_processes, tmp_path, what):
     """One of two dies: the other does not wait for it. A signal to the one that started them: both save, and end."""
     words = ["SOLVER.MAX_ITER", 400, "SOLVER.CHECKPOINT_PERIOD", 10, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
+    if what == "second dies":
+        words += ["SOLVER.OPTIMIZER", "adamw", "MODEL.FOCAL.EMA.DECAY", 0.9, "DATASETS.TEST", "()"]
     run = two_processes("broken", *words)
     wait_for(tmp_path / "broken/model_0000019.pth")
     processes = children(run.pid)

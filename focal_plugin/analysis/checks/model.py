@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler
 
 from ...data import FocalDatasetMapper
 from ...engine import AtomicCheckpointer
+from ...engine.optimizer import build_optimizer
 from ...files.weights import Fit, missing_file
 from ...retinanet import FocalRetinaNet
 from ..init import find_problems, first_step

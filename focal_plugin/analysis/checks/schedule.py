@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from ...engine.advice import scaled_learning_rate
+from ...engine.advice import scaled_learning_rate, scaling
 from .case import OK, WARNING, Case, Finding
 
 _STEPPED = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # the schedulers that read SOLVER.STEPS
@@ -32,7 +32,7 @@ def _rate(cfg: CfgNode) -> Iterator[str]:
         effect = "training diverges, even with clipping" if rate > scaled else "next to nothing is learnt"
         share = f"1/{_number(scaled / rate)} of" if 0 < rate < scaled else f"{_number(rate / scaled)} times"
         yield (
-            f"SOLVER.BASE_LR is {rate:g}, {share} what linear scaling gives for IMS_PER_BATCH "
+            f"SOLVER.BASE_LR is {rate:g}, {share} what {scaling(cfg)} gives for IMS_PER_BATCH "
             f"{cfg.SOLVER.IMS_PER_BATCH}: {effect}. Set it near {scaled:g}."
         )
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from ...config import ConfigError
 from ...config.explain import flatten
 from ...engine import AtomicCheckpointer, training_folder
-from ...engine.advice import learning_rate, scaled_learning_rate, unread_keys, warmup
+from ...engine.advice import learning_rate, scaled_learning_rate, scaling, unread_keys, warmup
 from ...engine.best import check_metric
 from ...engine.changes import changes, describe, plain_config
 from ...engine.checkpoint import read_whole
@@ -31,7 +31,7 @@ def check_learning_rate(case: Case) -> Iterator[Finding]:
     """Check ``BASE_LR`` against ``IMS_PER_BATCH``, and the warm-up."""
     solver = case.cfg.SOLVER
     fine = (
-        f"SOLVER.BASE_LR {solver.BASE_LR:g} with {solver.IMS_PER_BATCH} images a step (linear scaling: "
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} with {solver.IMS_PER_BATCH} images a step ({scaling(case.cfg)}: "
         f"{scaled_learning_rate(case.cfg):g}), WARMUP_ITERS {solver.WARMUP_ITERS}"
     )
     yield from _warnings([*learning_rate(case.cfg), *warmup(case.cfg)], fine)

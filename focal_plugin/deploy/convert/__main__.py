@@ -1,5 +1,7 @@
 """Convert weights of another project to a checkpoint, with its config in a .yaml of the same name.
 
+``classes`` and ``ema`` make weights of a checkpoint of this project, for its config.
+
 Detectron2's own model zoo needs no conversion: its files and URLs serve as MODEL.WEIGHTS.
 """
 
@@ -15,7 +17,7 @@ from ...files.write import replace_file
 from .backbones import convert_resnet
 from .classes import map_classes, read_class_names
 from .detectors import convert_detectron1, convert_mmdetection, convert_torchvision
-from .files import Converted, ConvertError, check_output, write
+from .files import Converted, ConvertError, averaged_weights, check_output, write
 
 _SOURCES = {
     "torchvision": "torchvision's retinanet_resnet50_fpn and _v2, a state_dict (.pth)",
@@ -26,7 +28,7 @@ _SOURCES = {
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the command line, with a subcommand for each source, and ``classes``."""
+    """Return the parser of the command line, with a subcommand for each source, ``classes`` and ``ema``."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m focal_plugin.deploy.convert",
         description=__doc__,
@@ -51,6 +53,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default="",
         help="of the ResNet (default: as in the checkpoint's config)",
     )
+    _add_command(commands, "ema", "the averaged weights in a checkpoint of a training with MODEL.FOCAL.EMA")
     classes = _add_command(commands, "classes", "a checkpoint for other classes, mapped by their names")
     classes.add_argument("--config-file", required=True, help="the config of the model with the new classes")
     names = "a data set, a .json file in COCO's format, a file with a name on each line, or names separated by commas"
@@ -74,11 +77,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Convert a file. Return 0, or 2 for a mistake of the user's."""
     args = build_parser(prog).parse_args(argv)
     try:
-        check_output(args.output, args.force, with_config=args.source != "classes")
+        check_output(args.output, args.force, with_config=args.source in _SOURCES)
         if not os.path.isfile(args.input):
             raise ConvertError(f"There is no file {args.input}.")
         if args.source == "classes":
             _convert_classes(args)
+        elif args.source == "ema":
+            weights = averaged_weights(args.input)
+            replace_file(args.output, lambda file: torch.save({"model": weights}, file))
+            print(f"Written: {args.output}")
         else:
             converted = _convert(args)
             config = write(converted, args.output, args.source, args.force)

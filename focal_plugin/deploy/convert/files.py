@@ -89,6 +89,22 @@ def find_weights(content: Mapping[str, Any], path: str) -> dict[str, Tensor]:
     return weights
 
 
+def averaged_weights(path: str) -> dict[str, Tensor]:
+    """Return the averaged weights in a checkpoint of a training with ``MODEL.FOCAL.EMA``, and its other weights.
+
+    Raises:
+        ConvertError: it has none.
+    """
+    content = read_content(path)
+    average = content["ema"].get("weights") if isinstance(content.get("ema"), dict) else None
+    weights = find_weights(content, path)
+    if not isinstance(average, dict) or not average.keys() <= weights.keys():
+        raise ConvertError(
+            f"{path} has no average of its weights; expected a checkpoint of a training with MODEL.FOCAL.EMA.DECAY."
+        )
+    return find_weights({"model": weights | average}, path)
+
+
 def _is_array(value: object) -> bool:
     return type(value).__module__ == "numpy" and hasattr(value, "dtype")
 
