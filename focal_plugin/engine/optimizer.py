@@ -44,6 +44,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(reduce_param_groups([*groups, norms]), **settings)
     else:
         optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **settings)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:  # so that a state is not resumed by other parameters
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 

@@ -255,9 +255,11 @@ class StepTrainer(SimpleTrainer):
             ValueError: the state is of another kind of optimizer, or of other groups of parameters.
         """
         settings = [_settings(group) for group in self.optimizer.param_groups]
-        for group, ours in zip(state_dict["optimizer"]["param_groups"], settings):
+        for group, ours, own in zip(state_dict["optimizer"]["param_groups"], settings, self.optimizer.param_groups):
             if other := {"momentum", "betas", "alpha", "rho"} & (group.keys() ^ ours.keys()):
                 raise ValueError(f"it is of another kind of optimizer, by {', '.join(sorted(other))}")
+            if (names := group.get("param_names")) and own.get("param_names", names) != names:
+                raise ValueError("its parameters are in other groups, by learning rate or weight decay")
         super().load_state_dict(state_dict)
         for group, ours in zip(self.optimizer.param_groups, settings):
             before = group.get("initial_lr", group["lr"])

@@ -59,6 +59,8 @@ def settings(optimizer, model):
 def test_sgd_is_detectron2s(opts):
     cfg, model = config(*opts), Net()
     ours, theirs = build_optimizer(cfg, model), build_detectron2s(cfg, model)
+    for group in ours.param_groups:
+        assert len(group.pop("param_names")) == len(group["params"])
     assert type(ours).__name__ == type(theirs).__name__ and ours.param_groups == theirs.param_groups
 
 
@@ -149,3 +151,18 @@ def test_steps_of_adamw_in_float16(clipped, parts):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
         assert (mine - before).abs().min() > 0.01 and mine.grad.abs().max() < (0.31 if clipped else 9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_state_goes_to_the_parameters_it_is_of(kind):
+    """Also where another division into parts has as many parameters in each."""
+    model = nn.ModuleDict({name: Line() for name in ("one", "two", "three")})
+
+    def trainer(*opts):
+        optimizer = build_optimizer(config("SOLVER.OPTIMIZER", kind, "SOLVER.LR_FACTORS", [dict(opts)]), model)
+        return StepTrainer(model, [], optimizer)
+
+    state = trainer(("two", 0.5)).state_dict()
+    trainer(("two", 0.25)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"in other groups, by learning rate"):
+        trainer(("three", 0.5)).load_state_dict(state)
