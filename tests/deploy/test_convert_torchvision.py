@@ -67,6 +67,7 @@ def test_the_converted_twin_detects_the_same(name, tmp_path):
     assert_same_detections(theirs, ours, images)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_shipped_config_of_v2_is_torchvisions_model(tmp_path):
     """Its weights load and give the same logits and deltas; COCO's 80 classes of 91 rows."""
