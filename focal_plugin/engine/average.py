@@ -1,8 +1,7 @@
 """The exponential moving average (EMA) of the weights in training."""
 
 import copy
-import logging
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config import ConfigError
-from ..files.write import replace_file
-
-logger = logging.getLogger(__name__)
+from .checkpoint import AtomicCheckpointer
 
 _RAMP = 9  # steps: after n of them, the average is over about the last n / 9
 
@@ -82,21 +79,17 @@ class WeightAverage:
 
 
 class AverageHook(HookBase):
-    """Write the averaged model as ``model_ema_final.pth``, a plain model for MODEL.WEIGHTS, after the last step.
+    """Write the averaged model as ``model_ema_final.pth``, a plain model for MODEL.WEIGHTS, when a run is complete."""
 
-    Args:
-        average: the average.
-        output_dir: the run's folder.
-        config: the run's, which is written too.
-    """
+    def __init__(self, average: WeightAverage, checkpointer: AtomicCheckpointer):
+        self.average, self.checkpointer = average, checkpointer
 
-    def __init__(self, average: WeightAverage, output_dir: str, config: dict[str, Any] | None):
-        self.average, self.output_dir, self.config = average, output_dir, config
+    def after_train(self) -> None:
+        """Write it, unless the run has ended before its last step."""
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            self.checkpointer.save_weights("model_ema_final", self.average.averaged())
 
-    def after_step(self) -> None:
-        """Write it, if this is the last step."""
-        if self.trainer.iter + 1 == self.trainer.max_iter and comm.is_main_process():
-            content = {"model": self.average.averaged().state_dict(), "config": self.config}
-            path = os.path.join(self.output_dir, "model_ema_final.pth")
-            logger.info(f"Saving the averaged weights to {path}")
-            replace_file(path, lambda file: torch.save(content, file))
+
+def averaged_if_judged(metric: str, average: WeightAverage | None) -> Callable[[], nn.Module] | None:
+    """Return what gives the averaged model, if its evaluation gives ``metric``; else None."""
+    return average.averaged if average is not None and "_EMA/" in metric else None

@@ -25,7 +25,7 @@ from ..files.write import kept_on_error
 from ..kernels.conv_relu import fuse_blocks
 from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
 from ..retinanet import FocalRetinaNet
-from .average import AverageHook, WeightAverage
+from .average import AverageHook, WeightAverage, averaged_if_judged
 from .balance import BalanceHook
 from .best import BestHook, EarlyStop, check_patience
 from .changes import plain_config
@@ -212,6 +212,7 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
                 evaluation=evaluation,
                 checkpointer=checkpointer,
                 finish=lambda: save.finish(),
+                judged=averaged_if_judged(metric, average),
             )
         )
     metrics = next((writer for writer in writers if isinstance(writer, MetricsWriter)), None)

@@ -26,7 +26,7 @@ from ..evaluation.evaluator import PageEvaluator
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
-from .average import AverageHook, WeightAverage
+from .average import AverageHook, WeightAverage, averaged_if_judged
 from .balance import BalanceHook
 from .best import BestHook, EarlyStop, check_metric
 from .changes import plain_config
@@ -189,12 +189,13 @@ class Trainer(DefaultTrainer):
                     evaluation=evaluation,
                     checkpointer=self.checkpointer,
                     finish=lambda: self.checkpoint_hook.finish(),
+                    judged=averaged_if_judged(metric, self.average),
                 )
             )
         if self.cfg.DATASETS.VALIDATION:
             self.validation = ValidationLoss(self._trainer, build_validation_loader(self.cfg))
         if self.average is not None:
-            hooks.insert(place, AverageHook(self.average, self.cfg.OUTPUT_DIR, self.checkpointer.config))
+            hooks.insert(place, AverageHook(self.average, self.checkpointer))
         self.checkpoint_hook = CheckpointHook(
             self.checkpointer,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,

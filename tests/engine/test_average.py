@@ -133,3 +133,15 @@ def test_a_lazy_run_with_an_average(train_net, lazy_config, tmp_path):
     assert {"bbox", "bbox_EMA"} <= results.keys() and final(tmp_path / "output")["ema"]["updates"] == 3
     assert (tmp_path / "output_EMA/coco_instances_results.json").exists()
     assert (tmp_path / "output/model_ema_final.pth").exists()
+
+
+def test_the_best_average(train_net, tmp_path):
+    """It is what the metric judges; and a run that ends early writes its average too."""
+    words = ["TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox_EMA/AP", "TEST.PATIENCE", 1, "SOLVER.BASE_LR", 0.0]
+    train_net("OUTPUT_DIR", tmp_path / "run", *words, *EMA)
+    assert final(tmp_path / "run")["iteration"] < 3
+    best, average = final(tmp_path / "run", "model_best.pth"), final(tmp_path / "run", "model_ema_final.pth")
+    assert best["metric"] == "bbox_EMA/AP" and (tmp_path / "run/inference_EMA").exists()
+    weights = final(tmp_path / "run")["ema"]["weights"]
+    assert_same({name: average["model"][name] for name in weights}, weights)
+    assert_same({name: best["model"][name] for name in weights}, weights)  # the rate is 0
