@@ -20,6 +20,11 @@ from ..evaluation.curves import use_log_scale
 from .runs import Run
 
 _COLORS = [to_rgb(style.color(index)) for index in range(14)]
+_CURVES = {  # titles of series of metrics.json
+    "total_loss": "Training loss",
+    "background_share": "Background's share of the class loss",
+    "bbox/AP": "AP on the test set (%)",
+}
 _DARK = {
     "axes.prop_cycle": cycler(color=[[0.7 * part + 0.3 for part in color] for color in _COLORS]),
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), "#d6d9de"),
@@ -40,7 +45,7 @@ def save_picture(path: Path, summary: dict, runs: Sequence[Run]) -> None:
 def themed_svgs(summary: dict, runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return the figures of the page, each with a ``title`` and data URIs of an SVG for ``light`` and for ``dark``."""
     figures = [("Results", lambda figure: draw_results(figure, summary))]
-    for series, title in (("total_loss", "Training loss"), ("bbox/AP", "AP on the test set during training")):
+    for series, title in _CURVES.items():
         if any(len(run.series().get(series, ([],))[0]) > 1 for run in runs):
             figures.append((title, lambda figure, s=series: draw_curves(figure.subplots(), summary, runs, s)))
     pages = [{"title": title} for title, _ in figures]
@@ -99,9 +104,8 @@ def draw_curves(axes: Axes, summary: dict, runs: Sequence[Run], series: str) -> 
             if run.row.name == row["row"] and series in (found := run.series()):
                 axes.plot(*found[series], color=_color(index), linewidth=1.2, alpha=0.8, label=label)
                 label = None  # once in the legend
-    is_loss = series == "total_loss"
-    axes.set(title="Training loss, all seeds" if is_loss else "AP on the test set (%), all seeds", xlabel="step")
-    if is_loss and axes.lines:
+    axes.set(title=f"{_CURVES[series]}, all seeds", xlabel="step")
+    if series == "total_loss" and axes.lines:
         use_log_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:

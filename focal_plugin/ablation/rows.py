@@ -24,6 +24,7 @@ from ..files.shipped import CONFIGS, shipped
 DATA = {
     "quickstart": CONFIGS / "quickstart/trees.yaml",
     "bccd": CONFIGS / "bccd/focal_retinanet_R_18_FPN_scratch.yaml",
+    "deeppcb": CONFIGS / "deeppcb/focal_retinanet_R_18_FPN_scratch.yaml",
 }
 
 _BASE = re.compile("Base([-_].*)?")  # the names of files that are not rows

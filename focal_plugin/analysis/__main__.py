@@ -5,10 +5,18 @@ import sys
 from collections.abc import Sequence
 
 from ..config.explain import split_pairs
-from . import anchors, doctor, hardest, init, loss_cdf, speed
+from . import anchors, calibration, doctor, hardest, init, loss_cdf, speed
 from .common import MISTAKES
 
-_WHAT = {"doctor": doctor, "loss-cdf": loss_cdf, "hardest": hardest, "init": init, "anchors": anchors, "speed": speed}
+_WHAT = {
+    "doctor": doctor,
+    "loss-cdf": loss_cdf,
+    "hardest": hardest,
+    "calibration": calibration,
+    "init": init,
+    "anchors": anchors,
+    "speed": speed,
+}
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import yaml
 
 from ..config import ConfigError
 from ..files.write import check_free, replace_file, whole_folder
+from .deeppcb import convert
 from .formats import FORMATS, find_sets, make_set
 from .images import decoded
 from .records import Checker, DataError
@@ -59,6 +60,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     show = _add(commands, "show", _show, "draw some images with their boxes, and count boxes by class and size", False)
     show.add_argument("--output", default="sheet.png", metavar="FILE", help="the picture, a PNG")
     show.add_argument("--num-images", type=int, default=16, metavar="N", help="the images to draw")
+
+    boards = commands.add_parser("deeppcb", help="write CSV files for DeepPCB, a data set with a layout of its own")
+    boards.set_defaults(run=_deeppcb)
+    boards.add_argument("path", metavar="PCBDATA", help="the folder PCBData of a clone of its repository")
+    boards.add_argument(
+        "--every", type=int, default=1, metavar="N", help="take every N-th image of a list (default: 1)"
+    )
     return parser
 
 
@@ -154,6 +162,11 @@ def _show(args: argparse.Namespace) -> None:
     replace_file(args.output, lambda file: sheet.save(file, "PNG"))
     print(count_boxes(records, classes))
     print(f"Written: {args.output}")
+
+
+def _deeppcb(args: argparse.Namespace) -> None:
+    written = convert(args.path, args.every)
+    print(f"Written: {', '.join(f'{path} with {rows} rows' for path, rows in written.items())}")
 
 
 def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[str, list[dict]], list[str]]:

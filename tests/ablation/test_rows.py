@@ -65,7 +65,7 @@ def test_data_by_name_are_found_from_anywhere(tmp_path, monkeypatch):
     assert find_base("quickstart").samefile(CONFIGS / "quickstart/trees.yaml")
     assert find_base("Base-FocalRetinaNet.yaml").samefile(CONFIGS / "Base-FocalRetinaNet.yaml")
     assert "detectron2" in str(find_base("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
-    with pytest.raises(FileNotFoundError, match="--data nothing: expected quickstart, bccd, or"):
+    with pytest.raises(FileNotFoundError, match="--data nothing: expected quickstart, bccd, deeppcb, or"):
         find_base("nothing")
 
 
@@ -247,5 +247,5 @@ def test_the_row_to_compare_with():
 
 
 def test_an_unknown_base():
-    with pytest.raises(FileNotFoundError, match="--data nowhere: expected quickstart, bccd"):
+    with pytest.raises(FileNotFoundError, match="--data nowhere: expected quickstart, bccd, deeppcb"):
         find_base("nowhere")
