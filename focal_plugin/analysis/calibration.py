@@ -89,7 +89,7 @@ def measure(scores: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> dict:
         scores, right: of each image, (D,) float and bool.
 
     Returns:
-        ``temperature``, and ``before`` and ``after``, each what ``evaluation.numbers.calibration`` returns with the mean
+        ``temperature``; ``before`` and ``after``, each what ``evaluation.numbers.calibration`` returns and the mean
         ``log_loss`` of a detection.
 
     Raises:
