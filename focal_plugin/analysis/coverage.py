@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import build_augmentation
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import RandomCrop, ResizeShortestEdge
 from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
@@ -70,14 +70,16 @@ class Coverage:
 def read_images(cfg: CfgNode, records: Sequence[dict]) -> list[Image]:
     """Return the sizes and boxes of ``records`` after the resizing of training, without crowds.
 
-    Where ``INPUT.MIN_SIZE_TRAIN`` offers several sizes, each image gets a random one, the same in every call.
+    With ``INPUT.CROP``, they are those of the whole image at the scale that its crops are resized to. Where
+    ``INPUT.MIN_SIZE_TRAIN`` offers several sizes, each image gets a random one, the same in every call.
     """
     resize = build_augmentation(cfg, is_train=True)[0]
+    crop = RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else None
     with seeded(0):
-        return [_read_image(resize, record) for record in tqdm(records, desc="Boxes", unit="image", delay=2)]
+        return [_read_image(resize, crop, record) for record in tqdm(records, desc="Boxes", unit="image", delay=2)]
 
 
-def _read_image(resize: ResizeShortestEdge, record: dict) -> Image:
+def _read_image(resize: ResizeShortestEdge, crop: RandomCrop | None, record: dict) -> Image:
     if "height" in record and "width" in record:
         width, height = record["width"], record["height"]
     else:
@@ -88,7 +90,8 @@ def _read_image(resize: ResizeShortestEdge, record: dict) -> Image:
     boxes = boxes.clip(0, [width, height, width, height])  # as Detectron2's mapper does
     sides = boxes[:, 2:] - boxes[:, :2]
     real = (sides > 0).all(axis=1)
-    transform = resize.get_transform(np.empty((height, width, 0)))
+    resized = crop.get_crop_size((height, width)) if crop else (height, width)
+    transform = resize.get_transform(np.empty((*resized, 0)))  # multiplies coordinates, inside a crop or not
     ((new_width, new_height),) = transform.apply_coords(np.array([[width, height]], dtype=np.float64))
     boxes = torch.tensor(transform.apply_box(boxes[real]), dtype=torch.float32)
     return Image((round(new_height), round(new_width)), boxes, sides[real].prod(axis=1))

@@ -185,3 +185,14 @@ def test_features_that_the_backbone_does_not_have(tiny_config, capsys):
     """As with the config of another architecture."""
     assert main(["anchors", "--config-file", tiny_config, "MODEL.RETINANET.IN_FEATURES", "['p2', 'p3']"]) == 2
     assert "MODEL.RETINANET.IN_FEATURES names p2; the backbone has p3, p4, p5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "size"), [("absolute", [32, 32]), ("relative", [0.5, 0.5])])
+def test_boxes_have_the_scale_of_crops(cfg, kind, size):
+    """Crops of 32 pixels of an image of 64 that become 64 show objects at twice the size of the whole image."""
+    records = [{"height": 64, "width": 64, "annotations": [{"bbox": [4, 8, 20, 28], "bbox_mode": 0}]}]
+    (whole,) = read_images(cfg, records)
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, kind, size
+    (cropped,) = read_images(cfg, records)
+    assert whole.size == (64, 64) and cropped.size == (128, 128)
+    torch.testing.assert_close(cropped.boxes, 2 * whole.boxes)

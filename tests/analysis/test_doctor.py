@@ -220,6 +220,13 @@ def test_sizes(find, train, test, expected):
     assert level == expected and str(test) in text
 
 
+def test_sizes_of_crops(find):
+    """A crop of 64 pixels that is not resized has the scale of a whole image that is not, however large."""
+    crop = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", "[64, 64]"]
+    ((level, text),) = find("sizes", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 640, *crop)
+    assert level == OK and "INPUT.CROP" in text
+
+
 def test_clipping(find):
     unclipped = ["SOLVER.CLIP_GRADIENTS.ENABLED", False]
     ((level, text),) = find("gradient clipping", *unclipped)

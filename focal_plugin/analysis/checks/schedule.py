@@ -63,7 +63,9 @@ def _steps(cfg: CfgNode) -> Iterator[str]:
 def check_sizes(case: Case) -> Iterator[Finding]:
     """Check that images have similar sizes in training and in evaluation."""
     trained, tested = case.cfg.INPUT.MIN_SIZE_TRAIN, case.cfg.INPUT.MIN_SIZE_TEST
-    if min(trained) > 0 and tested > 0 and not min(trained) / _OTHER_SIZE < tested < max(trained) * _OTHER_SIZE:
+    if case.cfg.INPUT.CROP.ENABLED:  # a crop's scale is not that of its image
+        yield Finding(OK, f"crops (INPUT.CROP) of shorter side {tuple(trained)} in training, {tested} in evaluation")
+    elif min(trained) > 0 and tested > 0 and not min(trained) / _OTHER_SIZE < tested < max(trained) * _OTHER_SIZE:
         yield Finding(
             WARNING,
             f"INPUT.MIN_SIZE_TEST is {tested} and INPUT.MIN_SIZE_TRAIN {tuple(trained)}: in evaluation objects have "
