@@ -95,6 +95,7 @@ def test_the_wheel_has_all_modules_and_configs(wheel):
     assert "focal_plugin/analysis/labels/hardest.html" in names
 
 
+@pytest.mark.slow
 def test_each_command_has_its_help(installed):
     place, pages = json.loads(run(installed.python, "-c", HELPS, cwd=installed.work))
     assert Path(place).is_relative_to(installed.site)

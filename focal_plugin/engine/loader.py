@@ -108,8 +108,11 @@ def explained_dead_worker() -> Iterator[None]:
     """Explain PyTorch's error for a loader process that has died, which is raised even in the middle of a step."""
     try:
         yield
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError) as error:
+        cause = error  # of a checkpoint that could not be written to its end, it may be a cause
+        while cause is not None and not str(cause).startswith("DataLoader worker"):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
             raise RuntimeError(_DEAD_WORKER) from error
         raise
 

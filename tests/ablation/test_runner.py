@@ -181,8 +181,9 @@ def kill_all(runner, table):
 
 @pytest.mark.parametrize(
     "whole_machine",
-    [pytest.param(False, id="the runner"), pytest.param(True, id="all its processes", marks=pytest.mark.slow)],
+    [pytest.param(False, id="the runner"), pytest.param(True, id="all its processes")],
 )
+@pytest.mark.slow
 def test_killed_and_started_again_it_finishes_the_same_table(
     start_ablation, ablation, table, monkeypatch, whole_machine
 ):

@@ -328,6 +328,7 @@ def test_command(tiny_config, checkpoint, tmp_path, capsys):
     assert (folder / "hardest_test-2.html").exists()
 
 
+@pytest.mark.slow
 def test_folds_train_resume_and_refuse_other_labels(tiny_config, tmp_path, capsys, loggers, monkeypatch):
     """Each image is judged by the model that has not seen it; a second start trains nothing."""
     seen, judged, train, judge = [], [], folds._train, Judge.__call__

@@ -64,6 +64,7 @@ def test_the_oldest_size_goes():
 
 
 def test_it_is_forgotten_with_its_generator():
+    gc.collect()  # those of other tests
     generator = make_generator()
     cached_anchors(generator, features_of(4, 6))
     before = len(cache._cache)

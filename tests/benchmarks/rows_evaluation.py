@@ -29,7 +29,7 @@ def rows(images: int = 5000, detections: int = 100, classes: int = 80) -> Iterat
         return function
 
     yield Row(
-        "Evaluation",
+        "evaluation",
         f"{images:,} images × {detections} detections, {classes} classes",
         {"pycocotools": prepare(COCOeval), "ours": prepare(coco_eval)},
         target={"ours": "5× faster"},

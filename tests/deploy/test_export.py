@@ -184,7 +184,7 @@ def test_raw_heads(exported, photo, format):
 @pytest.mark.parametrize(
     "format, layout, dtype, raw",
     [
-        ("onnx", "NHWC", "uint8", False),
+        pytest.param("onnx", "NHWC", "uint8", False, marks=pytest.mark.slow),
         ("torchscript", "HWC", "uint8", False),
         ("torchscript", "NCHW", "float32", True),
         pytest.param("torch-export", "NHWC", "uint8", False, marks=pytest.mark.slow),
@@ -311,7 +311,7 @@ def test_onnx_suppresses_class_by_class(tmp_path):
 # The comparison
 
 
-@pytest.mark.parametrize("value", [0.0, 60.0, 255.0])
+@pytest.mark.parametrize("value", [0.0, 60.0, pytest.param(255.0, marks=pytest.mark.slow)])
 def test_an_image_that_is_flat_in_part(value, photo, tmp_path):
     """Detections there have equal logits: which of them drops the other is a matter of how a library sorts."""
     image = crop(photo, 150, 170)
@@ -320,7 +320,9 @@ def test_an_image_that_is_flat_in_part(value, photo, tmp_path):
         export.export_model(tiny_model(), tmp_path / format, format, {"a photo": image})  # compares, and may raise
 
 
-@pytest.mark.parametrize("format", ["onnx", "torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "format", ["torchscript", *(pytest.param(x, marks=pytest.mark.slow) for x in ("onnx", "torch-export"))]
+)
 def test_a_saturated_model_whose_scores_are_all_equal(format, photo, tmp_path):
     """The limit of detections falls between equal scores, and some that it keeps are dropped as empty."""
     model, path, image = tiny_model(), str(tmp_path / "x"), crop(photo, 150, 170)

@@ -111,7 +111,7 @@ def test_the_commands_on_data(tmp_path, monkeypatch, capsys):
 
 def test_the_commands_and_flags_of_the_table():
     (subparsers,) = [action for action in build_parser()._actions if action.choices]
-    rows = re.findall(r"^\| `(\w+) IN(?: OUT)?` \|(.*)", section(PAGE, "Commands on data"), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+) (?:IN(?: OUT)?|PCBDATA)` \|(.*)", section(PAGE, "Commands on data"), re.M)
     assert {name for name, _ in rows} == set(subparsers.choices)
     common = {"--help", "--format", "--split", "--classes", "--difficult", "--on-error", "--force"}
     for name, text in rows:

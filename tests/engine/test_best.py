@@ -185,6 +185,7 @@ WORDS = ["TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "bbox/AP", "TEST.PATIENCE", 
 VALUES = [1.0, 3.0, 2.0, 5.0, 4.0, 4.0, 4.5, 9.0, 9.0, 9.0]  # ends after 7 steps; the best is after 4
 
 
+@pytest.mark.slow
 def test_an_early_stop_that_was_interrupted_is_the_early_stop(train_net, tmp_path, monkeypatch, scored, capfd):
     """Value and patience survive a kill; model_best.pth is of its step; the run that is over stays so."""
     scored(VALUES)

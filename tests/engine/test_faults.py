@@ -129,7 +129,7 @@ def test_a_worker_is_killed(start, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_files_vanish(train_net, tiny_config, tmp_path, monkeypatch, capfd, workers):
     """The run ends with their name, after what it has done is saved."""
     words = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", 12, "DATALOADER.NUM_WORKERS", workers]

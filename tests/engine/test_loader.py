@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from focal_plugin import add_focal_config
 from focal_plugin.data import DataError, FocalDatasetMapper
 from focal_plugin.engine import TrainLoader, build_train_loader
-from focal_plugin.engine.loader import collate_unread
+from focal_plugin.engine.loader import collate_unread, explained_dead_worker
+from focal_plugin.files.write import replace_file
 from tests.engine.same import assert_same_run
 
 NUM_IMAGES = 40
@@ -235,6 +236,7 @@ def test_a_mixture_of_sets(dataset):
         take(build(dataset), 60)
 
 
+@pytest.mark.slow
 def test_a_spawned_worker(dataset):
     """Where workers are not forked, what they need is sent to them."""
     spoil(dataset, *BROKEN)
@@ -258,7 +260,7 @@ def test_samples_of_any_kind():
     assert collate_unread(np.stack, samples)[1:] == ([7, 8], {3: "gone"})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_with_broken_images_ends_and_resumes(train_net, tiny_config, tmp_path, capfd, workers):
     """One broken image in the training set, one in the test set, that open as the annotations are read."""
     for name in ("shapes_train/2.png", "shapes_test/1.png"):
@@ -290,3 +292,18 @@ def test_a_training_set_without_boxes(train_net, tmp_path, words, crowds):
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"DATASETS\.TRAIN names shapes_train: 6 images without a box to learn from"):
         train_net(*words)
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_written(tmp_path):
+    """PyTorch's error comes in the middle of it; what closes the file then raises another."""
+
+    def write(file):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1730176 vs 1730096")
+
+    with pytest.raises(RuntimeError, match="A process that loads images has died"), explained_dead_worker():
+        replace_file(str(tmp_path / "model.pth"), write)
+    with pytest.raises(OSError, match="could not be written"), explained_dead_worker():
+        replace_file(str(tmp_path / "none" / "model.pth"), write)

@@ -160,7 +160,7 @@ def inputs():
 @torch.no_grad()
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("score_thresh", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("max_detections", [5, 100])
+@pytest.mark.parametrize("max_detections", [5, pytest.param(100, marks=SLOW_IN_INTERPRETER)])
 def test_detections_are_those_of_a_cpu(clip, score_thresh, max_detections):
     """Bit for bit, from the images to the boxes in the original images."""
     from focal_plugin.kernels import padded

@@ -184,6 +184,7 @@ print(sorted(before))
 """
 
 
+@pytest.mark.slow
 def test_a_stock_model_is_left_as_it_is(small_words):
     code = STOCK.format(name=FASTER, words=small_words(FASTER))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
