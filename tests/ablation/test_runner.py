@@ -386,6 +386,7 @@ def test_runs_of_other_lengths_are_no_ablation(ablation, table, capfd):
     assert "TEST.PATIENCE is 2; expected 0" in capfd.readouterr().err and not table.exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_an_ap_is_not_run_again(ablation, train_net, table, capfd):
     train_net.write_text(train_net.read_text().replace('"bbox/AP"', '"mine/AP"'))
     assert ablation() == 1
@@ -401,6 +402,7 @@ def test_a_run_without_an_ap_is_not_run_again(ablation, train_net, table, capfd)
     assert report(table) == {"gamma_0": 1.0, "gamma_1": 11.0, "gamma_2": 21.0}
 
 
+@pytest.mark.slow
 def test_several_tables_at_once(ablation, rows, table, capfd):
     (rows.folder / "results.csv").write_text("row,AP,baseline\ngamma_1,,x\nrate_1,,x\n")
     rows.add("rate_1", "SOLVER: {BASE_LR: 0.002}")
@@ -439,6 +441,7 @@ def test_a_terminal_without_all_letters(start_ablation, table, monkeypatch):
     assert "Δ: difference from gamma_0." in (table / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved(ablation, table, tmp_path):
     assert ablation() == 0
     table.rename(tmp_path / "elsewhere")

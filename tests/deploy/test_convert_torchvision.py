@@ -56,7 +56,7 @@ def load(converted, tmp_path, *opts):
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x != "v2")) for x in MODELS])
 def test_the_converted_twin_detects_the_same(name, tmp_path):
     build, options = MODELS[name]
     theirs = lively(build())

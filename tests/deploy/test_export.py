@@ -168,7 +168,7 @@ def test_an_image_without_detections(exported, format):
     assert [x.shape for x in run(image)] == [(0, 4), (0,), (0,)]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["onnx", "torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
 def test_raw_heads(exported, photo, format):
     model, _, run = exported(format, raw=True)
     image = crop(photo, 75, 130, top=300)
@@ -476,7 +476,7 @@ def test_what_the_exporter_cannot_express_is_said(photo, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", ["torchscript", "torch-export"])
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
 def test_a_full_disk_is_said(format, photo, tmp_path):
     """In a process of its own, since PyTorch's writer would end it."""
     child = os.fork()

@@ -75,7 +75,11 @@ def test_the_line_that_computes_it_again(train_net, tmp_path, spoilt):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["SOLVER.ACCUMULATE", 2, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"]]
+    "words",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["SOLVER.ACCUMULATE", 2, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"],
+    ],
 )
 def test_steps_are_skipped_and_their_number_kept(train_net, tmp_path, spoilt, words):
     words = [*words, "SOLVER.MAX_SKIPS", 4, "SOLVER.CHECKPOINT_PERIOD", 4, *NO_TEST]

@@ -56,7 +56,9 @@ ALL_AT_ONCE += ["MODEL.FOCAL.CLS_LOSS.NAME", "SampledBCELoss", "INPUT.AUGMENTATI
     ("words", "before"),
     [
         ([*NO_TEST, "DATALOADER.NUM_WORKERS", 2], [3, 5]),
-        ([*NO_TEST, "SEED", -1, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", *ADAMW], [1, 4]),
+        pytest.param(
+            [*NO_TEST, "SEED", -1, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", *ADAMW], [1, 4], marks=pytest.mark.slow
+        ),
         (ALL_AT_ONCE, [4]),
     ],
     ids=["workers", "without a seed, AdamW", "all at once"],

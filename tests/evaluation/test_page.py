@@ -180,7 +180,7 @@ def test_table_of_classes():
     assert {float(x) for x in re.findall(r"\d+\.\d", "\n".join(many))} == set(map(float, range(80)))
 
 
-@pytest.mark.parametrize("classes", [pytest.param(1, marks=pytest.mark.slow), 3, 90])
+@pytest.mark.parametrize("classes", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 90])
 def test_the_page_in_a_browser(tmp_path, browser, classes):
     """Light and dark, on a screen and on a phone: nothing is wider than the screen, or comes from elsewhere."""
     write_evaluation(str(tmp_path), "a_data_set_with_a_long_name_of_one_word_test", random_case(0, classes=classes))
