@@ -181,12 +181,12 @@ def test_checkpoints_at_no_period(train_net, period):
 
 def test_evaluators(tiny_config, monkeypatch):
     made = []
-    for name in ("LVISEvaluator", "PascalVOCDetectionEvaluator"):
+    for name in ("LVISEvaluator", "VOCEvaluator"):
         monkeypatch.setattr(trainer, name, lambda *args, name=name, **kwargs: made.append(name))
     cfg = load_config(tiny_config)
     DatasetCatalog.get("shapes_test")
     assert isinstance(Trainer.build_evaluator(cfg, "shapes_test"), COCOEvaluator)
-    for kind, name in (("lvis", "LVISEvaluator"), ("pascal_voc", "PascalVOCDetectionEvaluator")):
+    for kind, name in (("lvis", "LVISEvaluator"), ("pascal_voc", "VOCEvaluator")):
         MetadataCatalog.get(f"of kind {kind}").evaluator_type = kind
         Trainer.build_evaluator(cfg, f"of kind {kind}")
         assert made.pop() == name

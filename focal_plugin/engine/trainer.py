@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, verify_results
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -24,6 +24,7 @@ from ..config.load import build_model
 from ..data import DataError, FocalDatasetMapper, has_boxes, leave_out_broken_images
 from ..evaluation.evaluator import PageEvaluator
 from ..evaluation.report import draw_curves, draw_detections, log_report, note_start
+from ..evaluation.voc import VOCEvaluator
 from ..files.write import explained_full_disk
 from ..layers import compute_top_blocks_in_float32
 from .average import AverageHook, WeightAverage, averaged_if_judged
@@ -286,7 +287,7 @@ class Trainer(DefaultTrainer):
         """Build the evaluator for the ``evaluator_type`` in a data set's metadata, COCO's if it has none.
 
         It writes to ``output_folder``, by default ``inference`` in ``OUTPUT_DIR``; if ``DATASETS.TEST`` has several
-        data sets, to a folder in it with the data set's name. COCO's also writes ``evaluation.{json,csv,html}``.
+        data sets, to a folder in it with the data set's name. All but LVIS's write ``evaluation.{json,csv,html}``.
 
         Raises:
             NotImplementedError: the type is none of coco, lvis and pascal_voc.
@@ -296,9 +297,9 @@ class Trainer(DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:  # or the files of one would replace those of another
             output_folder = os.path.join(output_folder, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        # COCO's metric counts 100 detections an image; more where the user has asked the model for more.
+        most = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100)
         if kind == "coco":
-            # COCO's metric counts 100 detections an image; more where the user has asked the model for more.
-            most = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100)
             # Detectron2 writes a JSON file for a set without one, anew in each run: the set may have changed.
             return PageEvaluator(
                 dataset_name, output_dir=output_folder, max_dets_per_image=most, allow_cached_coco=False
@@ -306,7 +307,7 @@ class Trainer(DefaultTrainer):
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=output_folder)
         if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
+            return VOCEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=most)
         raise NotImplementedError(
             f"{dataset_name!r} of DATASETS.TEST is of evaluator type {kind!r}; expected coco, lvis or pascal_voc. "
             "For others, override build_evaluator of focal_plugin.engine.Trainer."
