@@ -94,6 +94,8 @@ def main(args: argparse.Namespace) -> int:
     write_csv(csv, rows(shown, names))
     coco.write_text(to_coco(shown, names))
     print_written(paths)
+    if shown:
+        print(f"Apply those that are right: focal data correct IN OUT --suggestions {coco} --accept NUMBERS ...")
     return 0
 
 

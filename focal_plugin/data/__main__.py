@@ -16,6 +16,7 @@ import yaml
 
 from ..config import ConfigError
 from ..files.write import check_free, replace_file, whole_folder
+from .corrections import correct, numbers, read_suggestions
 from .deeppcb import convert
 from .formats import FORMATS, find_sets, make_set
 from .images import decoded
@@ -56,6 +57,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     split.add_argument("--by", default="image", metavar="WHAT", help=text)
     split.add_argument("--seed", type=int, default=0, help="of the shuffling")
     split.add_argument("--to", choices=LAYOUTS, help="the format to write (default: that of IN)")
+
+    correct = _add(commands, "correct", _correct, "apply suggestions of `focal analysis hardest` to the labels")
+    correct.add_argument("--suggestions", required=True, metavar="FILE", help="the JSON file that it wrote")
+    text = "the numbers of suggestions on its page, such as 7 or 1-20; all in the file if not given"
+    correct.add_argument("--accept", nargs="+", metavar="NUMBER", help=text)
+    correct.add_argument("--to", choices=LAYOUTS, help="the format to write (default: that of IN)")
 
     show = _add(commands, "show", _show, "draw some images with their boxes, and count boxes by class and size", False)
     show.add_argument("--output", default="sheet.png", metavar="FILE", help="the picture, a PNG")
@@ -149,6 +156,17 @@ def _split(args: argparse.Namespace) -> None:
     groups = groups_of(paths, args.by)
     shares = {split: share for split, share in shares.items() if share > 0}
     _write(args, args.to or format, split_records(records, groups, shares, args.seed), classes)
+
+
+def _correct(args: argparse.Namespace) -> None:
+    _check_output(args)
+    content = read_suggestions(args.suggestions)
+    accepted = None if args.accept is None else numbers(args.accept)
+    format, splits, classes = _read(args)
+    records = [record for split in splits.values() for record in split]
+    done = correct(records, classes, content, accepted)
+    print(f"Accepted: {', '.join(f'{count} {kind}' for kind, count in done.items()) or 'nothing'}.")
+    _write(args, args.to or format, splits, classes)
 
 
 def _show(args: argparse.Namespace) -> None:

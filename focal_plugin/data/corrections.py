@@ -1,0 +1,126 @@
+"""Suggestions of `focal analysis hardest` that somebody has accepted, applied to the labels."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+from ..config import ConfigError
+from ..files.regular import open_regular
+from .records import DataError
+
+_SAME = 0.01  # pixels by which the corners of a label may differ, since formats round
+
+
+def read_suggestions(path: str) -> dict:
+    """Return the content of a COCO file of suggestions.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        with open_regular(path) as file:
+            content = json.load(file)
+        known = {key: {entry["id"] for entry in content[key]} for key in ("images", "categories")}
+        for entry in content["annotations"]:
+            places = entry["image_id"] in known["images"], entry["category_id"] in known["categories"]
+            if not all(places) or len(entry["bbox"]) != 4 or not {"suggestion", "replaces"} <= entry.keys():
+                raise ValueError(f"annotation {entry['id']} is no suggestion")
+        os.path.join(content["info"]["images"], "")
+    except OSError as error:
+        raise DataError("file that does not open", str(error)) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        expected = "expected the JSON file that `focal analysis hardest` writes"
+        raise DataError("file that has no suggestions", f"{path}: {error!r}; {expected}.") from None
+    return content
+
+
+def numbers(texts: Iterable[str]) -> set[int]:
+    """Return the whole numbers in words such as ``7`` and ``1-20``.
+
+    Raises:
+        ConfigError: a word is neither.
+    """
+    chosen: set[int] = set()
+    for text in texts:
+        first, dash, last = text.partition("-")
+        if not first.isdecimal() or not (last.isdecimal() if dash else True) or int(last or first) < int(first):
+            raise ConfigError(f"--accept {text}: expected numbers of suggestions, such as 7 or 1-20.")
+        chosen.update(range(int(first), int(last or first) + 1))
+    return chosen
+
+
+def correct(records: Sequence[dict], classes: Sequence[str], content: dict, accepted: set[int] | None) -> Counter[str]:
+    """Change the labels of ``records``, in place, as the accepted suggestions say.
+
+    Args:
+        records: the data set, with boxes XYXY.
+        classes: its class names.
+        content: see ``read_suggestions``.
+        accepted: the numbers of suggestions; None, all.
+
+    Returns:
+        How many of each kind.
+
+    Raises:
+        ConfigError: there is no suggestion of a number.
+        DataError: the data set lacks the image, the class or the label of a suggestion.
+    """
+    by_id = {entry["id"]: entry for entry in content["annotations"]}
+    if unknown := (accepted or set()) - by_id.keys():
+        raise ConfigError(f"--accept {min(unknown)}: there is no such suggestion; they are {_span(by_id)}.")
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    folder = content["info"]["images"]
+    files = {entry["id"]: os.path.join(folder, entry["file_name"]) for entry in content["images"]}
+    by_path: dict[str, list[dict]] = {}
+    for record in records:
+        by_path.setdefault(os.path.realpath(record["file_name"]), []).append(record)
+    done: Counter[str] = Counter()
+    for number in sorted(by_id if accepted is None else accepted):
+        entry, path = by_id[number], files[by_id[number]["image_id"]]
+        where = f"suggestion {number}, {path}"
+        found = by_path.get(os.path.realpath(path))
+        if not found:
+            raise DataError("image that is not there", f"{where}: IN lacks it; expected the data set that was judged.")
+        for record in found:  # an image may be in several splits
+            _apply(record, entry, names, classes, where)
+        done[entry["suggestion"]] += 1
+    return done
+
+
+def _span(found: Iterable[int]) -> str:
+    found = sorted(found)
+    return f"{found[0]} to {found[-1]}" if found else "none"
+
+
+def _apply(record: dict, entry: dict, names: dict, classes: Sequence[str], where: str) -> None:
+    labels, place = record["annotations"], slice(len(record["annotations"]), None)
+    if old := entry["replaces"]:
+        box, name = _corners(old["bbox"]), names[old["category_id"]]
+        same = [
+            i
+            for i, label in enumerate(labels)
+            if classes[label["category_id"]] == name and np.abs(np.subtract(label["bbox"], box)).max() <= _SAME
+        ]
+        if not same:
+            listed = ", ".join(f"{side:.1f}" for side in box)
+            message = f"{where}: it changes a label {name} with the corners {listed}, which IN lacks, maybe by now."
+            raise DataError("label that is not there", message)
+        place = slice(same[0], same[0] + 1)
+    labels[place] = [] if entry.get("ignore") else [_label(entry, names, classes, where)]  # 1: a label to remove
+
+
+def _label(entry: dict, names: dict, classes: Sequence[str], where: str) -> dict:
+    name = names[entry["category_id"]]
+    if name not in classes:
+        raise DataError("unknown class", f"{where}: {name!r}; the classes of IN are {', '.join(classes)}.")
+    box, category = _corners(entry["bbox"]), list(classes).index(name)
+    return {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "iscrowd": 0}
+
+
+def _corners(box: Sequence[float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y + height]
