@@ -16,31 +16,35 @@ from .structures import IGNORED, NEGATIVE, POSITIVE, DenseTargets
 _HEAD, _CLS_LOSS = "MODEL.FOCAL.HEAD.NAME: The head", "MODEL.FOCAL.CLS_LOSS.NAME: The class loss"
 
 
-def check_head(head: Callable[..., Any], outputs: Any, targets: DenseTargets, sparse: bool) -> None:
-    """Check that ``outputs`` are logits and deltas of all anchors; if ``sparse``, deltas of the positives alone."""
+def check_head(
+    head: Callable[..., Any], outputs: Any, shapes: Sequence[Sequence[int]], classes: int, positives: int | None = None
+) -> None:
+    """Check that ``outputs`` are logits and deltas of all anchors; if ``positives`` is given, deltas of these alone.
+
+    ``shapes`` are (N, A, H, W) of each level: images, anchors of a cell, height and width. ``classes`` is K.
+    """
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise TypeError(f"{_HEAD} {_name(head)} gave {_describe(outputs)}; expected (logits, deltas).")
     logits, deltas = outputs
-    _check_levels(head, "logits", logits, targets, targets.num_classes, "K classes (background has no channel)")
-    if not sparse:
-        _check_levels(head, "deltas", deltas, targets, 4, "4 deltas")
-    elif not isinstance(deltas, Tensor) or deltas.shape != (targets.num_positives, 4):
+    _check_levels(head, "logits", logits, shapes, classes, "K classes (background has no channel)")
+    if positives is None:
+        _check_levels(head, "deltas", deltas, shapes, 4, "4 deltas")
+    elif not isinstance(deltas, Tensor) or deltas.shape != (positives, 4):
         raise ValueError(
             f"{_HEAD} {_name(head)} was given the targets, and gave deltas {_describe(deltas)}; expected those of the "
-            f"positives alone, (P, 4) = {(targets.num_positives, 4)}."
+            f"positives alone, (P, 4) = {(positives, 4)}."
         )
 
 
 def _check_levels(
-    head: Callable[..., Any], what: str, levels: Any, targets: DenseTargets, channels: int, names: str
+    head: Callable[..., Any], what: str, levels: Any, shapes: Sequence[Sequence[int]], channels: int, names: str
 ) -> None:
-    if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or len(levels) != len(targets.labels):
+    if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or len(levels) != len(shapes):
         raise TypeError(
-            f"{_HEAD} {_name(head)} gave {what} {_describe(levels)}; expected a list of {len(targets.labels)} "
-            "tensors, one a level."
+            f"{_HEAD} {_name(head)} gave {what} {_describe(levels)}; expected a list of {len(shapes)} tensors, one a "
+            "level."
         )
-    for i, (level, labels) in enumerate(zip(levels, targets.labels)):
-        n, a, h, w = labels.shape
+    for i, (level, (n, a, h, w)) in enumerate(zip(levels, shapes)):
         if not isinstance(level, Tensor) or level.shape != (n, a * channels, h, w):
             raise ValueError(
                 f"{_HEAD} {_name(head)} gave {what} {_describe(level)} on level {i}; expected "

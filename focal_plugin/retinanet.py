@@ -187,7 +187,8 @@ class FocalRetinaNet(DenseDetector):
         # Only positives have a box loss (section 4), so a head may compute their deltas and no others.
         takes_targets = getattr(self.head, "takes_targets", False)
         outputs = self.head(features, targets) if takes_targets else self.head(features)
-        check_head(self.head, outputs, targets, sparse=takes_targets)
+        shapes, positives = [level.shape for level in targets.labels], targets.num_positives if takes_targets else None
+        check_head(self.head, outputs, shapes, self.num_classes, positives)
         logits, deltas = outputs
         return logits, deltas if takes_targets else targets.gather(deltas), targets
 
@@ -254,13 +255,22 @@ class FocalRetinaNet(DenseDetector):
 
     def forward_inference(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
         """Return each image's detections, in the coordinates of the network's input (section 4.1)."""
-        found = zip(images.image_sizes, self.candidates(features, *predictions))
+        found = zip(images.image_sizes, self.candidates(features, *self.checked(features, predictions)))
         return [suppress(size, *candidates, **self.suppression) for size, candidates in found]
 
     def detect(self, images: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what ``kernels.padded.detections`` returns, for normalised (N, 3, H, W) images on a GPU."""
         features = self.features(images)
-        return padded.detections(*self.padded_candidates(features, *self.head(features)), frames, **self.suppression)
+        candidates = self.padded_candidates(features, *self.checked(features, self.head(features)))
+        return padded.detections(*candidates, frames, **self.suppression)
+
+    def checked(self, features: list[Tensor], predictions: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what the head gave in inference, (logits, deltas), after checking that it is of all anchors."""
+        anchors = cached_anchors(self.anchor_generator, features).boxes  # L × (H·W·A, 4)
+        sizes = [(len(f), *f.shape[-2:]) for f in features]
+        shapes = [(n, len(boxes) // max(h * w, 1), h, w) for boxes, (n, h, w) in zip(anchors, sizes)]
+        check_head(self.head, predictions, shapes, self.num_classes)
+        return predictions
 
     @property
     def suppression(self) -> dict[str, Any]:

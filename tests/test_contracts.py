@@ -123,10 +123,11 @@ def of_head(logits=lambda x: x, deltas=lambda x: x):
         (of_head(deltas=lambda x: torch.cat([x, x], 1)), r"deltas .* \(2, 16, 8, 12\) on level 0; expected \(2, 8,"),
     ],
 )
-def test_a_heads_outputs(change, message):
+@pytest.mark.parametrize("training", [True, False])
+def test_a_heads_outputs(change, message, training):
     cfg = config()
     with registered(DENSE_HEAD_REGISTRY, broken(DenseHead, change)) as cfg.MODEL.FOCAL.HEAD.NAME:
-        model = build_model(cfg)
+        model = build_model(cfg).train(training)
     with pytest.raises((TypeError, ValueError), match=f"The head Broken gave .*{message}"):
         model(batch())
 
