@@ -56,7 +56,7 @@ def columns(summary: dict) -> dict[str, list[str]]:
         if metric == "AP" or any(metric in row["mean"] for row in rows):
             table[metric] = [_spread(row, metric) for row in rows]
         if metric == "AP":
-            table["Δ"] = [_signed(row["difference"], row["is_baseline"], row["difference_std"]) for row in rows]
+            table["Δ"] = [_signed(row["difference"], row["is_baseline"], row["difference_interval"]) for row in rows]
     table["seeds"] = [f"{row['num_finished']} of {row['num_seeds']}" for row in rows]
     table["min a run"] = [_number(row["minutes"]) for row in rows]
     if any(row["remark"] for row in rows):
@@ -97,14 +97,16 @@ def write_csv(path: Path, summary: dict) -> None:
     numbers = [name for metric in _metrics(summary) for name in (metric, f"{metric}_std")]
     counts = {status: status.replace(" ", "_") for status in STATUSES}
     paper = ["paper_AP", "paper_difference"] if _has_paper(summary) else []
-    header = ["row", "baseline", *paper, *numbers, "difference", "difference_std", "seeds", *counts.values()]
+    bounds = ["difference_low", "difference_high"]
+    header = ["row", "baseline", *paper, *numbers, "difference", *bounds, "seeds", *counts.values()]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*header, "minutes"], extrasaction="ignore")
         writer.writeheader()
         for row in summary["rows"]:
             statuses = [run["status"] for run in row["runs"]]
             writer.writerow(
-                {key: row[key] for key in ("row", "paper_difference", "difference", "difference_std", "minutes")}
+                {key: row[key] for key in ("row", "paper_difference", "difference", "minutes")}
+                | dict(zip(bounds, row["difference_interval"] or ()))
                 | {"baseline": "x" if row["is_baseline"] else "", "seeds": row["num_seeds"]}
                 | {"paper_AP": "diverged" if row["paper_diverged"] else row["paper"].get("AP")}
                 | row["mean"]
@@ -156,9 +158,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _signed(value: float | None, is_baseline: bool, std: float | None = None) -> str:
-    spread = "" if std is None else f" ± {std:.1f}"
-    return "" if value is None or is_baseline else f"{value:+.1f}{spread}".replace("-", "−")
+def _signed(value: float | None, is_baseline: bool, interval: Sequence[float] | None = None) -> str:
+    between = f" ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else ""
+    return "" if value is None or is_baseline else f"{value:+.1f}{between}".replace("-", "−")
 
 
 def _spread(row: dict, metric: str) -> str:

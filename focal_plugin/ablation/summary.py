@@ -3,9 +3,12 @@
 import math
 import os
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from scipy.stats import ttest_ind
 
 from ..config.explain import flatten
 from ..files.shipped import CONFIGS
@@ -14,6 +17,8 @@ from .job import read_json
 from .rows import Table
 from .runs import STATUSES, Outcome, Run
 from .unread import without_effect
+
+CONFIDENCE = 0.95  # of intervals of differences
 
 
 def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequence[str], output: Path) -> dict:
@@ -28,13 +33,12 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
     baseline = next(row for row in rows if row["row"] == table.baseline)
     for row in rows:
         row["difference"] = _minus(row["mean"].get("AP"), baseline["mean"].get("AP"))
-        stds = row["std"].get("AP"), baseline["std"].get("AP")
-        row["difference_std"] = None if None in stds or row is baseline else math.hypot(*stds)  # of independent seeds
+        row["difference_interval"] = None if row is baseline else interval(_values(row), _values(baseline))
         row["paper_difference"] = _minus(row["paper"].get("AP"), baseline["paper"].get("AP"))
     return {
         "title": ": ".join(filter(None, [output.resolve().name, table.name])),
-        "legend": f"AP in percent, mean ± standard deviation over the seeds. Δ: difference from {table.baseline}. Its "
-        "± is the standard deviation of the difference of two runs, one of each row.",
+        "legend": f"AP in percent, mean ± standard deviation over the seeds. Δ: difference from {table.baseline}, and "
+        f"between which values it is with {CONFIDENCE:.0%} confidence, as far as the seeds can tell (Welch's t-test).",
         "baseline": table.baseline,
         "rows": rows,
         "without_effect": without_effect(runs),
@@ -42,6 +46,25 @@ def summarize(table: Table, runs: Sequence[Run], base: Path | None, opts: Sequen
         "code": code,
         "not_run": _what_was_not_run(table, outcomes, base),
     }
+
+
+def interval(values: Sequence[float], others: Sequence[float]) -> list[float] | None:
+    """Return the confidence interval [low, high] of the difference of two means, by Welch's t-test.
+
+    None if there are less than two values on a side, or all are equal there.
+    """
+    if min(len(values), len(others)) < 2 or len(set(values)) == len(set(others)) == 1:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that one side does not vary
+        found = ttest_ind(values, others, equal_var=False).confidence_interval(CONFIDENCE)
+    return [float(found.low), float(found.high)]
+
+
+def _values(row: dict) -> list[float]:
+    """The AP of a row's finished runs, if each has one."""
+    found = [run["results"].get("AP") for run in row["runs"] if run["status"] == "finished"]
+    return [] if None in found else found
 
 
 def _row(table: Table, outcomes: Mapping[Run, Outcome]) -> dict:

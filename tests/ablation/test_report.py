@@ -15,6 +15,7 @@ from PIL import Image
 from focal_plugin.ablation.report import write_report
 from focal_plugin.ablation.rows import compared_with, find_base, find_tables
 from focal_plugin.ablation.runs import plan
+from focal_plugin.ablation.summary import interval
 from focal_plugin.ablation.unread import without_effect
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -83,8 +84,9 @@ def test_numbers(reported):
     assert "APs" not in first["mean"]  # the set has no such boxes
     assert third["mean"] == {} and third["difference"] is None
     assert (first["difference"], second["difference"]) == (0.0, pytest.approx(9.5))
-    assert second["difference_std"] == pytest.approx((7 + 4.5) ** 0.5)  # of independent numbers
-    assert first["difference_std"] is None and third["difference_std"] is None
+    low, high = second["difference_interval"]
+    assert low < 9.5 < high and low + high == pytest.approx(19)
+    assert first["difference_interval"] is None and third["difference_interval"] is None
     assert (second["paper_difference"], third["paper_difference"]) == (2.5, None)
     assert first["minutes"] == pytest.approx(4 * 0.5 / 60)
     assert [row["remark"] for row in summary["rows"]] == [
@@ -93,6 +95,28 @@ def test_numbers(reported):
         "1 of 3 diverged at step 3; 2 not started",
     ]
     assert [run["status"] for run in second["runs"]] == ["finished", "finished", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "half"),
+    [  # t's 97.5 % quantile from a printed table, times √(s²/n + s²/n)
+        ([11, 12, 13], [1, 2, 3], 2.776 * (2 / 3) ** 0.5),  # 4 degrees of freedom
+        ([10, 12], [0, 2], 4.303 * 2**0.5),  # 2
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], 2.228 * (2 * 3.5 / 6) ** 0.5),  # 10
+        ([5.0, 5.0, 5.0], [1, 3], 12.706),  # 1: one side alone varies, by √2
+    ],
+)
+def test_interval(values, others, half):
+    difference = sum(values) / len(values) - sum(others) / len(others)
+    low, high = interval(values, others)
+    assert (low + high) / 2 == pytest.approx(difference)
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-3)
+    assert interval(others, values) == pytest.approx([-high, -low])
+
+
+@pytest.mark.parametrize("others", [[], [3.0], [3.0, 3.0]])
+def test_seeds_that_tell_nothing_have_no_interval(others):
+    assert interval([5.0, 5.0], others) is None and interval(others, [5.0, 5.0]) is None
 
 
 @pytest.fixture
@@ -177,7 +201,7 @@ def test_several_tables_are_reported_each_by_itself(rows, tiny_config, tmp_path)
         ("gamma_0", -1.0),
     ]
     assert [(row["difference"], row["paper_difference"]) for row in alpha["rows"]] == [(-3.0, -2.0), (0.0, 0.0)]
-    assert "Δ: difference from alpha_2." in (output / "alpha/report.md").read_text()
+    assert "Δ: difference from alpha_2, and" in (output / "alpha/report.md").read_text()
 
 
 def test_keys_without_effect_are_told(table, tmp_path):
@@ -240,7 +264,7 @@ def test_without_a_number_of_the_papers_there_is_no_column_for_it(table, runs, t
         write_run(run, ap)
     summary = write_report(other, runs, None, [], tmp_path / "table")
     assert [row["difference"] for row in summary["rows"]] == [-30.0, -20.0, 0.0]
-    assert "Δ: difference from gamma_2." in summary["legend"]
+    assert "Δ: difference from gamma_2, and" in summary["legend"]
     report = (tmp_path / "table" / "report.md").read_text()
     assert "gamma_2 (baseline)" in report and "−30.0" in report
     for name in ("report.md", "report.csv", "report.html"):
@@ -288,7 +312,7 @@ def test_markdown(reported):
     table = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert table[0][:6] == ["row", "paper AP", "paper Δ", "AP", "Δ", "AP50"]
     assert table[2][1:6] == ["31.0", "", "42.0 ± 2.6", "", "84.0 ± 5.3"]
-    assert table[3][1:5] == ["33.5", "+2.5", "51.5 ± 2.1", "+9.5 ± 3.4"]
+    assert table[3][1:5] == ["33.5", "+2.5", "51.5 ± 2.1", "+9.5 (+2.2 to +16.8)"]
     assert table[4][1:5] == ["diverged", "", "diverged", ""]
     for fact in (
         "shapes_train (6 images)",
