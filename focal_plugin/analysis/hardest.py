@@ -89,8 +89,14 @@ def main(args: argparse.Namespace) -> int:
     stem = f"hardest_{key.lower()}"
     page, csv, coco = paths = output_paths(args, cfg, f"{stem}.html", f"{stem}.csv", f"{stem}.json")
     folds = f"{args.folds} models, each trained on the other images" if args.folds else Path(cfg.MODEL.WEIGHTS).name
-    about = {"data_set": ", ".join(cfg.DATASETS[key]), "judge": folds, "of": of, "share": share}
-    page.write_text(to_html(best, names, about))
+    about = {
+        "data_set": ", ".join(cfg.DATASETS[key]),
+        "judge": folds,
+        "of": of,
+        "share": share,
+        "suggestions": coco.name,
+    }
+    page.write_text(to_html(best, names, about | {"suggestions": coco.name}))
     write_csv(csv, rows(shown, names))
     coco.write_text(to_coco(shown, names))
     print_written(paths)

@@ -60,8 +60,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
     correct = _add(commands, "correct", _correct, "apply suggestions of `focal analysis hardest` to the labels")
     correct.add_argument("--suggestions", required=True, metavar="FILE", help="the JSON file that it wrote")
-    text = "the numbers of suggestions on its page, such as 7 or 1-20; all in the file if not given"
-    correct.add_argument("--accept", nargs="+", metavar="NUMBER", help=text)
+    text = "the numbers of suggestions on its page, such as 7 or 1-20; or all that are in the file"
+    correct.add_argument("--accept", nargs="+", required=True, metavar="NUMBER", help=text)
     correct.add_argument("--to", choices=LAYOUTS, help="the format to write (default: that of IN)")
 
     show = _add(commands, "show", _show, "draw some images with their boxes, and count boxes by class and size", False)
@@ -161,11 +161,12 @@ def _split(args: argparse.Namespace) -> None:
 def _correct(args: argparse.Namespace) -> None:
     _check_output(args)
     content = read_suggestions(args.suggestions)
-    accepted = None if args.accept is None else numbers(args.accept)
+    accepted = numbers(args.accept)
     format, splits, classes = _read(args)
     records = [record for split in splits.values() for record in split]
+    labels = sum(len(record["annotations"]) for record in records)
     done = correct(records, classes, content, accepted)
-    print(f"Accepted: {', '.join(f'{count} {kind}' for kind, count in done.items()) or 'nothing'}.")
+    print(f"Accepted for {labels} labels: {', '.join(f'{count} {kind}' for kind, count in done.items()) or 'nothing'}.")
     _write(args, args.to or format, splits, classes)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -38,17 +38,19 @@ def read_suggestions(path: str) -> dict:
     return content
 
 
-def numbers(texts: Iterable[str]) -> set[int]:
-    """Return the whole numbers in words such as ``7`` and ``1-20``.
+def numbers(texts: Iterable[str]) -> set[int] | None:
+    """Return the whole numbers in words such as ``7`` and ``1-20``; None for the word ``all`` alone.
 
     Raises:
         ConfigError: a word is neither.
     """
     chosen: set[int] = set()
+    if (texts := list(texts)) == ["all"]:
+        return None
     for text in texts:
         first, dash, last = text.partition("-")
         if not first.isdecimal() or not (last.isdecimal() if dash else True) or int(last or first) < int(first):
-            raise ConfigError(f"--accept {text}: expected numbers of suggestions, such as 7 or 1-20.")
+            raise ConfigError(f"--accept {text}: expected numbers of suggestions, such as 7 or 1-20, or all.")
         chosen.update(range(int(first), int(last or first) + 1))
     return chosen
 
@@ -75,20 +77,41 @@ def correct(records: Sequence[dict], classes: Sequence[str], content: dict, acce
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
     folder = content["info"]["images"]
     files = {entry["id"]: os.path.join(folder, entry["file_name"]) for entry in content["images"]}
-    by_path: dict[str, list[dict]] = {}
-    for record in records:
-        by_path.setdefault(os.path.realpath(record["file_name"]), []).append(record)
+    key, by_image = _by_image(records, list(files.values()))
     done: Counter[str] = Counter()
     for number in sorted(by_id if accepted is None else accepted):
         entry, path = by_id[number], files[by_id[number]["image_id"]]
         where = f"suggestion {number}, {path}"
-        found = by_path.get(os.path.realpath(path))
+        found = by_image.get(key(path))
         if not found:
             raise DataError("image that is not there", f"{where}: IN lacks it; expected the data set that was judged.")
         for record in found:  # an image may be in several splits
             _apply(record, entry, names, classes, where)
         done[entry["suggestion"]] += 1
     return done
+
+
+def _by_image(records: Sequence[dict], paths: Sequence[str]) -> tuple[Callable[[str], str], dict[str, list[dict]]]:
+    """Return what makes a key of an image's path, and the records by their keys.
+
+    The key is the path, or if IN has no image of these ``paths``, such as a copy that `focal data split` made, the name
+    of the file.
+
+    Raises:
+        DataError: the key is the name, and images share one.
+    """
+    files = sorted({os.path.realpath(record["file_name"]) for record in records})
+    has_paths = any(os.path.realpath(path) in files for path in paths)
+    key = os.path.realpath if has_paths else os.path.basename
+    for images in (files, sorted(set(paths))):
+        names = Counter(map(key, images))
+        if len(names) < len(images):
+            twice = names.most_common(1)[0][0]
+            raise DataError("image that is not there", f"IN has none of {paths[0]} ..., and several are named {twice}.")
+    found: dict[str, list[dict]] = {}
+    for record in records:
+        found.setdefault(key(record["file_name"]), []).append(record)
+    return key, found
 
 
 def _span(found: Iterable[int]) -> str:

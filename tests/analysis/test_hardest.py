@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from focal_plugin import FocalRetinaNet
 from focal_plugin.analysis.__main__ import main
 from focal_plugin.analysis.labels import folds
 from focal_plugin.analysis.labels.folds import cut
-from focal_plugin.analysis.labels.judge import Judge
+from focal_plugin.analysis.labels.judge import Judge, _without_label
 from focal_plugin.analysis.labels.page import rows, to_coco, to_html
 from focal_plugin.analysis.labels.suggestions import KINDS, Ranking
 from focal_plugin.anchors.cache import cached_anchors
@@ -100,6 +101,9 @@ def objects(rng, count=9):
 
 def annotation(box, k, **more):
     return {"bbox": list(map(float, box)), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(k), "iscrowd": 0, **more}
+
+
+ABOUT = {"data_set": "x", "judge": "y", "of": "2 images", "share": 0.5, "suggestions": "hardest_test.json"}
 
 
 class Planted:
@@ -209,7 +213,7 @@ def test_images_without_labels_and_without_objects(tmp_path, judges):
     head.truth[1] = head.truth[2]
     _, best = planted.best(top=20)
     assert not any(best.values())
-    page = to_html(best, ["a", "b", "c"], {"data_set": "x", "judge": "y", "of": "2 images", "share": 0.0})
+    page = to_html(best, ["a", "b", "c"], ABOUT)
     assert "Nothing speaks against the labels" in page and "None" not in page
     assert json.loads(to_coco([], ["a"]))["annotations"] == [] == rows([], ["a"])
 
@@ -271,7 +275,7 @@ def test_the_page_in_a_browser(tmp_path, judges, browser, classes, width, dark):
     """Light and dark, on a screen and on a phone: nothing is wider than the screen, or comes from elsewhere."""
     _, best = Planted(tmp_path, judges[classes], num_images=2).best(top=3)
     names = [f"<b>a_class_with_a_long_name_of_one_word_{k}" for k in range(classes)]
-    page = to_html(best, names, {"data_set": "a" * 60, "judge": "y", "of": "2 images", "share": 0.5})
+    page = to_html(best, names, ABOUT | {"data_set": "a" * 60})
     number = sum(map(len, best.values()))
     assert "<b>a_class" not in page and page.count("data:image/jpeg") == number
     probe = "{shown: [...document.querySelectorAll('figure')].filter(f => f.offsetWidth > 100).length}"
@@ -285,7 +289,7 @@ def test_an_image_that_is_gone(tmp_path, judges):
     planted = Planted(tmp_path, judges[1], num_images=1)
     _, best = planted.best(top=1)
     Path(planted.records[0]["file_name"]).unlink()
-    page = to_html(best, ["a"], {"data_set": "x", "judge": "y", "of": "z", "share": 0.5})
+    page = to_html(best, ["a"], ABOUT)
     assert page.count("it cannot be read") == 3
     with pytest.raises(DataError, match=r"1\.png"):
         planted.best(top=1)
@@ -392,3 +396,35 @@ def test_mistakes(tiny_config, capsys, words, message):
     assert main(["hardest", "--config-file", tiny_config, *words]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and "learns from" not in printed.out
+
+
+def test_the_other_labels_of_a_crop_are_drawn(tmp_path, judges):
+    """Whether an object has a label is seen on its picture alone; the label that a suggestion changes is dashed."""
+    planted = Planted(tmp_path, judges[3], num_images=1)
+    _, best = planted.best(top=2)
+    page = to_html(best, ["a", "b", "c"], ABOUT)
+    assert "focal data correct IN OUT --suggestions hardest_test.json --accept NUMBERS" in page
+    figures = page.split("<figure id=")[1:]
+    shown = [s for found in best.values() for s in found]
+    assert len(figures) == len(shown)
+    for s, figure in zip(shown, figures):
+        x, y, w, h = map(int, re.search(r'viewBox="(\d+) (\d+) (\d+) (\d+)"', figure).groups())
+        corners = [label["bbox"] for label in planted.records[0]["annotations"]]
+        meets = [x0 < x + w and y0 < y + h and x1 > x and y1 > y for x0, y0, x1, y1 in corners]
+        if s.label is not None:
+            meets[s.label] = False
+        assert figure.count('class="other"') == sum(meets)
+        assert figure.count('class="label"') == (s.label is not None)
+
+
+@pytest.mark.parametrize("scores", [(0.99, 0.2), (0.6, 0.55)])
+def test_what_a_label_should_be_is_not_missing_too(scores):
+    """A moved label, with which a weak detection agrees: the good detection is where the label belongs, no more."""
+    truth, label = [40.0, 40, 80, 80], [52.0, 52, 92, 92]  # IoU 0.32
+    between = [49.0, 49, 89, 89]  # IoU 0.75 with the label
+    found, given = Instances((120, 120)), Instances((120, 120))
+    found.pred_boxes, found.scores = Boxes(torch.tensor([truth, between])), torch.tensor(scores)
+    found.pred_classes = torch.tensor([0, 0])
+    given.gt_boxes, given.gt_classes = Boxes(torch.tensor([label])), torch.tensor([0])
+    assert _without_label(found, given, Boxes(torch.zeros(0, 4)), None).tolist() == [True, False]
+    assert _without_label(found, given, Boxes(torch.tensor([truth])), None).tolist() == [False, False]

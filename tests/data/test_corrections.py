@@ -1,6 +1,7 @@
 """Accepted suggestions, from a file as `focal analysis hardest` writes it to labels that are read back."""
 
 import json
+import shutil
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_one(dataset, tmp_path, capsys, number):
     words = ["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1])]
     assert main([*words, "--accept", str(number)]) == 0
     output = capsys.readouterr().out
-    assert f"Accepted: 1 {('missing', 'class', 'box', 'extra')[number - 1]}." in output
+    assert f"Accepted for 3 labels: 1 {('missing', 'class', 'box', 'extra')[number - 1]}." in output
     (records,) = read(output).values()
     assert labels_of(records) == LABELS | CHANGES[number]
     assert files(dataset[0].parent) == before
@@ -85,9 +86,9 @@ def test_one(dataset, tmp_path, capsys, number):
 @pytest.mark.parametrize("to", ["coco", "yolo", "voc", "csv"])
 def test_all_in_each_format(dataset, tmp_path, capsys, to):
     words = ["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1]), "--to", to]
-    assert main(words) == 0
+    assert main([*words, "--accept", "all"]) == 0
     output = capsys.readouterr().out
-    assert "Accepted: 1 missing, 1 class, 1 box, 1 extra." in output
+    assert "Accepted for 3 labels: 1 missing, 1 class, 1 box, 1 extra." in output
     (records,) = read(output).values()
     assert labels_of(records) == {2: CHANGES[1][2], 1: [CHANGES[2][1][0], CHANGES[3][1][1]]}
 
@@ -96,18 +97,20 @@ def test_what_was_deleted_from_the_file_is_rejected(dataset, tmp_path, capsys):
     content = json.loads(dataset[1].read_text())
     content["annotations"] = content["annotations"][3:]
     dataset[1].write_text(json.dumps(content))
-    assert main(["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1])]) == 0
-    assert "Accepted: 1 extra." in capsys.readouterr().out
+    words = ["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1]), "--accept", "all"]
+    assert main(words) == 0
+    assert "Accepted for 3 labels: 1 extra." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [([], set()), (["7"], {7}), (["1-3", "3", "9-9"], {1, 2, 3, 9}), (["10", "1-2"], {1, 2, 10})]
+    ("words", "expected"),
+    [(["7"], {7}), (["1-3", "3", "9-9"], {1, 2, 3, 9}), (["10", "1-2"], {1, 2, 10}), (["all"], None)],
 )
 def test_numbers(words, expected):
     assert numbers(words) == expected
 
 
-@pytest.mark.parametrize("word", ["", "-", "3-", "-3", "x", "3-1", "1.5", "1-2-3", "²"])
+@pytest.mark.parametrize("word", ["", "-", "3-", "-3", "x", "3-1", "1.5", "1-2-3", "²", "ALL"])
 def test_words_that_are_no_numbers(dataset, tmp_path, capsys, word):
     words = ["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1])]
     assert main([*words, f"--accept={word}"]) == 2
@@ -141,7 +144,8 @@ def test_files_that_are_something_else(dataset, tmp_path, capsys, content, kind)
     path = tmp_path / "other.json"
     if content is not None:
         path.write_text(content)
-    assert main(["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(path)]) == 2
+    words = ["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(path), "--accept", "all"]
+    assert main(words) == 2
     error = capsys.readouterr().err
     assert kind in error and "other.json" in error and len(error.splitlines()) == 1
 
@@ -154,6 +158,33 @@ def test_labels_that_have_changed_since(dataset, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "suggestion 2, " in error and "a label cat with the corners 10.0, 10.0, 30.0, 30.0" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_all_is_never_meant_by_silence(dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1])])
+    assert "--accept" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_copy_is_found_by_the_names_of_its_images(dataset, tmp_path, capsys):
+    """Suggestions on what `focal data split` made correct the data set that it was made of, and a copy of it."""
+    shutil.copytree(dataset[0].parent, tmp_path / "copy")
+    words = ["correct", str(tmp_path / "copy/trees.csv"), str(tmp_path / "out"), "--suggestions", str(dataset[1])]
+    assert main([*words, "--accept", "all"]) == 0
+    (records,) = read(capsys.readouterr().out).values()
+    assert labels_of(records) == {2: CHANGES[1][2], 1: [CHANGES[2][1][0], CHANGES[3][1][1]]}
+
+
+@pytest.mark.parametrize("where", ["IN", "suggestions"])
+def test_copies_whose_images_share_a_name_are_not_guessed(dataset, where):
+    content = json.loads(dataset[1].read_text())
+    names = ["a/2.png", "b/2.png"] if where == "IN" else ["a/2.png", "a/1.png"]
+    if where == "suggestions":
+        content["images"].append({"id": 9, "file_name": "elsewhere/1.png"})
+    records = [{"file_name": name, "annotations": []} for name in names]
+    with pytest.raises(DataError, match=r"image that is not there: IN has none of .*, and several are named [12]\.png"):
+        correct(records, ["cat", "dog"], content, {1})
+    assert not any(record["annotations"] for record in records)
 
 
 @pytest.mark.parametrize(

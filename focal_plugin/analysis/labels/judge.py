@@ -32,8 +32,6 @@ from ...retinanet import FocalRetinaNet
 from ...structures import DenseTargets
 from .suggestions import Suggestion, Verdict
 
-_NEAR = 0.1  # the IoU from which a detection may be of a label's object; from IOU on it is
-
 
 class Judge:
     """Judges the labels of an image by a model.
@@ -71,13 +69,16 @@ class Judge:
         losses = torch.cat([level[0].permute(2, 3, 0, 1).flatten(0, 2) for level in losses])  # (R, K), of negatives
         labels = torch.cat([level[0].permute(1, 2, 0).flatten() for level in targets.labels])  # (R,)
         losses[labels != targets.num_classes] = 0
-        free = _without_label(found, given, sample.get("ignore_boxes"))
+        mistakes = list(positives.mistakes(self.model.test_score_thresh))
+        suggested = [mistake["predicted_box"] for mistake in mistakes if mistake["kind"] != "extra"]
+        suggested = Boxes(torch.stack(suggested) if suggested else x[0].new_zeros(0, 4))
+        free = _without_label(found, given, suggested, sample.get("ignore_boxes"))
 
         height, width = given.image_size
         scale = [record["width"] / width, record["height"] / height] * 2
         seen = [
             *_missing(found[free], losses, targets.grid.flat, self.rates),
-            *positives.mistakes(self.model.test_score_thresh),
+            *mistakes,
         ]
         suggestions = [_in_image(suggestion, record, scale) for suggestion in seen]
         return Verdict(
@@ -103,16 +104,14 @@ def _with_usable_labels(record: dict) -> dict:
     return record | {"annotations": kept}
 
 
-def _without_label(found: Instances, given: Instances, crowds: Boxes | None) -> Tensor:
+def _without_label(found: Instances, given: Instances, suggested: Boxes, crowds: Boxes | None) -> Tensor:
     """Return whether each detection, the best first, is of an object that has no label, (D,) bool.
 
-    It is not if it lies on a label, in a crowd or on a better detection of another class; nor near a label that no
-    detection agrees with: it is then what that label should be.
+    It is not if it lies on a label, in a crowd or on a better detection of another class; nor if it is what the
+    positives of a label predict, the box ``suggested`` for that label.
     """
     boxes = found.pred_boxes
-    iou = pairwise_iou(boxes, given.gt_boxes)  # (D, G)
-    agreed = ((iou >= IOU) & (found.pred_classes[:, None] == given.gt_classes)).any(dim=0)  # (G,)
-    free = ~((iou >= IOU) | ((iou >= _NEAR) & ~agreed)).any(dim=1)
+    free = ~torch.cat([pairwise_iou(boxes, given.gt_boxes), pairwise_iou(boxes, suggested)], dim=1).ge(IOU).any(dim=1)
     if crowds is not None:
         free &= ~(pairwise_ioa(crowds.to(boxes.device), boxes) >= IOU).any(dim=0)
     same = pairwise_iou(boxes, boxes) >= IOU

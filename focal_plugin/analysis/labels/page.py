@@ -4,9 +4,10 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from ...evaluation.page import render
@@ -104,7 +105,8 @@ def to_html(best: Mapping[str, Sequence[Suggestion]], names: Sequence[str], abou
     by_image: dict[str, list] = {}
     for number, s in numbered:
         by_image.setdefault(s.record["file_name"], []).append((number, s.kind))
-    classes = sorted({k for _, s in numbered for k in (s.label_class, s.predicted_class) if k is not None})
+    seen = {k for _, s in numbered for k in (s.label_class, s.predicted_class) if k is not None}
+    classes = sorted(seen | {k for crop in crops for _, k in crop["others"]})
     return render(
         __package__,
         "hardest.html",
@@ -118,7 +120,11 @@ def to_html(best: Mapping[str, Sequence[Suggestion]], names: Sequence[str], abou
 
 
 def _crops(suggestions: Sequence[Suggestion]) -> list[dict]:
-    """For each suggestion a crop: ``view``, (x, y, width, height) in the image, and ``uri``, "" if it is unreadable."""
+    """For each suggestion a crop.
+
+    It has its ``view``, (x, y, width, height) in the image; its ``uri``, "" if it is unreadable; and ``others``,
+    the box and class of the other labels there.
+    """
     crops: list[dict] = [{}] * len(suggestions)
     order = sorted(range(len(suggestions)), key=lambda i: suggestions[i].record["file_name"])  # each image is read once
     path, image = None, None
@@ -133,8 +139,15 @@ def _crops(suggestions: Sequence[Suggestion]) -> list[dict]:
         x0, y0 = max(int(left - pad), 0), max(int(top - pad), 0)
         x1, y1 = min(int(right + pad) + 1, width), min(int(bottom + pad) + 1, height)
         uri = _jpeg(image.crop((x0, y0, x1, y1))) if image else ""
-        crops[i] = {"view": (x0, y0, x1 - x0, y1 - y0), "uri": uri}
+        others = [(b, k) for b, k in _other_labels(s) if b[0] < x1 and b[1] < y1 and b[2] > x0 and b[3] > y0]
+        crops[i] = {"view": (x0, y0, x1 - x0, y1 - y0), "uri": uri, "others": others}
     return crops
+
+
+def _other_labels(s: Suggestion) -> Iterator[tuple[Box, int]]:
+    for place, label in enumerate(s.record.get("annotations", ())):
+        if label.get("place", place) != s.label:
+            yield BoxMode.convert(label["bbox"], label["bbox_mode"], BoxMode.XYXY_ABS), label["category_id"]
 
 
 def _read(path: str) -> Image.Image | None:
