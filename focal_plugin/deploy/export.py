@@ -5,12 +5,14 @@
 
 The file takes one image of any size, resized as in the config, with values from 0 to 255 in the channel order of
 INPUT.FORMAT: (3, H, W) in float32, or as in --input-layout and --input-dtype. It returns boxes (XYXY in pixels of that
-image), scores and classes, best first; normalisation, padding, NMS and clipping are inside. With --raw it returns the
-logits and deltas of each level instead. Its metadata has what is needed around it: channel order, image size and class
-names; with --raw, the anchors.
+image), scores and classes, best first; normalisation, padding, NMS and clipping are inside. With --batch it takes any
+number of images of one size, and returns the detections of one image after another, and their counts. With --raw it
+returns the logits and deltas of each level instead. Its metadata has what is needed around it: channel order, image
+size and class names; with --raw, the anchors and thresholds.
 
-The file is kept only if it computes what the model does (scores to 1e-3) on the images of --image, or else on some of
-DATASETS.TEST, each as it is and reflected to a larger size. An existing file is never overwritten.
+The file is kept only if it computes what the model does (scores to 1e-3, or to 1e-2 with --precision float16) on the
+images of --image, or else on some of DATASETS.TEST, each as it is and reflected to a larger size. An existing file is
+never overwritten.
 """
 
 import argparse
@@ -24,24 +26,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..config.explain import split_pairs
 from ..engine.signals import exit_on_sigterm
 from ..files.write import check_free, is_running, process_name
 from ..retinanet import FocalRetinaNet
-from .export_check import ExportError, compare_detections, compare_maps, expected_maps, find_candidates
-from .export_formats import FORMATS, Run, quiet
-from .export_graph import DTYPES, LAYOUTS, ExportedDetector, ExportedHeads, ImageInput
-from .loading import class_metadata, load_model, read_config
+from .export_check import TOLERANCES, ExportError, check
+from .export_formats import FORMATS, quiet
+from .export_graph import DTYPES, LAYOUTS, PRECISIONS, ExportedDetector, ExportedHeads, ImageInput
+from .export_metadata import describe, output_names
+from .loading import load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
 
@@ -56,8 +57,10 @@ def export_model(
     images: Mapping[str, Tensor],
     *,
     raw: bool = False,
-    layout: str = "CHW",
+    layout: str | None = None,
     dtype: str = "float32",
+    batch: bool = False,
+    precision: str = "float32",
     opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -69,7 +72,9 @@ def export_model(
         format: "onnx", "torchscript" or "torch-export".
         images: real images to compare on, by name: (3, H, W), 0 to 255, as the model takes them.
         raw: return logits and deltas (``ExportedHeads``), not detections (``ExportedDetector``).
-        layout, dtype: of the file's image, see ``ImageInput``.
+        layout, dtype, batch: of the file's images, see ``ImageInput``.
+        precision: what the network computes in and its weights are, "float32" or, of an ONNX file, "float16". Boxes,
+            scores and NMS are computed in float32, and what goes in and comes out stays as it is.
         opset: the version of ONNX's operators; None, PyTorch's choice.
         metadata: written into the file; texts as they are, all else as JSON.
 
@@ -84,7 +89,11 @@ def export_model(
         raise ValueError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}.")
     if opset is not None and format != "onnx":
         raise ValueError(f"--opset {opset} is for --format onnx, not {format}.")
-    image_input = ImageInput(layout, dtype)
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if precision != "float32" and format != "onnx":
+        raise ValueError(f"--precision {precision} is for --format onnx, not {format}.")
+    image_input = ImageInput(layout, dtype, batch)
     _check_supported(model)
     if not images:
         raise ExportError("There is no image to compare the file and the model on.")
@@ -93,9 +102,9 @@ def export_model(
     write, run, class_wise_nms, on_cpu = FORMATS[format]
     model = copy.deepcopy(model).eval()
     model = model.cpu() if on_cpu else model
-    folded = fold_norms(model)
-    module = ExportedHeads(folded, image_input) if raw else ExportedDetector(folded, class_wise_nms, image_input)
-    names = output_names(model, raw)
+    how = fold_norms(model), image_input, PRECISIONS[precision]
+    module = ExportedHeads(*how) if raw else ExportedDetector(*how, class_wise_nms=class_wise_nms)
+    names = output_names(model, raw, batch)
     os.makedirs(os.path.dirname(output), exist_ok=True)
     _remove_left(os.path.dirname(output))
     prefix = f"{_UNFINISHED}{process_name()}-"
@@ -111,7 +120,7 @@ def export_model(
             raise OSError(error.errno, f"{output} could not be written, and nothing is left of it: {error}") from error
         except Exception as error:  # exporters raise many types for what they do not support
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
-        check(model, loaded, images, raw, image_input)
+        check(model, loaded, images, raw, image_input, TOLERANCES[precision])
         check_free(output, "--output")  # again: the export has taken minutes
         os.rename(path, output)
 
@@ -122,72 +131,6 @@ def _remove_left(folder: str) -> None:
         process = os.path.basename(path).removeprefix(_UNFINISHED).rpartition("-")[0]
         if is_running(process) is False:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def check(model: FocalRetinaNet, run: Run, images: Mapping[str, Tensor], raw: bool, image_input: ImageInput) -> None:
-    """Compare an exported model and ``model`` on each image, as it is and reflected to a larger size.
-
-    Raises:
-        ExportError: they differ, or no image has a detection to compare.
-    """
-    found_any = raw
-    for name, image in tqdm(images.items(), desc="Comparing", unit="image", delay=2, leave=False):
-        height, width = image.shape[-2:]
-        larger = F.pad(image[None], (0, width // 3, 0, height // 4), mode="reflect")[0]
-        for packed in (image_input.pack(x.to(model.device)) for x in (image, larger)):
-            view = image_input.unpack(packed).float()
-            expected = expected_maps(model, view) if raw else find_candidates(model, view)
-            try:
-                found = run(packed)
-                if raw:
-                    compare_maps(expected, found, output_names(model, raw))
-                else:
-                    compare_detections(expected, found, model)
-            except Exception as error:  # running the file may fail, too
-                size = " × ".join(map(str, view.shape[-2:]))
-                raise ExportError(
-                    f"The exported file does not compute what the model does, and is not kept. On {name}, {size}: "
-                    f"{error}"
-                ) from error
-            found_any = found_any or len(found[0]) > 0
-    if not found_any:
-        raise ExportError(
-            f"The model detects nothing in {', '.join(images)}, so the file could not be compared with it and is not "
-            "kept: give --image files with objects."
-        )
-
-
-def output_names(model: FocalRetinaNet, raw: bool) -> list[str]:
-    """Return the names of an exported model's outputs."""
-    if not raw:
-        return ["boxes", "scores", "classes"]
-    return [f"{kind}_{level}" for kind in ("logits", "deltas") for level in model.head_in_features]
-
-
-def describe(cfg: CfgNode, model: FocalRetinaNet, raw: bool, layout: str, dtype: str) -> dict[str, Any]:
-    """Return the metadata of an exported model: what one needs to know to use it."""
-    about = {
-        "input_format": cfg.INPUT.FORMAT,
-        "input_layout": layout,
-        "input_dtype": dtype,
-        "min_size": cfg.INPUT.MIN_SIZE_TEST,
-        "max_size": cfg.INPUT.MAX_SIZE_TEST,
-        "classes": class_metadata(cfg, model).get("thing_classes") or [str(i) for i in range(model.num_classes)],
-    }
-    if raw:
-        about |= _describe_anchors(model.anchor_generator)
-        about["bbox_reg_weights"] = list(model.box2box_transform.weights)
-    return about
-
-
-def _describe_anchors(generator: nn.Module) -> dict[str, Any]:
-    if isinstance(generator, TorchvisionAnchorGenerator):
-        return {"first_stride": generator.first_stride, "cell_anchors": [cell.tolist() for cell in generator.shapes]}
-    return {
-        "strides": list(generator.strides),
-        "cell_anchors": [cell.tolist() for cell in generator.cell_anchors],  # around (0, 0)
-        "anchor_offset": generator.offset,
-    }
 
 
 def _check_supported(model: nn.Module) -> None:
@@ -242,10 +185,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--raw", action="store_true", help="return the logits and deltas of each level")
     parser.add_argument("--input-dtype", default="float32", choices=DTYPES, help="of the image (default: %(default)s)")
     parser.add_argument(
-        "--input-layout",
-        default="CHW",
-        choices=LAYOUTS,
-        help="of the image; N is a batch of one (default: %(default)s)",
+        "--input-layout", choices=LAYOUTS, help="of the image; N is 1 without --batch (default: CHW; NCHW with --batch)"
+    )
+    parser.add_argument("--batch", action="store_true", help="take any number of images of one size")
+    parser.add_argument(
+        "--precision", default="float32", choices=PRECISIONS, help="of the network, in ONNX (default: %(default)s)"
     )
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="compare on these images")
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: PyTorch's choice)")
@@ -262,19 +206,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         files, opts = split_pairs(args.image)  # keys may follow it
         if opts and not files:
             raise ExportError(f"--image names no file before {opts[0]}.")
+        image_input = ImageInput(args.input_layout, args.input_dtype, args.batch)
         cfg = read_config(args.config_file, opts + args.opts)
         cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
         model = load_model(cfg)
         _check_supported(model)
         images = read_images(cfg, files)
         print(f"Exporting to {args.format} ...")
-        how = {"raw": args.raw, "layout": args.input_layout, "dtype": args.input_dtype}
-        about = describe(cfg, model, **how)
-        export_model(model, args.output, args.format, images, **how, opset=args.opset, metadata=about)
+        how = vars(image_input) | {"raw": args.raw, "precision": args.precision, "opset": args.opset}
+        about = describe(cfg, model, args.raw, image_input, args.precision)
+        export_model(model, args.output, args.format, images, **how, metadata=about)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: {os.path.getsize(args.output) / 2**20:.1f} MB, same as the model on {len(images)} images")
+    size, far = os.path.getsize(args.output) / 2**20, TOLERANCES[args.precision].scores
+    print(f"{args.output}: {size:.1f} MB, same as the model on {len(images)} images, scores to {far}")
     return 0
 
 

@@ -113,27 +113,31 @@ def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold:
     """``class_wise_nms`` in ONNX's operators: a row of scores for each class, −1 where a box has another class."""
     op = _import("onnxscript").opset18
     rows = op.Unsqueeze(op.Range(0, num_classes, 1), [1])  # (K, 1)
-    rows = op.Where(op.Equal(rows, op.Unsqueeze(classes, [0])), op.Unsqueeze(scores, [0]), op.CastLike(-1.0, scores))
+    nothing = op.CastLike(-1.0, scores)
+    rows = op.Where(op.Equal(rows, op.Unsqueeze(classes, [1])), op.Unsqueeze(scores, [1]), nothing)  # (N, K, C)
     kept = op.NonMaxSuppression(
-        op.Unsqueeze(boxes, [0]),  # (1, C, 4)
-        op.Unsqueeze(rows, [0]),  # (1, K, C)
+        boxes,
+        rows,
         op.Constant(value_ints=[count]),
         op.Constant(value_floats=[threshold]),
         op.Constant(value_floats=[-0.5]),  # scores are above
     )  # (P, 3): image, class, box
-    kept = op.Reshape(op.Slice(kept, [2], [3], [1]), [-1])
-    kept, _ = op.TopK(kept, op.Shape(kept), largest=0)  # of equal scores, the first box comes first
-    _, order = op.TopK(op.Gather(scores, kept), op.Shape(kept))
-    return op.Gather(kept, order)
+    kept = op.Gather(kept, op.Constant(value_ints=[0, 2]), axis=1)
+    scores = op.ScatterND(op.Expand(nothing, op.Shape(scores)), kept, op.GatherND(scores, kept))  # (N, C)
+    return op.TopK(
+        scores, op.Min(op.Constant(value_ints=[count]), op.Shape(scores, start=1))
+    )  # of equal ones, the first
 
 
 def _example(module: ExportedHeads) -> Tensor:
     generator, mean = torch.Generator().manual_seed(0), module.model.pixel_mean  # (C, 1, 1)
-    return module.image_input.pack(torch.rand((len(mean), *_EXAMPLE_SIZE), generator=generator) * 255).to(mean.device)
+    images = torch.rand((1 + module.image_input.batch, len(mean), *_EXAMPLE_SIZE), generator=generator) * 255
+    return module.image_input.pack(images).to(mean.device)
 
 
 def _dynamic_shapes(module: ExportedHeads) -> tuple[dict]:
-    return ({module.image_input.layout.index(side): torch.export.Dim.DYNAMIC for side in "HW"},)
+    layout, batch = module.image_input.layout, module.image_input.batch
+    return ({layout.index(side): torch.export.Dim.DYNAMIC for side in ("NHW" if batch else "HW")},)
 
 
 def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:

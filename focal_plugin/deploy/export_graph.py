@@ -1,5 +1,6 @@
-"""A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can trace for any image size."""
+"""A ``FocalRetinaNet`` as one function from a tensor to tensors, which exporters can trace for images of any size."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,117 +13,132 @@ from ..anchors.foreign import TorchvisionAnchorGenerator
 from ..layers.replace import like_conv, replace_modules
 from ..retinanet import FocalRetinaNet
 
-# (boxes (C, 4), scores (C,), classes (C,), K, IoU threshold, D) → the indices of the boxes that NMS keeps, best first,
-# or at least those of the D best of each class.
-ClassWiseNMS = Callable[[Tensor, Tensor, Tensor, int, float, int], Tensor]
+# (boxes (N, C, 4), scores (N, C), −1 for no candidate, classes (N, C), K, IoU threshold, D) → scores (N, D), −1 past
+# the last, and the indices (N, D) of the D best boxes that NMS keeps in each image, best first; or all C, if C < D.
+ClassWiseNMS = Callable[[Tensor, Tensor, Tensor, int, float, int], tuple[Tensor, Tensor]]
 
 
 LAYOUTS = ("CHW", "HWC", "NCHW", "NHWC")
 DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How an exported model takes its image.
+    """How an exported model takes its image or its images.
 
     Attributes:
-        layout: the order of its dimensions, one of ``LAYOUTS``; N is a batch of one.
+        layout: the order of its dimensions, one of ``LAYOUTS``; None for CHW, or NCHW with ``batch``.
         dtype: one of ``DTYPES``.
+        batch: N is any number of images of one size. Otherwise it is 1.
 
     Raises:
-        ValueError: one has another value.
+        ValueError: one has another value, or a batch has a layout without N.
     """
 
-    layout: str
-    dtype: str
+    layout: str | None = None
+    dtype: str = "float32"
+    batch: bool = False
 
     def __post_init__(self):
+        if self.layout is None:
+            object.__setattr__(self, "layout", "NCHW" if self.batch else "CHW")
         for option, value, choices in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, DTYPES)):
             if value not in choices:
                 raise ValueError(f"--input-{option} is {value!r}; expected one of {', '.join(choices)}.")
+        if self.batch and not self.layout.startswith("N"):
+            raise ValueError(f"--input-layout {self.layout} has no N for --batch: use N{self.layout}.")
 
-    def pack(self, image: Tensor) -> Tensor:
-        """Lay out a (C, H, W) image as the exported model takes it."""
-        image = image.permute(1, 2, 0) if self.layout.endswith("C") else image
-        image = image[None] if self.layout.startswith("N") else image
-        return image.to(DTYPES[self.dtype]).contiguous()
+    def pack(self, images: Tensor) -> Tensor:
+        """Lay out (N, C, H, W) images, one without ``batch``, as the exported model takes them."""
+        images = images.permute(0, 2, 3, 1) if self.layout.endswith("C") else images
+        images = images if self.layout.startswith("N") else images[0]
+        return images.to(DTYPES[self.dtype]).contiguous()
 
-    def unpack(self, image: Tensor) -> Tensor:
-        """Return the (C, H, W) image in the input of the exported model, in its dtype."""
-        image = image[0] if self.layout.startswith("N") else image
-        return image.permute(2, 0, 1) if self.layout.endswith("C") else image
+    def unpack(self, images: Tensor) -> Tensor:
+        """Return the (N, C, H, W) images in the input of the exported model, in its dtype."""
+        images = images if self.layout.startswith("N") else images[None]
+        return images.permute(0, 3, 1, 2) if self.layout.endswith("C") else images
 
 
 class ExportedHeads(nn.Module):
     """The network alone: its logits and deltas, before they become boxes.
 
-    ``forward`` takes an image in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, laid out as
-    ``image_input`` says, normalises it and pads it at the right and the bottom to what the backbone needs. It returns
-    the logits (1, A·K, H', W') of each level, finest first, and then the deltas (1, A·4, H', W') of each.
+    ``forward`` takes images in the channel order of ``INPUT.FORMAT`` with values from 0 to 255, laid out as
+    ``image_input`` says, normalises them and pads them at the right and the bottom to what the backbone needs. It
+    returns the logits (N, A·K, H', W') of each level, finest first, and then the deltas (N, A·4, H', W') of each, all
+    in float32.
 
     Args:
         model: a copy for this module alone, in eval mode; some layers are changed for the exporters.
-        image_input: the layout and dtype of the image.
+        image_input: the layout and dtype of the images.
+        dtype: what the backbone and the head compute in.
     """
 
-    def __init__(self, model: FocalRetinaNet, image_input: ImageInput):
+    def __init__(self, model: FocalRetinaNet, image_input: ImageInput, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model = model
         self.image_input = image_input
+        self.dtype = dtype
+        for module in (model.backbone, model.head):
+            module.to(dtype)
         replace_modules(model.backbone, _same_size_twin)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        logits, deltas = self.predict(self.image_input.unpack(image))
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        logits, deltas = self.predict(self.image_input.unpack(images))
         return *logits, *deltas
 
-    def predict(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the logits and the deltas of each level for a (C, H, W) image."""
+    def predict(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the logits and the deltas of each level for (N, C, H, W) images."""
         model = self.model
-        image = (image.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
-        return model.head(model.features(self._pad(image)[None]))
+        images = (images.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
+        logits, deltas = model.head(model.features(self._pad(images).to(self.dtype)))
+        return [x.float() for x in logits], [x.float() for x in deltas]
 
-    def _pad(self, image: Tensor) -> Tensor:
+    def _pad(self, images: Tensor) -> Tensor:
         constraints = self.model.backbone.padding_constraints or {}
         divisor = constraints.get("size_divisibility", self.model.backbone.size_divisibility)
         side = constraints.get("square_size", 0)
-        height, width = image.shape[-2:]
+        height, width = images.shape[-2:]
         if side > 0:
-            return F.pad(image, (0, side - width, 0, side - height))
-        return F.pad(image, (0, -width % divisor, 0, -height % divisor)) if divisor > 1 else image
+            return F.pad(images, (0, side - width, 0, side - height))
+        return F.pad(images, (0, -width % divisor, 0, -height % divisor)) if divisor > 1 else images
 
 
 class ExportedDetector(ExportedHeads):
-    """The whole detector for one image. Its detections are the model's, in float32.
+    """The whole detector. Its detections are the model's, in float32.
 
-    ``forward`` takes the image as ``ExportedHeads`` does. It returns boxes (D, 4), XYXY in pixels of the image and
-    clipped to it; scores (D,); classes (D,) int64. Best first; D is at most the model's ``max_detections_per_image``.
+    ``forward`` takes the images as ``ExportedHeads`` does. It returns the detections of all images one after another:
+    boxes (D, 4), XYXY in pixels of the image and clipped to it; scores (D,); classes (D,) int64. Those of an image come
+    best first, at most the model's ``max_detections_per_image``. A batch has a fourth output, the counts (N,) int64 of
+    its images' detections.
 
     Args:
-        model: see ``ExportedHeads``.
+        model, image_input, dtype: see ``ExportedHeads``.
         class_wise_nms: NMS class by class, in operators that the format has.
-        image_input: see ``ExportedHeads``.
     """
 
-    def __init__(self, model: FocalRetinaNet, class_wise_nms: ClassWiseNMS, image_input: ImageInput):
-        super().__init__(model, image_input)
+    def __init__(self, *args, class_wise_nms: ClassWiseNMS):
+        super().__init__(*args)
         self.class_wise_nms = class_wise_nms
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model, image = self.model, self.image_input.unpack(image)
-        logits, deltas = self.predict(image)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        model, images = self.model, self.image_input.unpack(images)
+        logits, deltas = self.predict(images)
         levels = [self._best_of_level(*level) for level in zip(logits, deltas, *self._grids(logits))]
-        scores, classes, deltas, anchors = (torch.cat(parts) for parts in zip(*levels))  # (C, ...)
-        boxes = model.box2box_transform.apply_deltas(deltas, anchors)  # (C, 4)
+        scores, classes, deltas, anchors = (torch.cat(parts, dim=1) for parts in zip(*levels))  # (N, C, ...)
+        boxes = model.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
         if model.clip_before_nms:
-            boxes = _clip_boxes(boxes, image)
-        wanted = (scores > model.test_score_thresh).nonzero().squeeze(1)
-        boxes, scores, classes = boxes[wanted], scores[wanted], classes[wanted]
+            boxes = _clip_boxes(boxes, images)
+        scores = scores.masked_fill(~(scores > model.test_score_thresh), -1.0)
 
         count = model.max_detections_per_image
-        keep = self.class_wise_nms(boxes, scores, classes, model.num_classes, model.test_nms_thresh, count)[:count]
-        boxes, scores, classes = _clip_boxes(boxes[keep], image), scores[keep], classes[keep]
-        inside = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero().squeeze(1)
-        return boxes[inside], scores[inside], classes[inside]
+        scores, order = self.class_wise_nms(boxes, scores, classes, model.num_classes, model.test_nms_thresh, count)
+        boxes = _clip_boxes(boxes.gather(1, order[..., None].expand(-1, -1, 4)), images)  # (N, D, 4)
+        wanted = (scores >= 0) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+        image, place = wanted.nonzero().unbind(1)  # image by image
+        found = boxes[image, place], scores[image, place], classes.gather(1, order)[image, place]
+        return (*found, wanted.sum(dim=1)) if self.image_input.batch else found
 
     def _grids(self, logits: list[Tensor]) -> tuple[list[Tensor], list[tuple]]:
         """For each level, the (A, 4) anchors of its first location, and its steps (y, x) in pixels."""
@@ -137,50 +153,66 @@ class ExportedDetector(ExportedHeads):
     def _best_of_level(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, step: tuple
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The scores (C,), classes (C,), deltas (C, 4) and anchors (C, 4) of a level's best (anchor, class) pairs.
+        """The scores (N, C), classes (N, C), deltas (N, C, 4) and anchors (N, C, 4) of a level's best pairs.
+
+        A pair is an anchor and a class.
 
         Args:
-            logits: (1, A·K, H, W). deltas: (1, A·4, H, W). anchors, step: see ``_grids``.
+            logits: (N, A·K, H, W). deltas: (N, A·4, H, W). anchors, step: see ``_grids``.
         """
-        k, a = self.model.num_classes, len(anchors)
-        h, w = logits.shape[-2:]
-        logits = logits.flatten()  # (A·K·H·W,)
-        logits, indices = logits.topk(_at_most(logits.shape[0], self.model.test_topk_candidates))
+        k, a, limit = self.model.num_classes, len(anchors), self.model.test_topk_candidates
+        n, _, h, w = logits.shape
+        logits = logits.flatten(1)  # (N, A·K·H·W)
+        count = _at_most(logits.shape[1], limit)
+        logits, indices = logits.topk(count, dim=1)
+        # C becomes a constant: exporters take far longer where it is a term of H and W.
+        logits = F.pad(logits, (0, limit - count), value=-math.inf)  # (N, C)
+        indices = F.pad(indices, (0, limit - count))
         rows, x = _divmod(indices, w)
         pairs, y = _divmod(rows, h)
         anchor, classes = _divmod(pairs, k)
-        deltas = deltas.view(a, 4, h, w)[anchor, :, y, x]  # (C, 4)
+        image = torch.arange(n, device=indices.device)[:, None]  # (N, 1)
+        deltas = deltas.view(n, a, 4, h, w)[image, anchor, :, y, x]  # (N, C, 4)
         y, x = y * step[0], x * step[1]
-        return logits.sigmoid(), classes, deltas, torch.stack((x, y, x, y), dim=1) + anchors[anchor]
+        return logits.sigmoid(), classes, deltas, torch.stack((x, y, x, y), dim=2) + anchors[anchor]
 
 
 def offset_nms(
     boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, threshold: float, count: int
-) -> Tensor:
-    """Class-wise NMS in one call of torchvision's: boxes of different classes are moved apart.
+) -> tuple[Tensor, Tensor]:
+    """Class-wise NMS in one call of torchvision's: boxes of different images or classes are moved apart.
 
     Offsets are multiples of the span of all coordinates, also of those outside the image. In float64, since float32
     rounds to 1/128 pixel from 65536 on, which offsets reach with many classes or large images.
     """
-    # Two boxes of further classes come last: an exported torchvision.ops.nms assumes that it keeps at least two.
-    boxes = F.pad(boxes.double(), (0, 0, 0, 2))
-    scores = F.pad(scores.double(), (0, 2), value=-1.0)
-    classes = torch.cat((classes, torch.arange(num_classes, num_classes + 2, device=classes.device)))
-    span = boxes.max() - boxes.min() + 1
-    return nms(boxes + (classes * span)[:, None], scores, threshold)[:-2]
+    n = scores.shape[0]
+    candidates = (scores.flatten() >= 0).nonzero().squeeze(1)
+    groups = classes + num_classes * torch.arange(n, device=classes.device)[:, None]  # (N, C)
+    # Two boxes of further groups come last: an exported torchvision.ops.nms assumes that it keeps at least two.
+    values = F.pad(scores.flatten()[candidates].double(), (0, 2), value=-1.0)
+    spread = F.pad(boxes.flatten(0, 1)[candidates].double(), (0, 0, 0, 2))
+    further = n * num_classes + torch.arange(2, device=classes.device)
+    groups = torch.cat((groups.flatten()[candidates], further))
+    span = spread.max() - spread.min() + 1
+    kept = candidates[nms(spread + (groups * span)[:, None], values, threshold)[:-2]]
+    scores = torch.full_like(scores, -1.0).flatten().index_copy(0, kept, scores.flatten()[kept]).view_as(scores)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :count], order[:, :count]
 
 
 @torch.library.custom_op("focal_plugin::class_wise_nms", mutates_args=())
 def class_wise_nms(
     boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, threshold: float, count: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``offset_nms`` as one operator, which becomes ONNX's ``NonMaxSuppression``, itself class-wise."""
-    return offset_nms(boxes, scores, classes, num_classes, threshold, count)
+    scores, order = offset_nms(boxes, scores, classes, num_classes, threshold, count)
+    return scores.clone(), order.clone()  # an operator returns no views
 
 
 @class_wise_nms.register_fake
 def _(boxes, scores, classes, num_classes, threshold, count):
-    return classes.new_empty(torch.library.get_ctx().new_dynamic_size())
+    n, c = scores.shape
+    return scores.new_empty(n, torch.sym_min(c, count)), classes.new_empty(n, torch.sym_min(c, count))
 
 
 class ConvToSameSize(nn.Conv2d):
@@ -211,11 +243,11 @@ def _divmod(indices: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
     return quotient, indices - quotient * size
 
 
-def _clip_boxes(boxes: Tensor, image: Tensor) -> Tensor:
-    """Clip (C, 4) boxes to a (3, H, W) image."""
-    x1, y1, x2, y2 = boxes.unbind(1)
-    height, width = image.shape[-2:]
-    return torch.stack((_clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height)), dim=1)
+def _clip_boxes(boxes: Tensor, images: Tensor) -> Tensor:
+    """Clip (N, C, 4) boxes to (N, C, H, W) images."""
+    x1, y1, x2, y2 = boxes.unbind(2)
+    height, width = images.shape[-2:]
+    return torch.stack((_clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height)), dim=2)
 
 
 def _clip(coordinates: Tensor, size: int | Tensor) -> Tensor:

@@ -1,11 +1,24 @@
-"""Weights for the tiny detector that are sure of some things and not of others."""
+"""A photograph, and weights for the tiny detector that are sure of some things and not of others."""
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from PIL import Image
 from torch import nn
 
 from focal_plugin.config.load import load_config
+from focal_plugin.data.quickstart import source_folder
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """A part of a photograph of the quickstart's, (3, 700, 700), BGR."""
+    try:
+        path = next(source_folder().glob("*541000_4977000_image_crop.png"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return np.asarray(Image.open(path).convert("RGB"))[:700, :700, ::-1].transpose(2, 0, 1).astype(np.float32)
 
 
 @pytest.fixture(scope="session")

@@ -16,102 +16,21 @@ import onnxruntime
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.backbone import FPN, Backbone
-from detectron2.modeling.box_regression import Box2BoxTransform
-from PIL import Image
 from torch import nn
 from torchvision.ops import nms
 
-from focal_plugin import FocalRetinaNet, FocalRetinaNetHead, PriorBiasInit
 from focal_plugin.anchors.foreign import TorchvisionAnchorGenerator
 from focal_plugin.config.load import load_config
-from focal_plugin.data.quickstart import source_folder
 from focal_plugin.deploy import export, export_formats
 from focal_plugin.deploy.export_check import Candidates, ExportError, compare_detections, expected_maps, find_candidates
 from focal_plugin.deploy.export_formats import FORMATS, quiet
 from focal_plugin.deploy.export_graph import class_wise_nms, offset_nms
 from focal_plugin.files.write import process_name
+from tests.deploy.tiny_detector import crop, detect, tiny_model
 
 SERVING = Path(__file__).parents[2] / "docs" / "export.md"
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-class Stages(Backbone):
-    """Features of strides 8 and 16, each a convolution with a frozen norm that does something."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = Conv2d(3, 8, 7, stride=4, padding=3, norm=FrozenBatchNorm2d(8), activation=nn.ReLU())
-        self.s3 = Conv2d(8, 16, 3, stride=2, padding=1, norm=FrozenBatchNorm2d(16), activation=nn.ReLU())
-        self.s4 = Conv2d(16, 16, 3, stride=2, padding=1, norm=FrozenBatchNorm2d(16), activation=nn.ReLU())
-        for conv in (self.stem, self.s3, self.s4):
-            nn.init.kaiming_normal_(conv.weight)
-            conv.norm.running_var.uniform_(0.6, 1.4)
-            conv.norm.bias.normal_(std=0.1)
-
-    def forward(self, images):
-        s3 = self.s3(self.stem(images))
-        return {"s3": s3, "s4": self.s4(s3)}
-
-    def output_shape(self):
-        return {"s3": ShapeSpec(channels=16, stride=8), "s4": ShapeSpec(channels=16, stride=16)}
-
-
-def tiny_model(num_classes=3, norm="", **changes):
-    """A pyramid of two levels whose scores spread over (0, 1)."""
-    torch.manual_seed(0)
-    backbone = FPN(Stages(), ["s3", "s4"], 16)
-    shapes = list(backbone.output_shape().values())
-    head = FocalRetinaNetHead(
-        input_shape=shapes,
-        num_classes=num_classes,
-        num_anchors=2,
-        conv_dims=[16],
-        norm=norm and (lambda channels: nn.GroupNorm(4, channels)),
-        bias_init=PriorBiasInit(prior_prob=0.05),
-    )
-    settings = {
-        "backbone": backbone,
-        "head": head,
-        "head_in_features": list(backbone.output_shape()),
-        "anchor_generator": DefaultAnchorGenerator(
-            sizes=[[24], [64]], aspect_ratios=[[0.6, 1.5]], strides=[8, 16], offset=0.25
-        ),
-        "box2box_transform": Box2BoxTransform(weights=(1.0, 1.0, 2.0, 2.0)),
-        "anchor_matcher": None,
-        "num_classes": num_classes,
-        "cls_loss": None,
-        "box_loss": None,
-        "normalizer": None,
-        "test_score_thresh": 0.1,
-        "test_topk_candidates": 200,
-        "max_detections_per_image": 40,
-        "pixel_mean": [103.0, 116.0, 123.0],
-        "pixel_std": [57.0, 57.0, 57.0],
-    }
-    model = FocalRetinaNet(**settings | changes).eval()
-    for module in head.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    nn.init.normal_(head.bbox_pred.weight, std=0.03)
-    return model
-
-
-@pytest.fixture(scope="module")
-def photo():
-    """A part of a photograph of the quickstart's, (3, 700, 700), BGR."""
-    try:
-        path = next(source_folder().glob("*541000_4977000_image_crop.png"))
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return np.asarray(Image.open(path).convert("RGB"))[:700, :700, ::-1].transpose(2, 0, 1).astype(np.float32)
-
-
-def crop(photo, height, width, top=0):
-    return torch.from_numpy(np.ascontiguousarray(photo[:, top : top + height, 20 : 20 + width]))
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +48,6 @@ def exported(photo, tmp_path_factory):
         return done[key]
 
     return get
-
-
-def detect(model, image):
-    with torch.no_grad():
-        found = model([{"image": image}])[0]["instances"]
-    return found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()
 
 
 SLOW = [("onnx", 1, "GN"), ("torch-export", 3, ""), ("torch-export", 1, "GN")]  # some ten seconds each
@@ -168,19 +81,6 @@ def test_an_image_without_detections(exported, format):
     assert [x.shape for x in run(image)] == [(0, 4), (0,), (0,)]
 
 
-@pytest.mark.parametrize("format", ["onnx", "torchscript", pytest.param("torch-export", marks=pytest.mark.slow)])
-def test_raw_heads(exported, photo, format):
-    model, _, run = exported(format, raw=True)
-    image = crop(photo, 75, 130, top=300)
-    padded = nn.functional.pad((image - model.pixel_mean) / model.pixel_std, (0, 144 - 130, 0, 80 - 75))
-    with torch.no_grad():
-        logits, deltas = model.head(list(model.backbone(padded[None]).values()))
-    found = run(image)
-    assert [x.shape for x in found] == [(1, 6, 10, 18), (1, 6, 5, 9), (1, 8, 10, 18), (1, 8, 5, 9)]
-    for a, b in zip(found, [*logits, *deltas], strict=True):
-        np.testing.assert_allclose(a, b.numpy(), atol=1e-3)
-
-
 @pytest.mark.parametrize(
     "format, layout, dtype, raw",
     [
@@ -201,7 +101,7 @@ def test_images_of_another_layout_and_dtype(format, layout, dtype, raw, photo, t
     given = torch.from_numpy(array.reshape([dimensions[side] for side in layout]))
     found = FORMATS[format][1](path)(given)
     if raw:
-        for a, b in zip(expected_maps(model, image), found, strict=True):
+        for a, b in zip(expected_maps(model, image[None]), found, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
         return
     compare_detections(find_candidates(model, image), found, model)
@@ -212,13 +112,9 @@ def test_images_of_another_layout_and_dtype(format, layout, dtype, raw, photo, t
 
 
 def test_metadata_and_names_are_in_the_file(exported):
-    for arguments, names in [
-        ({}, ["boxes", "scores", "classes"]),
-        ({"raw": True}, ["logits_p3", "logits_p4", "deltas_p3", "deltas_p4"]),
-    ]:
-        session = onnxruntime.InferenceSession(exported("onnx", **arguments)[1])
-        assert session.get_modelmeta().custom_metadata_map == {"classes": '["a", "b"]', "order": "BGR"}
-        assert [output.name for output in session.get_outputs()] == names
+    session = onnxruntime.InferenceSession(exported("onnx")[1])
+    assert session.get_modelmeta().custom_metadata_map == {"classes": '["a", "b"]', "order": "BGR"}
+    assert [output.name for output in session.get_outputs()] == ["boxes", "scores", "classes"]
     for load, argument in [(torch.jit.load, "_extra_files"), (torch.export.load, "extra_files")]:
         extra = {"classes": "", "order": ""}
         with open(exported("torchscript" if load is torch.jit.load else "torch-export", raw=True)[1], "rb") as file:
@@ -257,55 +153,68 @@ class Narrowing(nn.Module):
 # NMS
 
 
-def boxes_of_classes(count, num_classes, seed=0):
-    """Boxes in clusters, so that many overlap, some outside of a large image."""
+def boxes_of_classes(images, count, num_classes, seed=0):
+    """Boxes in clusters, so that many overlap, some outside of a large image; one in ten is no candidate."""
     rng = np.random.default_rng(seed)
-    centers = rng.choice([-300.0, 5.0, 1500.0, 4000.0], (count, 2)) + rng.normal(0, 4, (count, 2))
-    sides = rng.uniform(12, 20, (count, 2))
-    boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=1).astype(np.float32)
-    scores = rng.permutation(count).astype(np.float32) / max(count, 1)  # no two the same
-    return torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(rng.integers(0, num_classes, count))
+    centers = rng.choice([-300.0, 5.0, 1500.0, 4000.0], (images, count, 2)) + rng.normal(0, 4, (images, count, 2))
+    sides = rng.uniform(12, 20, (images, count, 2))
+    boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=2).astype(np.float32)
+    scores = rng.permutation(images * count).astype(np.float32).reshape(images, count) / max(count * images, 1)
+    scores[rng.random(scores.shape) < 0.1] = -1  # of the others, no two are the same
+    classes = rng.integers(0, num_classes, (images, count))
+    return torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(classes)
 
 
 def nms_of_each_class(boxes, scores, classes, threshold):
-    keep = []
-    for cls in classes.unique():
-        places = (classes == cls).nonzero().squeeze(1)
-        keep.extend(places[nms(boxes[places].double(), scores[places].double(), threshold)].tolist())
-    return sorted(keep, key=lambda place: -scores[place])
+    """The scores and indices that NMS keeps, image by image and class by class, best first; then −1."""
+    kept = torch.full_like(scores, -1)
+    for image in range(len(scores)):
+        for cls in classes[image].unique():
+            places = ((classes[image] == cls) & (scores[image] >= 0)).nonzero().squeeze(1)
+            places = places[nms(boxes[image, places].double(), scores[image, places].double(), threshold)]
+            kept[image, places] = scores[image, places]
+    scores, order = kept.sort(dim=1, descending=True)
+    return scores.numpy(), np.where(scores < 0, -1, order)
 
 
-@pytest.mark.parametrize("count, num_classes", [(0, 3), (1, 1), (300, 1), (2000, 80), (2000, 1200)])
-def test_classes_do_not_suppress_each_other(count, num_classes):
-    boxes, scores, classes = boxes_of_classes(count, num_classes)
+@pytest.mark.parametrize(
+    "images, count, num_classes", [(1, 0, 3), (2, 0, 1), (1, 1, 1), (3, 100, 1), (1, 2000, 80), (2, 1000, 1200)]
+)
+def test_images_and_classes_do_not_suppress_each_other(images, count, num_classes):
+    boxes, scores, classes = boxes_of_classes(images, count, num_classes)
     expected = nms_of_each_class(boxes, scores, classes, 0.5)
-    assert offset_nms(boxes, scores, classes, num_classes, 0.5, 10_000).tolist() == expected
-    assert count < 300 or len(expected) < count
+    for limit in (10_000, 20, 1):
+        values, order = offset_nms(boxes, scores, classes, num_classes, 0.5, limit)
+        np.testing.assert_array_equal(values, expected[0][:, :limit])
+        np.testing.assert_array_equal(np.where(values < 0, -1, order), expected[1][:, :limit])
+    assert count < 100 or (expected[0] >= 0).sum() < (scores >= 0).sum()
 
 
 def test_onnx_suppresses_class_by_class(tmp_path):
     class Suppress(nn.Module):
         def forward(self, boxes, scores, classes):
-            return class_wise_nms(boxes, scores, classes, 80, 0.5, 10_000)
+            return class_wise_nms(boxes, scores, classes, 80, 0.5, 100)
 
-    path, count = str(tmp_path / "nms.onnx"), torch.export.Dim.DYNAMIC
+    path, any_length = str(tmp_path / "nms.onnx"), dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     table = {torch.ops.focal_plugin.class_wise_nms.default: export_formats._class_wise_nms_in_onnx}
     with quiet():
         torch.onnx.export(
             Suppress(),
-            boxes_of_classes(20, 80),
+            boxes_of_classes(2, 20, 80),
             path,
             dynamo=True,
             input_names=["boxes", "scores", "classes"],
-            dynamic_shapes=({0: count}, {0: count}, {0: count}),
+            dynamic_shapes=(any_length, any_length, any_length),
             custom_translation_table=table,
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path)
-    for count in (0, 1, 2000):
-        boxes, scores, classes = boxes_of_classes(count, 80, seed=1)
+    for images, count in ((1, 0), (1, 1), (2, 1), (1, 2000), (3, 500)):
+        boxes, scores, classes = boxes_of_classes(images, count, 80, seed=1)
         inputs = {"boxes": boxes.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
-        assert session.run(None, inputs)[0].tolist() == nms_of_each_class(boxes, scores, classes, 0.5)
+        expected, (values, order) = nms_of_each_class(boxes, scores, classes, 0.5), session.run(None, inputs)
+        np.testing.assert_array_equal(values, expected[0][:, :100])
+        np.testing.assert_array_equal(np.where(values < 0, -1, order), expected[1][:, :100])
 
 
 # The comparison
@@ -575,15 +484,15 @@ def trained(tiny_config, tmp_path):
 def test_the_command_compares_on_the_test_set_and_says_what_is_around_the_model(trained, tmp_path, capsys):
     output = tmp_path / "raw.ts"
     words = [*trained, "--format", "torchscript", "--raw", "--output", str(output), "--input-layout"]
-    words += ["HWC", "--input-dtype", "uint8", "INPUT.MAX_SIZE_TEST", "100"]
+    words += ["NHWC", "--batch", "--input-dtype", "uint8", "INPUT.MAX_SIZE_TEST", "100"]
     assert export.main(words) == 0
-    assert "same as the model on 4 images" in capsys.readouterr().out
-    inputs = [f"input_{what}" for what in ("format", "layout", "dtype")]
+    assert "same as the model on 4 images, scores to 0.001" in capsys.readouterr().out
+    inputs = ["input_format", "input_layout", "input_dtype", "batch"]
     keys = ["classes", *inputs, "min_size", "max_size", "strides", "cell_anchors", "anchor_offset"]
     extra = dict.fromkeys(keys, "")
     torch.jit.load(str(output), _extra_files=extra)
     about = {key: value.decode() for key, value in extra.items()}
-    assert [about.pop(key) for key in inputs] == ["BGR", "HWC", "uint8"]
+    assert [about.pop(key) for key in inputs] == ["BGR", "NHWC", "uint8", "true"]
     about = {key: json.loads(value) for key, value in about.items()}
     assert about["classes"] == ["square", "disc"]
     assert (about["min_size"], about["max_size"], about["anchor_offset"]) == (64, 100, 0.0)
