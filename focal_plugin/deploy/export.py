@@ -39,6 +39,7 @@ from ..engine.signals import exit_on_sigterm
 from ..files.write import check_free, is_running, process_name
 from ..retinanet import FocalRetinaNet
 from .export_check import TOLERANCES, ExportError, check
+from .export_float16 import run_rounded
 from .export_formats import FORMATS, quiet
 from .export_graph import DTYPES, LAYOUTS, PRECISIONS, ExportedDetector, ExportedHeads, ImageInput
 from .export_metadata import describe, output_names
@@ -120,7 +121,8 @@ def export_model(
             raise OSError(error.errno, f"{output} could not be written, and nothing is left of it: {error}") from error
         except Exception as error:  # exporters raise many types for what they do not support
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
-        check(model, loaded, images, raw, image_input, TOLERANCES[precision])
+        for ran in (loaded, run_rounded(module)) if precision == "float16" else (loaded,):
+            check(model, ran, images, raw, image_input, TOLERANCES[precision])
         check_free(output, "--output")  # again: the export has taken minutes
         os.rename(path, output)
 

@@ -101,7 +101,7 @@ def check(
                 size = f"{len(views)} images of " * image_input.batch + " × ".join(map(str, views.shape[-2:]))
                 raise ExportError(
                     f"The exported file does not compute what the model does, and is not kept. On {name}, {size}: "
-                    f"{error}"
+                    f"{error}" + ". With --precision float32 it may." * (tolerance is FLOAT16)
                 ) from error
             found_any = found_any or len(found[0]) > 0
     if not found_any:
