@@ -98,7 +98,7 @@ def check(
                     for candidates, part in zip(expected, parts, strict=True):
                         compare_detections(candidates, part, model, tolerance)
             except Exception as error:  # running the file may fail, too
-                size = f"{len(views)} images of " * image_input.batch + " × ".join(map(str, views.shape[-2:]))
+                size = f"a batch of {len(views)}, " * image_input.batch + " × ".join(map(str, views.shape[-2:]))
                 raise ExportError(
                     f"The exported file does not compute what the model does, and is not kept. On {name}, {size}: "
                     f"{error}" + ". With --precision float32 it may." * (tolerance is FLOAT16)

@@ -137,7 +137,7 @@ def test_a_file_that_mixes_up_images_is_not_kept(photo, tmp_path, monkeypatch):
 
     monkeypatch.setitem(FORMATS, "torchscript", (write_mixing, *FORMATS["torchscript"][1:]))
     for raw in (False, True):
-        with pytest.raises(ExportError, match=r"On a photo, 3 images of 187 × 226: "):
+        with pytest.raises(ExportError, match=r"On a photo, a batch of 3, 187 × 226: "):
             images = {"a photo": crop(photo, 150, 170)}
             export.export_model(tiny_model(), tmp_path / "x", "torchscript", images, raw=raw, batch=True)
     assert list(tmp_path.iterdir()) == []
