@@ -93,7 +93,7 @@ def _add(commands, name: str, run: Callable, summary: str, writes_folder: bool =
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="the classes in the order of their indices")
     parser.add_argument("--difficult", choices=["keep", "ignore"], default="keep", help="VOC's difficult objects")
     parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="stop at a bad record, or skip it"
+        "--on-error", choices=["raise", "skip"], default="raise", help="stop at a bad record, or skip and list all"
     )
     force = "replace OUT, if one of these commands made it" if writes_folder else "overwrite the picture"
     parser.add_argument("--force", action="store_true", help=force)
@@ -114,7 +114,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         args.run(args)
     except (ConfigError, DataError, FileExistsError) as error:
-        hint = " Correct it, or leave such records out with --on-error skip." if getattr(error, "unit", None) else ""
+        hint = (
+            " Correct it; --on-error skip leaves out all such records and lists them."
+            if getattr(error, "unit", None)
+            else ""
+        )
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     return 0
@@ -209,6 +213,8 @@ def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[
             read[one.split] = decoded(read[one.split], checker)
         names[one.split] = metadata["thing_classes"]
         print(f"{checker.summary(read[one.split])}; format {one.format}")
+        if checker.left_out:
+            print(checker.listing())
         if not read[one.split]:
             raise DataError("no image", f"in {one}: none is listed, or all were left out.")
     classes = list(dict.fromkeys(name for listed in names.values() for name in listed))

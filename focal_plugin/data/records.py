@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 _FAR = 1e9  # pixels: beyond any image
 _LONGEST = 1000  # characters of a message; what a file has in a number's place may be long
+_LISTED = 20  # of the records that are left out: how many are listed
 _ROUNDING = 1.0  # pixels that a box may reach outside its image, since tools round, or count pixels from 0 or from 1
 
 NOT_NUMBERS, NO_SIZE, OUTSIDE = "box that is not four numbers", "box of no size", "box outside its image"
@@ -40,6 +41,7 @@ class Checker:
         self.dataset = dataset
         self.on_error = on_error
         self.left_out: Counter[tuple[str, str]] = Counter()  # (unit, kind) -> how many
+        self._listed: list[DataError] = []
 
     @contextmanager
     def record(self, unit: str) -> Iterator[None]:
@@ -51,6 +53,8 @@ class Checker:
             if self.on_error == "raise":
                 raise
             self.left_out[unit, error.kind] += 1
+            if len(self._listed) < _LISTED:
+                self._listed.append(error)
             logger.debug("Data set %r: left out one %s. %s", self.dataset, unit, error)
 
     def report(self, records: Sequence[dict]) -> None:
@@ -69,6 +73,11 @@ class Checker:
                 listed = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
                 line += f"; {units} left out: {sum(kinds.values())} ({listed})"
         return line
+
+    def listing(self) -> str:
+        """Return a line for each of the first 20 records that were left out, and how many more were; "" for none."""
+        more = self.left_out.total() - len(self._listed)
+        return "\n".join([f"  {error}" for error in self._listed] + ([f"  and {more:,} more"] if more else []))
 
 
 def join_inside(folder: str, name: str, where: str) -> str:

@@ -195,9 +195,33 @@ def test_a_bad_record(coco, tmp_path, capsys):
     words = ["convert", str(coco.folder), str(tmp_path / "out"), "--to", "voc"]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "box of no size" in error and error.endswith("leave such records out with --on-error skip.\n")
+    assert "box of no size" in error and error.endswith("--on-error skip leaves out all such records and lists them.\n")
     assert main([*words, "--on-error", "skip"]) == 0
     assert "boxes left out: 1 (box of no size: 1)" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_listed(csv_file, tmp_path, capsys):
+    """With the file and the line, up to 20; defects of every kind, in one run."""
+    csv_file.row("a.png", 1, 1, 9, 9, "cat")
+    csv_file.row("a.png", 1, 1, 9)
+    (tmp_path / "csv/b.png").write_bytes(b"no image")
+    csv_file.row("b.png", 1, 1, 9, 9, "cat")
+    csv_file.row("a.png", 5, 5, 5, 9, "cat")
+    words = ["convert", csv_file.write(), str(tmp_path / "out"), "--to", "csv", "--on-error", "skip"]
+    assert main(words) == 0
+    first, *listed = capsys.readouterr().out.split("\nWritten")[0].splitlines()
+    assert "1 images, 1 boxes; images left out: 1" in first and "boxes left out: 2" in first
+    assert listed == [
+        f"  row of another length: {csv_file.path}, line 3 has fewer values than the first line.",
+        f"  box of no size: {csv_file.path}, line 5: from (5, 5) to (5, 9).",
+        f"  image that does not open: {tmp_path}/csv/b.png ({csv_file.path}, line 4): Pillow cannot identify its format.",
+    ]
+
+    csv_file.rows += ["a.png,5,5,5,9,cat"] * 22  # 25 in all
+    csv_file.write()
+    assert main([*words, "--force"]) == 0
+    listed = capsys.readouterr().out.split("\nWritten")[0].splitlines()[1:]
+    assert len(listed) == 21 and f"{csv_file.path}, line 22:" in listed[18] and listed[-1] == "  and 5 more"
 
 
 def test_several_sets(coco, csv_file, tmp_path, capsys):
