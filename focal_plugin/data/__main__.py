@@ -9,23 +9,26 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
 from ..config import ConfigError
-from ..files.write import check_free, replace_file, whole_folder
+from ..files.write import check_free, free_paths, replace_file, whole_folder
 from .corrections import correct, numbers, read_suggestions
 from .deeppcb import convert
 from .formats import FORMATS, find_sets, make_set
 from .images import decoded
 from .records import Checker, DataError
 from .sheet import count_boxes, draw_sheet
-from .splits import groups_of, split_records
+from .splits import groups_of, split_records, table_of
+from .suspects import misspelt_classes, repeated_boxes
 from .tiles import check_tiling, cut_tiles
 from .writers import LAYOUTS, flat_names, write_coco, write_dataset
 
+_NO_CLASSES = ("voc", "csv")  # formats without a list of classes
 _MARK = "made_by.json"  # what a folder was made by; --force replaces no other
 
 
@@ -52,7 +55,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     split.add_argument("--test", type=float, default=0.0, metavar="SHARE", help="of the images, for test; 0: no test")
     text = (
         "what stays together: image; a regular expression, whose first group (or else whole match) in the image's path "
-        "in the data set names its group; or a .csv with the columns image_path and group"
+        "in the data set names its group, such as ^(site\\d+)_ for site12_a.jpg; or a .csv with the columns image_path "
+        "and group"
     )
     split.add_argument("--by", default="image", metavar="WHAT", help=text)
     split.add_argument("--seed", type=int, default=0, help="of the shuffling")
@@ -65,7 +69,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     correct.add_argument("--to", choices=LAYOUTS, help="the format to write (default: that of IN)")
 
     show = _add(commands, "show", _show, "draw some images with their boxes, and count boxes by class and size", False)
-    show.add_argument("--output", default="sheet.png", metavar="FILE", help="the picture, a PNG")
+    text = "the picture, a PNG (default: sheet.png, or else sheet-2.png and so on)"
+    show.add_argument("--output", metavar="FILE", default=argparse.SUPPRESS, help=text)
     show.add_argument("--num-images", type=int, default=16, metavar="N", help="the images to draw")
 
     boards = commands.add_parser("deeppcb", help="write CSV files for DeepPCB, a data set with a layout of its own")
@@ -91,6 +96,7 @@ def _add(commands, name: str, run: Callable, summary: str, writes_folder: bool =
     parser.add_argument("--format", choices=FORMATS, default="", help="the format of IN, where it holds several")
     parser.add_argument("--split", default="", help="of IN, where it holds several; all, if the command takes several")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="the classes in the order of their indices")
+    parser.add_argument("--images", default="", metavar="FOLDER", help="of a CSV or COCO file, if not found beside it")
     parser.add_argument("--difficult", choices=["keep", "ignore"], default="keep", help="VOC's difficult objects")
     parser.add_argument(
         "--on-error", choices=["raise", "skip"], default="raise", help="stop at a bad record, or skip and list all"
@@ -159,7 +165,9 @@ def _split(args: argparse.Namespace) -> None:
     paths = [os.path.relpath(record["file_name"], folder) for record in records]
     groups = groups_of(paths, args.by)
     shares = {split: share for split, share in shares.items() if share > 0}
-    _write(args, args.to or format, split_records(records, groups, shares, args.seed), classes)
+    split = split_records(records, groups, shares, args.seed)
+    print(table_of(split, shares, classes))
+    _write(args, args.to or format, split, classes)
 
 
 def _correct(args: argparse.Namespace) -> None:
@@ -177,14 +185,16 @@ def _correct(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     if args.num_images < 1:
         raise ConfigError(f"--num-images is {args.num_images}; expected at least 1.")
-    if not args.force:
-        check_free(args.output, "--output", "overwrite it with --force")
+    output = getattr(args, "output", None)
+    if output and not args.force:
+        check_free(output, "--output", "overwrite it with --force")
     _, splits, classes = _read(args, most=1)
     (records,) = splits.values()
     sheet = draw_sheet(records, classes, args.num_images)
-    replace_file(args.output, lambda file: sheet.save(file, "PNG"))
+    output = output or ("sheet.png" if args.force else free_paths("", "sheet.png")[0])
+    replace_file(output, lambda file: sheet.save(file, "PNG"))
     print(count_boxes(records, classes))
-    print(f"Written: {args.output}")
+    print(f"Written: {output}")
 
 
 def _deeppcb(args: argparse.Namespace) -> None:
@@ -206,6 +216,10 @@ def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[
     read, names = {}, {}
     for one in found:
         keys = {"difficult": args.difficult} if one.format == "voc" else {}
+        if args.images and one.format not in ("csv", "coco"):
+            raise ConfigError(f"--images is for csv and coco; {one} says itself where its images are.")
+        if args.images:
+            keys["images"] = args.images
         dataset = make_set(one, f"{args.path}, {one.split}", args.classes, args.on_error, **keys)
         checker = Checker(dataset.name, args.on_error)
         read[one.split], metadata = dataset.load(checker)
@@ -221,7 +235,23 @@ def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[
     for split, records in read.items():
         for box in (box for record in records for box in record["annotations"]):
             box["category_id"] = classes.index(names[split][box["category_id"]])
+    _warn(read, classes, args.classes is None and found[0].format in _NO_CLASSES)
     return found[0].format, read, classes
+
+
+def _warn(splits: dict[str, list[dict]], classes: list[str], from_boxes: bool) -> None:
+    """Say what is probably wrong; of the classes only if they are those of the boxes, and not listed anywhere."""
+    records = [record for split in splits.values() for record in split]
+    warnings = []
+    if files := repeated_boxes(records):
+        warnings.append(f"repeated boxes (same image, box and class): {len(files):,}, as in {files[0]}. Remove them.")
+    if from_boxes:
+        counts = Counter(classes[box["category_id"]] for record in records for box in record["annotations"])
+        for name, near in misspelt_classes(counts):
+            boxes = f"it has boxes: {counts[name]:,}, the other: {counts[near]:,}"
+            warnings.append(f"class {name!r} is spelt nearly like {near!r}; {boxes}. Is it a slip?")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -261,7 +291,7 @@ def _print_written(args: argparse.Namespace, format: str, splits: dict[str, list
     print("DATASETS:\n  LOCAL:")
     for found in find_sets(args.output, format):
         entry = {"name": f"my_{found.split}", "path": args.output, "split": found.split}
-        if format in ("voc", "csv"):  # which have no list of classes
+        if format in _NO_CLASSES:
             entry["classes"] = classes
         text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
         print(f"    - {text.strip()}")

@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from ..files.regular import open_regular
-from .images import check_image
+from .images import ELSEWHERE, check_image
 from .records import (
     Checker,
     DataError,
@@ -171,7 +171,7 @@ def _read_image(image: dict, folder: str, where: str) -> dict:
     declared = None
     if image.get("width") is not None or image.get("height") is not None:
         declared = tuple(_value(image, side, int | float, where) for side in ("width", "height"))
-    width, height = check_image(file_name, declared, where)
+    width, height = check_image(file_name, declared, where, ELSEWHERE)
     return {"file_name": file_name, "image_id": image_id, "height": height, "width": width, "annotations": []}
 
 

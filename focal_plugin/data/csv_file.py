@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from ..files.regular import open_regular
-from .images import check_image
+from .images import ELSEWHERE, check_image
 from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, join_inside, need, resolve
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -57,7 +57,7 @@ class CsvSet:
                 if not row["image_path"]:
                     raise DataError("missing image", f"{where} has no image_path.")
                 file_name = join_inside(folder, name, where)
-                width, height = check_image(file_name, None, where)
+                width, height = check_image(file_name, None, where, ELSEWHERE)
                 record = {"file_name": file_name, "image_id": name, "height": height, "width": width, "annotations": []}
                 for where, row in boxes:
                     with checker.record("box"):

@@ -80,8 +80,8 @@ class FolderSet:
 def make_set(
     found: Found, name: str, classes: list[str] | None, on_error: str, **keys: str
 ) -> VocSet | CocoSet | YoloSet | CsvSet:
-    """Return the data set that was found, with further ``keys`` of its class."""
-    return FORMATS[found.format](name=name, classes=classes, on_error=on_error, **found.keys, **keys)
+    """Return the data set that was found; ``keys`` of its class are added, or take the place of those found."""
+    return FORMATS[found.format](name=name, classes=classes, on_error=on_error, **(found.keys | keys))
 
 
 def find_sets(path: str, format: str = "", split: str = "") -> list[Found]:

@@ -13,13 +13,15 @@ from tqdm import tqdm
 from ..files.regular import open_regular
 from .records import Checker, DataError
 
+ELSEWHERE = " Name the images' folder by the key images beside format, or by --images of focal data."
+
 _ROTATED = (5, 6, 7, 8)  # values of the EXIF tag that swap width and height
 _EXIF_ORIENTATION = 274
 _TIFF_BITS_PER_SAMPLE = 258
 _HEAD = 2**20  # bytes in which a JPEG 2000 or AVIF file says its bit depth, after a colour profile perhaps
 
 
-def check_image(path: str, declared: tuple | None, where: str) -> tuple[int, int]:
+def check_image(path: str, declared: tuple | None, where: str, if_missing: str = "") -> tuple[int, int]:
     """Return the (width, height) of the image at ``path`` as Detectron2 reads it: turned by its EXIF orientation.
 
     Only the header is read.
@@ -28,11 +30,12 @@ def check_image(path: str, declared: tuple | None, where: str) -> tuple[int, int
         path: the image.
         declared: the (width, height) in the annotation, or None if it has none.
         where: the record, for the message.
+        if_missing: what to do if there is no such image, for the message.
 
     Raises:
         DataError: the image is missing, does not open, has more than 8 bits a channel or another size.
     """
-    with _opened(path, where) as image:
+    with _opened(path, where, if_missing) as image:
         size, orientation = image.size, _orientation(image)
     if orientation in _ROTATED:
         size = size[::-1]
@@ -125,7 +128,7 @@ def open_image(path: str) -> Iterator[tuple[Image.Image, BinaryIO]]:
 
 
 @contextmanager
-def _opened(path: str, where: str = "") -> Iterator[Image.Image]:
+def _opened(path: str, where: str = "", if_missing: str = "") -> Iterator[Image.Image]:
     """Open the image at ``path``, whose header is read, and whose depth is checked."""
     record = f" ({where})" if where else ""
     try:
@@ -140,7 +143,7 @@ def _opened(path: str, where: str = "") -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         needed = f"{where} needs {path}, which" if where else path
-        raise DataError("missing image", f"{needed} does not exist.") from None
+        raise DataError("missing image", f"{needed} does not exist.{if_missing}") from None
     except DataError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files

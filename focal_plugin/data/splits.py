@@ -4,7 +4,10 @@ import csv
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+from tabulate import tabulate
 
 from .records import DataError, need
 
@@ -44,6 +47,25 @@ def split_records(
         lacking[split] -= sizes[group]
         empty.discard(split)
     return {split: [r for r, group in zip(records, groups) if chosen[group] == split] for split in shares}
+
+
+def table_of(splits: Mapping[str, Sequence[dict]], shares: Mapping[str, float], classes: Sequence[str]) -> str:
+    """Return a table of the splits' images, their share and the one asked for, and their boxes by class.
+
+    Crowds are not counted.
+    """
+    total = sum(map(len, splits.values()))
+    counts = {
+        split: Counter(box["category_id"] for r in records for box in r["annotations"] if not box["iscrowd"])
+        for split, records in splits.items()
+    }
+    rows = [
+        ["images", *map(len, splits.values())],
+        ["share", *(f"{len(records) / total:.1%}".replace("%", " %") for records in splits.values())],
+        ["asked", *(f"{shares[split]:.1%}".replace("%", " %") for split in splits)],
+        *([name, *(counts[split][index] for split in splits)] for index, name in enumerate(classes)),
+    ]
+    return tabulate(rows, ["", *splits], disable_numparse=True, colalign=("left", *["right"] * len(splits)))
 
 
 def groups_of(paths: Sequence[str], by: str) -> list[str]:

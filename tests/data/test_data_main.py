@@ -163,7 +163,9 @@ def test_show(coco, tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "10 images, 3 of them without boxes\nWritten: sheet.png" in output
     assert Image.open("sheet.png").width == 2 * 332 + 12
-    assert main(["show", str(coco.folder)]) == 2
+    assert main(["show", str(coco.folder), "--num-images", "1"]) == 0  # a name that nobody chose gets a number
+    assert Image.open("sheet.png").width == 2 * 332 + 12 and Image.open("sheet-2.png").width == 332 + 12
+    assert main(["show", str(coco.folder), "--output", "sheet.png"]) == 2
     assert "sheet.png exists and is left as it is" in capsys.readouterr().err
     assert main(["show", str(coco.folder), "--force"]) == 0
     assert Image.open("sheet.png").width == 4 * 332 + 12
@@ -214,7 +216,8 @@ def test_what_is_left_out_is_listed(csv_file, tmp_path, capsys):
     assert listed == [
         f"  row of another length: {csv_file.path}, line 3 has fewer values than the first line.",
         f"  box of no size: {csv_file.path}, line 5: from (5, 5) to (5, 9).",
-        f"  image that does not open: {tmp_path}/csv/b.png ({csv_file.path}, line 4): Pillow cannot identify its format.",
+        f"  image that does not open: {tmp_path}/csv/b.png ({csv_file.path}, line 4): "
+        "Pillow cannot identify its format.",
     ]
 
     csv_file.rows += ["a.png,5,5,5,9,cat"] * 22  # 25 in all
@@ -272,3 +275,87 @@ def test_a_run_on_a_path(tiny_config, tmp_path, loggers, to):
     assert focal(["train", "--config-file", tiny_config, *changes], "focal") == 0
     results = [json.loads(line) for line in (tmp_path / "output/metrics.json").read_text().splitlines()]
     assert "bbox/AP" in results[-1]
+
+
+def test_images_in_another_folder(csv_file, save_image, tmp_path, capsys):
+    save_image(tmp_path / "shots/a.png", (60, 40))
+    csv_file.rows = ["a.png,1,1,9,9,cat"]
+    words = ["convert", csv_file.write(), str(tmp_path / "out"), "--to", "csv"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{csv_file.path}, line 2 needs {csv_file.path.parent}/a.png, which does not exist" in error
+    assert "the key images" in error and "--images" in error
+    assert main([*words, "--images", str(tmp_path / "shots")]) == 0
+    (record,) = read(capsys.readouterr().out)["trees"]
+    assert record["annotations"][0]["bbox"] == [1, 1, 9, 9]
+    assert main([*words, "--force", "--images", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere, which does not exist" in capsys.readouterr().err
+
+
+def test_images_of_a_coco_file_in_another_folder(coco, tmp_path, capsys):
+    (coco.folder / "images").rename(tmp_path / "shots")
+    words = ["convert", str(coco.folder / "annotations.json"), str(tmp_path / "out"), "--to", "coco"]
+    assert main(words) == 2
+    assert "--images" in capsys.readouterr().err
+    assert main([*words, "--images", str(tmp_path / "shots")]) == 0
+
+
+def test_images_of_a_format_that_has_them_elsewhere(voc_root, tmp_path, capsys):
+    voc_root.image("a", [voc_root.object("cat", (1, 1, 9, 9))])
+    voc_root.split("train", "a")
+    assert main(["convert", str(voc_root.root), str(tmp_path / "out"), "--to", "coco", "--images", "x"]) == 2
+    assert "--images is for csv and coco" in capsys.readouterr().err
+
+
+def test_the_shares_and_classes_of_a_split_are_shown(coco, tmp_path, capsys):
+    """Of three groups of 1, 1 and 8 images, none gives 30 % of 10."""
+    (tmp_path / "groups.csv").write_text("image_path,group\n" + "".join(f"{n}.png,{min(n, 3)}\n" for n in range(1, 11)))
+    words = ["--val", "0.3", "--by", str(tmp_path / "groups.csv")]
+    assert main(["split", str(coco.folder), str(tmp_path / "out"), *words]) == 0
+    output = capsys.readouterr().out
+    sets = read(output)
+    sizes = {split: len(records) for split, records in sets.items()}
+    assert sum(sizes.values()) == 10 and set(sizes) == {"train", "val"} and sizes["val"] != 3
+    rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line.strip()}
+    assert rows["images"] == [str(sizes["train"]), str(sizes["val"])]
+    assert rows["share"] == [f"{10 * sizes['train']}.0", "%", f"{10 * sizes['val']}.0", "%"]
+    assert rows["asked"] == ["70.0", "%", "30.0", "%"]
+    for index, name in enumerate(("cat", "dog")):
+        found = [sum(b["category_id"] == index for r in sets[s] for b in r["annotations"]) for s in ("train", "val")]
+        assert rows[name] == [*map(str, found)] and sum(found) > 0
+
+
+def test_boxes_that_are_there_twice(coco, tmp_path, capsys):
+    coco.box(3, (5, 5, 10, 10))
+    coco.box(3, (5, 5, 10, 10))
+    coco.box(3, (5, 5, 10, 10), category_id=2)  # another class
+    coco.box(3, (5, 5, 10, 10), iscrowd=1)
+    coco.box(6, (5, 5, 10, 10))  # another image
+    coco.write()
+    assert main(["show", str(coco.folder), "--output", str(tmp_path / "a.png")]) == 0
+    assert "repeated boxes (same image, box and class): 1, as in" in (error := capsys.readouterr().err)
+    assert "images/3.png" in error
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "says"),
+    [
+        ([*["screw"] * 20, "scew"], None, "class 'scew' is spelt nearly like 'screw'; it has boxes: 1, the other: 20"),
+        (
+            [*["Screw"] * 30, "screw", "screw"],
+            None,
+            "class 'screw' is spelt nearly like 'Screw'; it has boxes: 2, the other: 30",
+        ),
+        ([*["screw"] * 20, "scew"], ["screw", "scew"], ""),
+        ([*["screw"] * 20, "nut"], None, ""),
+        ([*["screw"] * 8, *["scew"] * 8], None, ""),
+        ([*["size 10"] * 20, "size 12"], None, ""),
+    ],
+)
+def test_classes_that_are_one_misspelt(csv_file, tmp_path, capsys, names, classes, says):
+    for number, name in enumerate(names):
+        csv_file.row("a.png", number, number, number + 9, number + 9, name)
+    words = [*(["--classes", *classes] if classes else [])]
+    assert main(["convert", csv_file.write(), str(tmp_path / "out"), "--to", "csv", *words]) == 0
+    error = capsys.readouterr().err
+    assert says in error if says else not error
