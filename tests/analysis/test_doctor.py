@@ -167,8 +167,12 @@ def test_learning_rate(find):
         (["SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 0.02], "566 times what square-root scaling (AdamW) gives"),
         (["SOLVER.WARMUP_ITERS", 1000], "never reaches BASE_LR. Set WARMUP_ITERS 0 or less"),
         (["SOLVER.STEPS", "(3, 30)", "SOLVER.MAX_ITER", 9], "SOLVER.STEPS (30,) come after the run's end"),
-        (["SOLVER.MAX_ITER", 180_000], "180,000 steps of 2 images, 60,000 epochs of 6 images"),
-        (["SOLVER.MAX_ITER", 2], "0.667 epochs: not all 6 images are seen"),
+        (["SOLVER.MAX_ITER", 180_000], "60,000 epochs of 6 images, as for a larger set. Set SOLVER.MAX_ITER near 500"),
+        (
+            ["SOLVER.MAX_ITER", 4000, "SOLVER.IMS_PER_BATCH", 2],
+            "epochs of 6 images, as for a larger set. Set SOLVER.MAX_ITER near 500",
+        ),
+        (["SOLVER.MAX_ITER", 2], "0.667 epochs: not all 6 images are seen. Set SOLVER.MAX_ITER near 500"),
     ],
 )
 def test_schedule(find, opts, says):
@@ -427,6 +431,13 @@ def test_boxes(find, own_set, annotation, level, says):
     assert level == OK or "0.png" in text
 
 
+def test_repeated_boxes(find, edit_data):
+    edit_data(lambda content: content["annotations"].append({**content["annotations"][0], "id": 1000}))
+    ((level, text),) = find("boxes")
+    assert level == WARNING and text.startswith("1 of ") and "repeat another (same image, box and class)" in text
+    assert "0.png" in text
+
+
 def test_empty_images(find, edit_data):
     def crowd_only(content):
         for annotation in content["annotations"]:
@@ -529,6 +540,12 @@ def test_a_level_without_positives(find):
     ((level, text),) = find("positives", "MODEL.ANCHOR_GENERATOR.SIZES", "[[10.0, 20.0], [600.0, 700.0]]")
     assert level == WARNING and "p4 never has any" in text and "p3 " in text
     assert "from MODEL.RETINANET.IN_FEATURES and its sizes from MODEL.ANCHOR_GENERATOR.SIZES" in text
+
+
+def test_levels_without_positives(find):
+    opts = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[10.0, 20.0], [600.0, 700.0], [800.0, 900.0]]"]
+    ((level, text),) = find("positives", *opts, "MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5']")
+    assert level == WARNING and "p4, p5 never have any" in text
 
 
 # Model

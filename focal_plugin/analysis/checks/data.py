@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ...data import DataError, FocalDatasetMapper, check_num_classes
 from ...data.images import decode_all
 from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect
+from ...data.suspects import repeated_boxes
 from ...registry import build_matcher
 from ...structures import Anchors
 from ..common import read_records, spread
@@ -117,7 +118,7 @@ def check_classes(case: Case) -> Iterator[Finding]:
 
 
 def check_boxes(case: Case) -> Iterator[Finding]:
-    """Check that boxes are finite, have an area, and lie in their image."""
+    """Check that boxes are finite, have an area, lie in their image, and are there once."""
     bad, total = defaultdict(list), 0  # the file of each bad box, by its defect
     for record in case.records:
         size = record.get("width", math.inf), record.get("height", math.inf)
@@ -140,7 +141,13 @@ def check_boxes(case: Case) -> Iterator[Finding]:
             f"{percent(len(files), total)} of the boxes reach outside their image, as in {files[0]}, and are clipped. "
             "Are they in pixels of another image size, or (x0, y0, x1, y1) with a bbox_mode of XYWH_ABS?",
         )
-    if not any(bad.values()):
+    if files := repeated_boxes(case.records):
+        yield Finding(
+            WARNING,
+            f"{percent(len(files), total)} of the boxes repeat another (same image, box and class), as in {files[0]}: "
+            "they count twice in the loss. Remove them.",
+        )
+    elif not any(bad.values()):
         yield Finding(OK, f"all {total:,} have an area and lie in their images")
 
 
@@ -254,9 +261,10 @@ def check_positives(case: Case) -> Iterator[Finding]:
         yield Finding(OK, text)
         return
     never = [name for name, some in zip(case.levels, has_any) if not some]
+    have = "has" if len(never) == 1 else "have"
     yield Finding(
         WARNING,
-        f"{text}: {few(never, most=9)} never has any, nor in {len(case.images):,} images without augmentation. Change "
+        f"{text}: {few(never, most=9)} never {have} any, nor in {len(case.images):,} images without augmentation. Change "
         "the sizes of its anchors (MODEL.ANCHOR_GENERATOR.SIZES), or make the model faster: remove the level from "
         "MODEL.RETINANET.IN_FEATURES and its sizes from MODEL.ANCHOR_GENERATOR.SIZES (and ASPECT_RATIOS, if by level).",
     )

@@ -1,5 +1,6 @@
 """Checks of the run's length, its learning rate over time, and the sizes of its images."""
 
+import math
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
@@ -10,6 +11,7 @@ from .case import OK, WARNING, Case, Finding
 _STEPPED = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # the schedulers that read SOLVER.STEPS
 _FAR = 100  # times what linear scaling gives, or a part of it: nothing that clipping or another schedule explains
 _MANY_EPOCHS = 1000
+_USUAL_EPOCHS, _FEWEST_STEPS = 12, 500  # COCO's schedule 1x; the shortest shipped recipe, for 292 images
 _OTHER_SIZE = 2  # times the size of training: objects then have sizes that were not trained
 
 
@@ -18,11 +20,13 @@ def check_schedule(case: Case) -> Iterator[Finding]:
     solver = case.cfg.SOLVER
     epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(len(case.used_records), 1)
     length = f"{solver.MAX_ITER:,} steps of {solver.IMS_PER_BATCH} images, {_number(epochs)} epochs"
+    usual = math.ceil(_USUAL_EPOCHS * len(case.used_records) / solver.IMS_PER_BATCH / 100) * 100
+    advice = f"Set SOLVER.MAX_ITER near {max(usual, _FEWEST_STEPS):,}, and SOLVER.STEPS to fit."
     problems = [*_rate(case.cfg), *_warmup(case.cfg), *_steps(case.cfg)]
     if epochs > _MANY_EPOCHS:
-        problems.append(f"{length} of {len(case.used_records):,} images. Is SOLVER.MAX_ITER meant for a larger set?")
+        problems.append(f"{length} of {len(case.used_records):,} images, as for a larger set. {advice}")
     elif epochs < 1:
-        problems.append(f"{length}: not all {len(case.used_records):,} images are seen. Raise SOLVER.MAX_ITER.")
+        problems.append(f"{length}: not all {len(case.used_records):,} images are seen. {advice}")
     yield from [Finding(WARNING, problem) for problem in problems] or [Finding(OK, length)]
 
 
