@@ -264,7 +264,8 @@ def check_positives(case: Case) -> Iterator[Finding]:
     have = "has" if len(never) == 1 else "have"
     yield Finding(
         WARNING,
-        f"{text}: {few(never, most=9)} never {have} any, nor in {len(case.images):,} images without augmentation. Change "
-        "the sizes of its anchors (MODEL.ANCHOR_GENERATOR.SIZES), or make the model faster: remove the level from "
-        "MODEL.RETINANET.IN_FEATURES and its sizes from MODEL.ANCHOR_GENERATOR.SIZES (and ASPECT_RATIOS, if by level).",
+        f"{text}: {few(never, most=9)} never {have} any, nor in {len(case.images):,} images without augmentation. "
+        "Change the sizes of its anchors (MODEL.ANCHOR_GENERATOR.SIZES), or make the model faster: remove the level "
+        "from MODEL.RETINANET.IN_FEATURES and its sizes from MODEL.ANCHOR_GENERATOR.SIZES (and ASPECT_RATIOS, if by "
+        "level).",
     )
