@@ -62,6 +62,8 @@ def test_the_example_of_an_own_component_trains(page, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_losses", raising=False)
     model = build_model(cfg)
     assert type(model.cls_loss).__name__ == name and model.cls_loss.smoothing == 0.2
+    sure = model.cls_loss.elementwise(torch.tensor([-50.0]), torch.zeros(1))
+    assert sure < 1e-6  # else 100,000 anchors of background outweigh all objects
     instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40]])), gt_classes=torch.tensor([1]))
     with EventStorage():
         losses = model([{"image": torch.zeros(3, 64, 64), "instances": instances}])
@@ -128,6 +130,18 @@ def test_links_lead_somewhere(page):
         assert target.resolve().exists(), link
         if anchor:
             assert anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("start", ["README.md", "docs/index.md"])
+def test_every_page_is_linked_from_the_start(start):
+    linked = {((ROOT / start).parent / link.partition("#")[0]).resolve() for link in links(PAGES[start])}
+    pages = {path.resolve() for path in (ROOT / "docs").glob("*.md")} - {(ROOT / "docs/index.md").resolve()}
+    assert {path.name for path in pages - linked} == set()
+
+
+def test_the_commands_are_listed():
+    listed = re.search(r"the same as `python -m focal_plugin`: (.*?)which writes", README, re.DOTALL)[1]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("page", PAGES)
