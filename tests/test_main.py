@@ -222,3 +222,12 @@ def test_quickstart_says_what_it_needs(monkeypatch, tmp_path, capsys):
     assert end.value.code == 1
     assert "pip install --no-deps deepforest==2.1.0" in capsys.readouterr().err
     assert not (tmp_path / "trees").exists()
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("eval", True), ("doctor", True), ("train", False)])
+def test_helps_offer_what_makes_sense(capsys, name, hidden):
+    with pytest.raises(SystemExit):
+        front.main([name, "--help"], "focal")
+    text = " ".join(capsys.readouterr().out.split())
+    assert ("--eval-only" in text, "--doctor" in text) == (not hidden, not hidden)
+    assert ("take the last checkpoint in OUTPUT_DIR" in text) == hidden and "--resume" in text

@@ -108,10 +108,18 @@ def run(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> dic
 
 
 def build_parser(prog: str | None = None, epilog: str = _TRAIN) -> argparse.ArgumentParser:
-    """Return Detectron2's flags for training and ``--doctor``; the help ends with ``epilog``."""
+    """Return Detectron2's flags for training and ``--doctor``; the help ends with ``epilog``, that of a command."""
     parser = default_argument_parser(epilog)
     parser.prog = prog or parser.prog
     parser.add_argument("--doctor", action="store_true", help="check config, data and weights instead, on the CPU")
+    if epilog != _TRAIN:  # eval and doctor do one thing
+        told = {
+            "eval_only": argparse.SUPPRESS,
+            "doctor": argparse.SUPPRESS,
+            "resume": "take the last checkpoint in OUTPUT_DIR",
+        }
+        for action in parser._actions:
+            action.help = told.get(action.dest, action.help)
     return parser
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,12 +23,20 @@ from .images import decoded
 from .records import Checker, DataError
 from .sheet import count_boxes, draw_sheet
 from .splits import groups_of, split_records, table_of
-from .suspects import misspelt_classes, repeated_boxes
+from .suspects import suspects
 from .tiles import check_tiling, cut_tiles
 from .writers import LAYOUTS, flat_names, write_coco, write_dataset
 
 _NO_CLASSES = ("voc", "csv")  # formats without a list of classes
 _MARK = "made_by.json"  # what a folder was made by; --force replaces no other
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults that there are, where the help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_told = action.default in (None, "") or action.default is False or "(default" in action.help
+        return action.help if is_told else super()._get_help_string(action)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -70,7 +77,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
     show = _add(commands, "show", _show, "draw some images with their boxes, and count boxes by class and size", False)
     text = "the picture, a PNG (default: sheet.png, or else sheet-2.png and so on)"
-    show.add_argument("--output", metavar="FILE", default=argparse.SUPPRESS, help=text)
+    show.add_argument("--output", metavar="FILE", help=text)
     show.add_argument("--num-images", type=int, default=16, metavar="N", help="the images to draw")
 
     boards = commands.add_parser("deeppcb", help="write CSV files for DeepPCB, a data set with a layout of its own")
@@ -87,7 +94,7 @@ def _add(commands, name: str, run: Callable, summary: str, writes_folder: bool =
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("path", metavar="IN", help="the data set: a folder, or a JSON, YAML or CSV file")
@@ -185,13 +192,12 @@ def _correct(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     if args.num_images < 1:
         raise ConfigError(f"--num-images is {args.num_images}; expected at least 1.")
-    output = getattr(args, "output", None)
-    if output and not args.force:
-        check_free(output, "--output", "overwrite it with --force")
+    if args.output and not args.force:
+        check_free(args.output, "--output", "overwrite it with --force")
     _, splits, classes = _read(args, most=1)
     (records,) = splits.values()
     sheet = draw_sheet(records, classes, args.num_images)
-    output = output or ("sheet.png" if args.force else free_paths("", "sheet.png")[0])
+    output = args.output or ("sheet.png" if args.force else free_paths("", "sheet.png")[0])
     replace_file(output, lambda file: sheet.save(file, "PNG"))
     print(count_boxes(records, classes))
     print(f"Written: {output}")
@@ -235,23 +241,10 @@ def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[
     for split, records in read.items():
         for box in (box for record in records for box in record["annotations"]):
             box["category_id"] = classes.index(names[split][box["category_id"]])
-    _warn(read, classes, args.classes is None and found[0].format in _NO_CLASSES)
-    return found[0].format, read, classes
-
-
-def _warn(splits: dict[str, list[dict]], classes: list[str], from_boxes: bool) -> None:
-    """Say what is probably wrong; of the classes only if they are those of the boxes, and not listed anywhere."""
-    records = [record for split in splits.values() for record in split]
-    warnings = []
-    if files := repeated_boxes(records):
-        warnings.append(f"repeated boxes (same image, box and class): {len(files):,}, as in {files[0]}. Remove them.")
-    if from_boxes:
-        counts = Counter(classes[box["category_id"]] for record in records for box in record["annotations"])
-        for name, near in misspelt_classes(counts):
-            boxes = f"it has boxes: {counts[name]:,}, the other: {counts[near]:,}"
-            warnings.append(f"class {name!r} is spelt nearly like {near!r}; {boxes}. Is it a slip?")
-    for warning in warnings:
+    records = [record for split in read.values() for record in split]
+    for warning in suspects(records, classes, args.classes is None and found[0].format in _NO_CLASSES):
         print(f"warning: {warning}", file=sys.stderr)
+    return found[0].format, read, classes
 
 
 def _check_output(args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
     rows = math.ceil(num_images / columns)
     counts = Counter(box["category_id"] for r in shown for box in r["annotations"] if not box["iscrowd"])
     step, height = _CELL + _GAP, _CELL + _LINE + _GAP
-    legend = math.ceil(len(counts) / columns) * _LINE
+    legend = (1 + math.ceil(len(counts) / columns)) * _LINE
     sheet = Image.new("RGB", (columns * step + _GAP, rows * height + legend + 2 * _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
     for number, record in enumerate(tqdm(shown, desc="Drawing", unit="image", delay=3, leave=False)):
@@ -75,8 +75,9 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
         boxes = len(record["annotations"])
         text = f"{os.path.basename(record['file_name'])}: {boxes} box{'es' if boxes != 1 else ''}"
         draw.text((x, y + _CELL), _shortened(text, font), "black", font)
+    draw.text((_GAP, _GAP + rows * height), f"Boxes of {num_images} images out of {len(records)}:", "black", font)
     for number, (index, count) in enumerate(sorted(counts.items())):
-        x, y = _GAP + number % columns * step, _GAP + rows * height + number // columns * _LINE
+        x, y = _GAP + number % columns * step, _GAP + rows * height + (1 + number // columns) * _LINE
         draw.rectangle((x, y + 2, x + 10, y + 12), class_color(index))
         draw.text((x + 16, y), _shortened(f"{classes[index]}: {count}", font), "black", font)
     return sheet

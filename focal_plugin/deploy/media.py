@@ -62,14 +62,17 @@ class Video:
 
 
 class _Visualizer(Visualizer):
-    """Detectron2's, with a choice of labels."""
+    """Detectron2's, with a choice of labels, and scores such as 0.82, as ``--score-thresh`` takes them."""
 
     labels = "all"
+    scores: Sequence[float] = ()
 
     def overlay_instances(self, *, labels=None, **shapes):
-        if self.labels == "score":
-            labels = [label.rpartition(" ")[2] for label in labels]
-        return super().overlay_instances(labels=None if self.labels == "none" else labels, **shapes)
+        names = [
+            f"{label.rpartition(' ')[0]} " if self.labels == "all" else "" for label in labels or ()
+        ]  # was "cat 82%"
+        texts = None if self.labels == "none" else [f"{name}{s:.2f}" for name, s in zip(names, self.scores)]
+        return super().overlay_instances(labels=texts, **shapes)
 
 
 def draw(image: np.ndarray, instances: Instances, metadata: Metadata, labels: str = "all") -> np.ndarray:
@@ -94,7 +97,7 @@ def _draw(image: np.ndarray, instances: Instances, metadata: Metadata, labels: s
     metadata = Metadata(**metadata.as_dict() | {"thing_colors": colors})
     # Visualizer takes the classes' colours in this mode alone, and varies them at random unless told otherwise.
     visualizer = _Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
-    visualizer.labels = labels
+    visualizer.labels, visualizer.scores = labels, instances.scores.tolist()
     return visualizer.draw_instance_predictions(instances, jittering=False).get_image()
 
 

@@ -323,7 +323,9 @@ def test_a_default_output_folder_gets_a_number(find, earlier_run, tmp_path, monk
 
 
 def test_evaluations(find):
-    assert find("evaluations")[0][0] == OK
+    level, text = find("evaluations")[0]
+    assert (level, text.startswith("at the end, ")) == (OK, True)
+    assert find("evaluations", "TEST.EVAL_PERIOD", 40)[0][1].startswith("every 40 steps, ")
     for opts, found in {
         ("TEST.BEST_METRIC", "AP"): "'AP'; expected a name that metrics.json will have, such as bbox/AP",
         ("TEST.PATIENCE", 3): "TEST.BEST_METRIC is empty",

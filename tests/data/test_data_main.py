@@ -359,3 +359,13 @@ def test_classes_that_are_one_misspelt(csv_file, tmp_path, capsys, names, classe
     assert main(["convert", csv_file.write(), str(tmp_path / "out"), "--to", "csv", *words]) == 0
     error = capsys.readouterr().err
     assert says in error if says else not error
+
+
+@pytest.mark.parametrize("command", ["tile", "convert", "split", "correct", "show", "deeppcb"])
+def test_helps_tell_defaults_where_there_are_some(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: )" not in text and "default: None" not in text and "default: False" not in text
+    assert all(flags.count("(default") <= 1 for flags in text.split(" --"))
+    assert command != "split" or ("0: no test (default: 0.0)" in text and "^(site\\d+)_" in text)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from focal_plugin.data.sheet import count_boxes, draw_sheet
 from focal_plugin.evaluation.style import GRAY, class_color
@@ -49,3 +49,14 @@ def test_images_are_spread_over_the_set(tmp_path, count):
     sheet = draw_sheet(records, ["cat"], count)
     columns = {1: 1, 2: 2, 5: 3}[count]
     assert sheet.width == columns * 332 + 12
+
+
+def test_the_legend_says_of_which_images_it_is(tmp_path, monkeypatch):
+    drawn = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, xy, text, *a: drawn.append(text) or draw(self, xy, text, *a)
+    )
+    records = [record(tmp_path / f"{i}.png", ([0, 0, 9, 9], 0, 0)) for i in range(5)]
+    draw_sheet(records, ["cat"], 2)
+    assert drawn[-2:] == ["Boxes of 2 images out of 5:", "cat: 2"]

@@ -46,3 +46,17 @@ def test_a_class_has_one_colour_in_all_pictures():
             edge = media.draw(image, found, Metadata(), "none")[150, 36:45]
             rgb = np.array(to_rgb(class_color(k)))
             np.testing.assert_allclose(edge[edge.sum(axis=1).argmax()] / max(edge.max(), 1), rgb / rgb.max(), atol=0.05)
+
+
+def test_scores_are_written_as_everywhere_else(monkeypatch):
+    """As 0.82, which --score-thresh takes, and not as 82%."""
+    drawn = []
+    monkeypatch.setattr(media.Visualizer, "draw_text", lambda self, text, *args, **kwargs: drawn.append(text))
+    found = Instances(
+        (60, 60), pred_boxes=Boxes(torch.tensor([[5.0, 5, 30, 30]] * 2)), pred_classes=torch.tensor([0, 1])
+    )
+    found.scores = torch.tensor([0.824, 0.05])
+    metadata = Metadata(thing_classes=["big cat", "dog"])
+    for labels in ("all", "score", "none"):
+        media.draw(np.zeros((60, 60, 3), np.uint8), found, metadata, labels)
+    assert sorted(drawn) == sorted(["big cat 0.82", "dog 0.05", "0.82", "0.05"])

@@ -64,7 +64,8 @@ def check_evaluations(case: Case) -> Iterator[Finding]:
     check_loggers(cfg.LOGGERS, cfg.VIS_PERIOD)
     check_metric(cfg, by_type=True)
     best = f"the best by {cfg.TEST.BEST_METRIC}" if cfg.TEST.BEST_METRIC else "no TEST.BEST_METRIC"
-    yield Finding(OK, f"every {cfg.TEST.EVAL_PERIOD} steps (0: at the end), {best}; logged to {few(cfg.LOGGERS)}")
+    when = f"every {cfg.TEST.EVAL_PERIOD} steps" if cfg.TEST.EVAL_PERIOD else "at the end"
+    yield Finding(OK, f"{when}, {best}; logged to {few(cfg.LOGGERS)}")
 
 
 def check_output_dir(case: Case) -> Iterator[Finding]:
