@@ -113,7 +113,7 @@ def test_the_commands_and_flags_of_the_table():
     (subparsers,) = [action for action in build_parser()._actions if action.choices]
     rows = re.findall(r"^\| `(\w+) (?:IN(?: OUT)?|PCBDATA)` \|(.*)", section(PAGE, "Commands on data"), re.M)
     assert {name for name, _ in rows} == set(subparsers.choices)
-    common = {"--help", "--format", "--split", "--classes", "--difficult", "--on-error", "--force"}
+    common = {"--help", "--format", "--images", "--split", "--classes", "--difficult", "--on-error", "--force"}
     for name, text in rows:
         flags = {o for a in subparsers.choices[name]._actions for o in a.option_strings if o.startswith("--")}
         assert set(re.findall(r"--[\w-]+", text)) == flags - common
