@@ -187,11 +187,14 @@ def test_the_page_in_a_browser(tmp_path, browser, classes):
     page = written(tmp_path)[2]
     colors = set()
     for width, dark in ((390, False), (390, True), (1280, False), (1280, True)):
-        probe = """{lines: document.querySelectorAll('polyline').length,
+        probe = """{hinted: [...document.querySelectorAll('.wide')]
+                .every(table => /local.*scroll/.test(getComputedStyle(table).backgroundAttachment)),
+            lines: document.querySelectorAll('polyline').length,
             small: [...document.querySelectorAll('.plot text')]
                 .filter(text => text.getBoundingClientRect().height < 9).length}"""
         found = browser(page, width, dark, probe)
         assert (found["width"], found["requests"], found["small"]) == (width, 0, 0)
+        assert found["hinted"]  # a shadow says that a table goes on
         assert found["overflow"] <= 0 and found["lines"] >= min(classes, 2)
         colors.add(found["color"])
     assert colors == {"rgb(255, 255, 255)", "rgb(22, 24, 28)"}
