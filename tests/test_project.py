@@ -252,3 +252,21 @@ def test_lazy_config_builds(path, catalogs, monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = LazyConfig.load(str(path))
     assert_detects(instantiate(cfg.model))
+
+
+_OWN_BARS = {
+    "focal_plugin/engine/console.py",  # made on a terminal alone
+    "focal_plugin/ablation/launch.py",  # a line a minute tells of jobs of hours
+    "focal_plugin/analysis/hardest.py",
+    "focal_plugin/deploy/export_check.py",
+}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if relative(p) not in _OWN_BARS], ids=relative)
+def test_bars_are_drawn_on_a_terminal_alone(path):
+    """In a log file a bar would be a line for each image."""
+    calls = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+    bars = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in ("tqdm", "trange")]
+    for bar in bars:
+        disabled = [word.value for word in bar.keywords if word.arg == "disable"]
+        assert [getattr(value, "value", "") for value in disabled] == [None], f"line {bar.lineno}"

@@ -122,7 +122,8 @@ def suggest(cfg: CfgNode, grid: FeatureGrid, images: Sequence[Image], now: Cover
 
     some = spread(images, _SEARCH_IMAGES)
     reached = [
-        coverage(candidate, some).regular.sum() for candidate in tqdm(candidates, desc="Other anchors", unit="set")
+        coverage(candidate, some).regular.sum()
+        for candidate in tqdm(candidates, desc="Other anchors", unit="set", disable=None)
     ]
     sizes, ratios = candidates[int(np.argmax(reached))]
     then = coverage((sizes, ratios), images)

@@ -76,7 +76,10 @@ def read_images(cfg: CfgNode, records: Sequence[dict]) -> list[Image]:
     resize = build_augmentation(cfg, is_train=True)[0]
     crop = RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else None
     with seeded(0):
-        return [_read_image(resize, crop, record) for record in tqdm(records, desc="Boxes", unit="image", delay=2)]
+        return [
+            _read_image(resize, crop, record)
+            for record in tqdm(records, desc="Boxes", unit="image", delay=2, disable=None)
+        ]
 
 
 def _read_image(resize: ResizeShortestEdge, crop: RandomCrop | None, record: dict) -> Image:
@@ -151,7 +154,7 @@ def measure(
         return Anchors.from_generator(generator, grid.features(size))
 
     positives, regular = [], []
-    for image in tqdm(images, desc=progress, unit="image", delay=2, leave=False):
+    for image in tqdm(images, desc=progress, unit="image", delay=2, leave=False, disable=None):
         classes = torch.zeros(len(image.boxes), dtype=torch.int64)
         instances = Instances(image.size, gt_boxes=Boxes(image.boxes), gt_classes=classes)
         anchors = anchors_of(image.size)

@@ -138,7 +138,7 @@ def collect(model: FocalRetinaNet, cfg: CfgNode, records: Sequence[dict]) -> dic
     )
     histograms = {"positive": WrongnessHistogram(), "negative": WrongnessHistogram()}
     with inference_context(model):
-        for record in tqdm(records, desc="Losses", unit="image"):
+        for record in tqdm(records, desc="Losses", unit="image", disable=None):
             logits, _, targets = model.predict([mapper(record)])
             add_image(histograms, model.by_class(logits), targets)
     return histograms

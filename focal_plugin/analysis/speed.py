@@ -216,7 +216,7 @@ def time_models(entries: Sequence[Entry], records: Sequence[dict], warmup: int) 
     mappers = [DatasetMapper(entry.cfg, is_train=False) for entry in entries]
     times = np.zeros((len(entries), len(records)))
     schedule = [records[i % len(records)] for i in range(warmup)] + list(records)
-    for step, record in enumerate(tqdm(schedule, desc="Timing", unit="image")):
+    for step, record in enumerate(tqdm(schedule, desc="Timing", unit="image", disable=None)):
         for turn in range(len(entries)):
             i = (turn + step) % len(entries)
             image = mappers[i](dict(record))

@@ -76,7 +76,7 @@ class CocoSet:
                 "not annotated counts as background."
             )
         records, seen = [], set()
-        images = tqdm(content["images"], desc=f"Reading {self.name}", unit="image", delay=3, leave=False)
+        images = tqdm(content["images"], desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None)
         for number, image in enumerate(images):
             with checker.record("image"):
                 where = f"{path}, images[{number}]"

@@ -51,7 +51,9 @@ class CsvSet:
         for where, row in rows:
             images.setdefault(os.path.normpath(row["image_path"]), []).append((where, row))
         records = []
-        for name, boxes in tqdm(images.items(), desc=f"Reading {self.name}", unit="image", delay=3, leave=False):
+        for name, boxes in tqdm(
+            images.items(), desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None
+        ):
             with checker.record("image"):
                 where, row = boxes[0]
                 if not row["image_path"]:

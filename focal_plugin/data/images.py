@@ -74,7 +74,9 @@ def decode_all(paths: Sequence[str], what: str) -> Iterator[int | DataError]:
 
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as pool:
         found = pool.map(attempt, paths)
-        yield from tqdm(found, total=len(paths), desc=f"Decoding {what}", unit="image", delay=3, leave=False)
+        yield from tqdm(
+            found, total=len(paths), desc=f"Decoding {what}", unit="image", delay=3, leave=False, disable=None
+        )
 
 
 def decoded(records: Sequence[dict], checker: Checker) -> list[dict]:

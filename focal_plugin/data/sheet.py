@@ -69,7 +69,7 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
     legend = (1 + math.ceil(len(counts) / columns)) * _LINE
     sheet = Image.new("RGB", (columns * step + _GAP, rows * height + legend + 2 * _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
-    for number, record in enumerate(tqdm(shown, desc="Drawing", unit="image", delay=3, leave=False)):
+    for number, record in enumerate(tqdm(shown, desc="Drawing", unit="image", delay=3, leave=False, disable=None)):
         x, y = _GAP + number % columns * step, _GAP + number // columns * height
         sheet.paste(_picture(record), (x, y))
         boxes = len(record["annotations"])

@@ -98,7 +98,7 @@ def cut_tiles(
     spans = [[tile_spans(record[side], tile, overlap) for side in ("height", "width")] for record in records]
     made = []
     total = sum(len(rows) * len(columns) for rows, columns in spans)
-    with tqdm(total=total, desc="Cutting", unit="tile", delay=3, leave=False) as progress:
+    with tqdm(total=total, desc="Cutting", unit="tile", delay=3, leave=False, disable=None) as progress:
         for record, name, (rows, columns) in zip(records, names, spans):
             with readable_image(record["file_name"]):
                 pixels = read_image(record["file_name"], "RGB")  # (H, W, 3), turned by its EXIF orientation

@@ -49,7 +49,9 @@ class VocSet:
         class_ids = {name: index for index, name in enumerate(classes)}
         images = _images_by_stem(os.path.join(root, "JPEGImages"))
         records, seen = [], set()
-        for image_id in tqdm(self._image_ids(root), desc=f"Reading {self.name}", unit="image", delay=3, leave=False):
+        for image_id in tqdm(
+            self._image_ids(root), desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None
+        ):
             with checker.record("image"):
                 if image_id in seen:
                     raise DataError("image listed twice", f"{image_id} in split {self.split!r} of {root}.")
@@ -149,7 +151,7 @@ def find_classes(root: str, on_error: str) -> tuple[str, ...]:
     folder = need(os.path.join(root, "Annotations"), "the annotations' folder")
     files = sorted(name for name in PathManager.ls(folder) if name.endswith(".xml"))
     names, checker = set(), Checker(root, on_error)
-    for name in tqdm(files, desc=f"Finding the classes of {root}", unit="file", delay=3, leave=False):
+    for name in tqdm(files, desc=f"Finding the classes of {root}", unit="file", delay=3, leave=False, disable=None):
         with checker.record("image"):
             names.update(map(_class_name, parse_xml(os.path.join(folder, name)).findall("object")))
     names.discard("")  # reading the object's image refuses it

@@ -55,7 +55,9 @@ def write_dataset(folder: Path, format: str, splits: Splits, classes: Sequence[s
         splits = {_yolo_split(name, list(splits)): records for name, records in splits.items()}
     names = flat_names(record["file_name"] for records in splits.values() for record in records)
     written = {}
-    with tqdm(total=sum(map(len, splits.values())), desc="Copying", unit="image", delay=3, leave=False) as progress:
+    with tqdm(
+        total=sum(map(len, splits.values())), desc="Copying", unit="image", delay=3, leave=False, disable=None
+    ) as progress:
         for split, records in splits.items():
             images = folder / layout.images.format(split=split)
             images.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ class YoloSet:
         keypoints = _keypoints(content, path)
         records: list[dict] = []
         seen: dict[str, str] = {}
-        progress = tqdm(images, desc=f"Reading {self.name}", unit="image", delay=3, leave=False)
+        progress = tqdm(images, desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None)
         for image, label in zip(progress, labels):
             with checker.record("image"):
                 if label in seen:

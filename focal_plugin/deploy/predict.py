@@ -157,7 +157,7 @@ def predict(
     Raises:
         OSError: something could not be written.
     """
-    with tqdm(total=len(sources), desc="Predicting", unit="image") as bar:
+    with tqdm(total=len(sources), desc="Predicting", unit="image", disable=None) as bar:
         for group in _groups(sources, predictor.batch_size):
             try:
                 if group[0].kind == "image":

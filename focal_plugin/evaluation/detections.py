@@ -63,7 +63,7 @@ def sample_detections(
     num_images = min(num_images, len(candidates))
     chosen = [candidates[i * len(candidates) // num_images] for i in range(num_images)]
     with inference_context(model), torch.no_grad():
-        progress = tqdm(chosen, desc="Drawing detections", unit="image", delay=3, leave=False)
+        progress = tqdm(chosen, desc="Drawing detections", unit="image", delay=3, leave=False, disable=None)
         return [_sample(model, loader.dataset[i], records[i], image_format) for i in progress]
 
 

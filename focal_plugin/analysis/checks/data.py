@@ -237,7 +237,7 @@ def check_positives(case: Case) -> Iterator[Finding]:
     matcher, mapper = build_matcher(case.cfg), FocalDatasetMapper(case.cfg, is_train=True)
     records = spread(case.used_records, _BATCH_IMAGES)
     boxes, totals = 0, np.zeros(len(case.levels), dtype=int)
-    for record in tqdm(records, desc="Images", unit="image", delay=2, leave=False):
+    for record in tqdm(records, desc="Images", unit="image", delay=2, leave=False, disable=None):
         try:
             sample = mapper(record)
         except DataError:
