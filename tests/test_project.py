@@ -257,8 +257,6 @@ def test_lazy_config_builds(path, catalogs, monkeypatch):
 _OWN_BARS = {
     "focal_plugin/engine/console.py",  # made on a terminal alone
     "focal_plugin/ablation/launch.py",  # a line a minute tells of jobs of hours
-    "focal_plugin/analysis/hardest.py",
-    "focal_plugin/deploy/export_check.py",
 }
 
 

@@ -112,7 +112,7 @@ def rank(judges: Iterable[tuple[CfgNode, Sequence[dict]]], top: int) -> Ranking:
         model = build_focal_model(cfg, "hardest")
         load_weights(model, cfg.MODEL.WEIGHTS)
         judge = Judge(model, cfg)
-        for record in tqdm(records, desc="Judging", unit="image"):
+        for record in tqdm(records, desc="Judging", unit="image", disable=None):
             ranking.add(judge(record))
     return ranking
 
