@@ -109,7 +109,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load as Detectron2's checkpointer does.
+        """Load as Detectron2's checkpointer does; nothing if ``path`` is empty.
 
         Raises:
             FileNotFoundError: a file could not be downloaded.
@@ -117,6 +117,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 that no model can use, such as a NaN.
             ConfigError: as ``resume_or_load``.
         """
+        if not path:
+            logger.info(f"{_KEYS} is empty: no checkpoint is loaded, and the weights stay as they were initialised.")
+            return {}
         self._path, self._resumes = path, checkpointables is None and bool(self.checkpointables)
         try:
             return super().load(path, checkpointables)
