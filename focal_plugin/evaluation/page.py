@@ -48,7 +48,7 @@ def to_html(found: dict, find_image: Callable[[str], str]) -> str:
         sizes=SIZES,
         is_small=len(names) <= _MOST_CLASSES,
         confusions=_confusions(found["confusion"], [*names, "background"]),
-        pictures=[_picture(image, find_image(image["file_name"])) for image in found["worst_images"]],
+        pictures=[_picture(image, find_image(image["file_name"]), names) for image in found["worst_images"]],
     )
 
 
@@ -63,8 +63,8 @@ def _confusions(counts: list[list[int]], names: list[str], most: int = 20) -> li
     return sorted(pairs, key=lambda pair: -pair[0])[:most]
 
 
-def _picture(entry: dict, path: str) -> dict:
-    """The size in pixels of a worst image, and a small copy as a data URI, "" if it cannot be read."""
+def _picture(entry: dict, path: str, names: list[str]) -> dict:
+    """The size in pixels of a worst image, a small copy as a data URI, "" if it cannot be read, and labels."""
     try:
         image = Image.fromarray(read_image(path, format="RGB"))
     except (OSError, SyntaxError, ValueError):  # Pillow's for a file that is not there, or broken
@@ -76,7 +76,28 @@ def _picture(entry: dict, path: str) -> dict:
     else:
         boxes = [shape["box"] for shape in (*entry["objects"], *entry["detections"])]
         width, height = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
-    return {"width": width, "height": height, "uri": _jpeg(image) if image else ""}
+    uri = _jpeg(image) if image else ""
+    return {"width": width, "height": height, "uri": uri, "labels": _labels(entry["detections"], names, width)}
+
+
+def _labels(detections: list[dict], names: list[str], width: float) -> list[dict]:
+    """The texts at false positives, the best first, without those that would lie on another; all are titles too."""
+    size = width / 36  # of letters, in pixels of the image
+    placed: list[dict] = []
+    for d in (d for d in detections if d["error"]):
+        kind = "wrong class" if d["error"] == "class" else d["error"]
+        text = f"{names[d['class']]}: " * (len(names) > 1) + f"{kind} {d['score']:.2f}"
+        length = 0.6 * size * len(text)
+        x0, y0, box_width, _ = d["box"]
+        on_left = x0 + box_width / 2 < width / 2
+        left = max(x0 if on_left else min(x0 + box_width, width) - length, 0)
+        base = max(y0 - size / 4, size)
+        if all(
+            abs(base - other["base"]) > 1.1 * size or left > other["end"] or left + length < other["left"]
+            for other in placed
+        ):
+            placed.append({"text": text, "left": left, "end": left + length, "base": base, "size": size})
+    return placed
 
 
 def _jpeg(image: Image.Image) -> str:

@@ -5,13 +5,15 @@ import json
 import re
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from PIL import Image
 
 from focal_plugin.evaluation.evaluator import PageEvaluator, write_evaluation
+from focal_plugin.evaluation.page import _labels
 from focal_plugin.evaluation.report import class_table
 from tests.docs.pages import PAGES, blocks
 from tests.evaluation.test_numbers import OBJECTS, evaluated, random_case
@@ -51,6 +53,23 @@ def test_names_are_text_and_images_are_small(tmp_path):
     assert page.count("data:image/jpeg;base64,") == 1 and len(page) < 400_000  # noise is the worst there is
     links = re.findall(r"""(?:src|srcset|href|url)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
     assert [link[:16] for link in links] == ["data:image/jpeg;"]
+
+
+def test_labels_do_not_lie_on_each_other():
+    """In a crowd of false positives the best is labelled, and another only where there is room."""
+    rng = np.random.default_rng(0)
+    boxes = [[*rng.uniform(-5, 200, 2), *rng.uniform(5, 50, 2)] for _ in range(60)]
+    detections = [
+        {"box": box, "class": i % 2, "score": 1 - i / 100, "error": ("background", None, "class")[i % 3]}
+        for i, box in enumerate(boxes)
+    ]
+    labels = _labels(detections, ["cat", "a dog"], 200)
+    assert labels[0]["text"] == "cat: background 1.00" and 3 < len(labels) < 40
+    assert {label["text"] for label in labels} <= {
+        f"{('cat', 'a dog')[i % 2]}: {('background', '', 'wrong class')[i % 3]} {1 - i / 100:.2f}" for i in range(60)
+    }
+    plates = [[a["left"], a["base"] - a["size"], a["end"], a["base"]] for a in labels]
+    assert pairwise_iou(*[Boxes(torch.tensor(plates))] * 2).triu(1).sum() == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\n broken"])
