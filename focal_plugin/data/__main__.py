@@ -226,7 +226,8 @@ def _read(args: argparse.Namespace, most: int | None = None) -> tuple[str, dict[
             raise ConfigError(f"--images is for csv and coco; {one} says itself where its images are.")
         if args.images:
             keys["images"] = args.images
-        dataset = make_set(one, f"{args.path}, {one.split}", args.classes, args.on_error, **keys)
+        name = f"{args.path}, {one.split}" if len(found) > 1 else args.path
+        dataset = make_set(one, name, args.classes, args.on_error, **keys)
         checker = Checker(dataset.name, args.on_error)
         read[one.split], metadata = dataset.load(checker)
         if args.on_error == "skip":

@@ -21,7 +21,7 @@ _CELL, _GAP, _LINE = 320, 12, 18  # pixels: an image's longer side, the space be
 def count_boxes(records: Sequence[dict], classes: Sequence[str]) -> str:
     """Return a table of how many images and boxes each class has, and how many boxes are small, medium and large.
 
-    Crowds are in a row of their own.
+    Regions to ignore (``iscrowd``) are in a row of their own.
     """
     images, boxes = Counter(), Counter()
     for record in records:
@@ -32,7 +32,7 @@ def count_boxes(records: Sequence[dict], classes: Sequence[str]) -> str:
         images.update({name for name, _ in rows})
     names = [*classes, *([None] if images[None] else [])]
     table = [
-        ["crowds" if name is None else name, images[name], sum(boxes[name, size] for size in SIZES)]
+        ["ignored regions" if name is None else name, images[name], sum(boxes[name, size] for size in SIZES)]
         + [boxes[name, size] for size in SIZES]
         for name in names
     ]
@@ -50,7 +50,7 @@ def _size(box: Sequence[float]) -> str:
 def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int) -> Image.Image:
     """Draw images that are spread evenly over a data set, with their boxes in the colours of their classes.
 
-    Crowds are grey. Below is a legend with the number of boxes of each class that is shown.
+    Regions to ignore are grey. Below is a legend with the number of boxes of each class that is shown.
 
     Args:
         records: in Detectron2's format, with boxes XYXY; at least one.
@@ -72,7 +72,7 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
     for number, record in enumerate(tqdm(shown, desc="Drawing", unit="image", delay=3, leave=False, disable=None)):
         x, y = _GAP + number % columns * step, _GAP + number // columns * height
         sheet.paste(_picture(record), (x, y))
-        boxes = len(record["annotations"])
+        boxes = sum(not box["iscrowd"] for box in record["annotations"])
         text = f"{os.path.basename(record['file_name'])}: {boxes} box{'es' if boxes != 1 else ''}"
         draw.text((x, y + _CELL), _shortened(text, font), "black", font)
     draw.text((_GAP, _GAP + rows * height), f"Boxes of {num_images} images out of {len(records)}:", "black", font)

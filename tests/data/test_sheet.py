@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -19,15 +21,15 @@ def test_counts(tmp_path):
         record(tmp_path / "b.png", ([0, 0, 95, 97], 0, 0), (big, 0, 1)),
         record(tmp_path / "c.png"),
     ]
-    rows = [line.split() for line in count_boxes(records, ["1", "dog", "none"]).splitlines()]
+    rows = [re.split(r"  +", line.strip()) for line in count_boxes(records, ["1", "dog", "none"]).splitlines()]
     assert rows[0] == ["class", "images", "boxes", "small", "medium", "large"]
     assert rows[2:6] == [
         ["1", "2", "3", "1", "2", "0"],
         ["dog", "1", "1", "0", "0", "1"],
         ["none", "0", "0", "0", "0", "0"],
-        ["crowds", "1", "1", "0", "0", "1"],
+        ["ignored regions", "1", "1", "0", "0", "1"],
     ]
-    assert " ".join(rows[6]) == "3 images, 1 of them without boxes"
+    assert rows[6][0] == "3 images, 1 of them without boxes"
 
 
 def test_boxes_are_where_they_belong(tmp_path):
