@@ -18,11 +18,12 @@ never overwritten.
 import argparse
 import copy
 import glob
+import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ from .loading import load_model, read_config
 from .optimize import fold_norms
 from .predictor import read_file
 
+logger = logging.getLogger(__name__)
+
 _UNFINISHED = ".export-"  # the beginning of a folder's name
 _NUM_IMAGES = 4  # of DATASETS.TEST, to compare on
 
@@ -64,6 +67,7 @@ def export_model(
     precision: str = "float32",
     opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = logger.info,
 ) -> None:
     """Write a model to a file, which is kept if it computes what the model does.
 
@@ -78,6 +82,7 @@ def export_model(
             scores and NMS are computed in float32, and what goes in and comes out stays as it is.
         opset: the version of ONNX's operators; None, PyTorch's choice.
         metadata: written into the file; texts as they are, all else as JSON.
+        say: called with a sentence when a step begins.
 
     Raises:
         ExportError: the model cannot be exported, or the file computes something else. No file is left.
@@ -113,7 +118,9 @@ def export_model(
         path = os.path.join(work, "model")  # on the same disk: one rename
         try:
             with torch.no_grad(), quiet():
+                say(f"Writing {format} ...{' This takes minutes for a large network.' * (format == 'onnx')}")
                 write(module, path, names, metadata or {}, opset)
+                say(f"Written, {os.path.getsize(path) / 2**20:.1f} MB. Loading it ...")
                 loaded = run(path)
         except ImportError:
             raise
@@ -121,6 +128,7 @@ def export_model(
             raise OSError(error.errno, f"{output} could not be written, and nothing is left of it: {error}") from error
         except Exception as error:  # exporters raise many types for what they do not support
             raise ExportError(f"{format} cannot express this model: {type(error).__name__}: {error}") from error
+        say(f"Comparing it with the model on {len(images)} images ...")
         for ran in (loaded, run_rounded(module)) if precision == "float16" else (loaded,):
             check(model, ran, images, raw, image_input, TOLERANCES[precision])
         check_free(output, "--output")  # again: the export has taken minutes
@@ -214,10 +222,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         model = load_model(cfg)
         _check_supported(model)
         images = read_images(cfg, files)
-        print(f"Exporting to {args.format} ...")
         how = vars(image_input) | {"raw": args.raw, "precision": args.precision, "opset": args.opset}
         about = describe(cfg, model, args.raw, image_input, args.precision)
-        export_model(model, args.output, args.format, images, **how, metadata=about)
+        export_model(model, args.output, args.format, images, **how, metadata=about, say=print)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
