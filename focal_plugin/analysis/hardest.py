@@ -11,6 +11,7 @@ heart.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -82,8 +83,14 @@ def main(args: argparse.Namespace) -> int:
     shown = [suggestion for kind in best.values() for suggestion in kind]
     share = sum(s.loss for s in shown) / ranking.loss if ranking.loss else 0.0
     of = f"{ranking.images} images of DATASETS.{key} with {ranking.labels} labels"
+    agreement = ranking.agreement()
+    score_thresh = agreement["score_thresh"] if agreement else math.inf
+    sure = {kind: sum(s.is_sure(score_thresh) for s in found) for kind, found in best.items()}
+    print(agreed(agreement))
     print(f"The hardest objects of {of}. They hold {share:.0%} of the focal loss:")
     print(tabulate(table(best, names), headers="keys", tablefmt="pipe"))
+    if listed := ", ".join(f"{count} {kind}" for kind, count in sure.items() if count):
+        print(f"Surest, and marked on the page: {listed}.")
     if ranking.unjudged:
         print(f"{ranking.unjudged} labels have no positive anchor and were not judged; see `analysis anchors`.")
     stem = f"hardest_{key.lower()}"
@@ -94,6 +101,8 @@ def main(args: argparse.Namespace) -> int:
         "judge": folds,
         "of": of,
         "share": share,
+        "agreed": agreed(agreement),
+        "score_thresh": score_thresh,
         "suggestions": coco.name,
     }
     page.write_text(to_html(best, names, about | {"suggestions": coco.name}))
@@ -115,6 +124,19 @@ def rank(judges: Iterable[tuple[CfgNode, Sequence[dict]]], top: int) -> Ranking:
         for record in tqdm(records, desc="Judging", unit="image", disable=None):
             ranking.add(judge(record))
     return ranking
+
+
+def agreed(agreement: dict | None) -> str:
+    """Return a sentence on how well detections and labels agree, as ``best_f1`` has it."""
+    if agreement is None:
+        return (
+            "What judges finds none of the labels, so its suggestions are worth nothing: is its training finished, and "
+            "long enough?"
+        )
+    return (
+        f"What judges agrees best with the labels at a score of {agreement['score_thresh']:.2f}: "
+        f"{agreement['recall']:.0%} of them are detected, and {agreement['precision']:.0%} of the detections have one."
+    )
 
 
 def table(best: dict[str, list[Suggestion]], names: Sequence[str]) -> list[dict]:

@@ -103,7 +103,15 @@ def annotation(box, k, **more):
     return {"bbox": list(map(float, box)), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(k), "iscrowd": 0, **more}
 
 
-ABOUT = {"data_set": "x", "judge": "y", "of": "2 images", "share": 0.5, "suggestions": "hardest_test.json"}
+ABOUT = {
+    "data_set": "x",
+    "judge": "y",
+    "of": "2 images",
+    "share": 0.5,
+    "agreed": "They do.",
+    "score_thresh": 0.9,
+    "suggestions": "hardest_test.json",
+}
 
 
 class Planted:
@@ -321,7 +329,8 @@ def checkpoint(tiny_config, tmp_path):
 def test_command(tiny_config, checkpoint, tmp_path, capsys):
     words = ["hardest", "--config-file", tiny_config, "--weights", checkpoint, "--top", "5", "--num-images", "3"]
     assert main([*words, "MODEL.DEVICE", "cpu"]) == 0
-    assert "3 images of DATASETS.TEST" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 images of DATASETS.TEST" in printed and "finds none of the labels" in printed and "first" not in printed
     folder = tmp_path / "output" / "analysis"
     with (folder / "hardest_test.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -428,3 +437,25 @@ def test_what_a_label_should_be_is_not_missing_too(scores):
     given.gt_boxes, given.gt_classes = Boxes(torch.tensor([label])), torch.tensor([0])
     assert _without_label(found, given, Boxes(torch.zeros(0, 4)), None).tolist() == [True, False]
     assert _without_label(found, given, Boxes(torch.tensor([truth])), None).tolist() == [False, False]
+
+
+def test_how_well_labels_and_detections_agree(tmp_path, judges):
+    """By hand: of 8 labels one is of another class, one is where nothing is, and an eighth object has no label."""
+    ranking, _ = Planted(tmp_path, judges[3]).best(top=5)
+    found = ranking.agreement()
+    assert (found["recall"], found["precision"]) == (pytest.approx(6 / 8), pytest.approx(6 / 8))
+
+
+def test_agreement_leaves_out_what_is_in_crowds(tmp_path, judges):
+    planted = Planted(tmp_path, judges[3], num_images=1)
+    planted.records[0]["annotations"].append(annotation((0, 0, SIZE, SIZE), 0, iscrowd=1))
+    ranking, _ = planted.best(top=5)
+    assert ranking.agreement()["precision"] == 1
+
+
+def test_what_is_surest_is_marked(tmp_path, judges):
+    _, best = Planted(tmp_path, judges[3]).best(top=5)
+    surest = sum(s.is_sure(ABOUT["score_thresh"]) for kind in best.values() for s in kind)
+    page = to_html(best, "abc", ABOUT)
+    assert page.count("●</span>") == surest and 0 < surest < page.count("<figure ")
+    assert "●" not in to_html(best, "abc", ABOUT | {"score_thresh": float("inf")})

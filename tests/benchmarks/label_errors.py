@@ -7,7 +7,7 @@
 their width and of their height. For each kind, k is the number planted, and the k suggestions that rank highest are
 compared with what was planted: precision and recall are then one number. The same is counted for plain confidence
 (detections on no label, by score; labels, by the lowest score of a detection of their class on them) and for random
-choice among the same. Trainings that are done, or begun, are not repeated. It prints a table and writes it to
+choice among the same. What the page marks, by its score, is counted too. Trainings that are done, or begun, are not repeated. It prints a table and writes it to
 label_errors.md and .json.
 """
 
@@ -15,6 +15,7 @@ label_errors.md and .json.
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,8 @@ def measure(cfg: CfgNode, seed: int, args: argparse.Namespace, folder: Path) -> 
             for kind, value, mistake in plain_confidence(found, record, planted):
                 confidence[kind].append((value, mistake))
     rows = []
+    agreement = ranking.agreement()
+    score_thresh = agreement["score_thresh"] if agreement else math.inf
     by_file = {record["file_name"]: record for record in records}
     for kind, suggestions in ranking.best().items():
         if not (k := kind in KINDS and planted.count(kind)):
@@ -164,6 +167,7 @@ def measure(cfg: CfgNode, seed: int, args: argparse.Namespace, folder: Path) -> 
             else planted.of_label(kind, by_file[s.record["file_name"]]["annotations"][s.label])
             for s in suggestions
         ]
+        marked = [mistake for s, mistake in zip(suggestions, ours) if s.is_sure(score_thresh)]
         plain = [mistake for _, mistake in sorted(confidence[kind], key=lambda pair: -pair[0])]
         rows.append(
             {
@@ -174,6 +178,8 @@ def measure(cfg: CfgNode, seed: int, args: argparse.Namespace, folder: Path) -> 
                 "random": sum(mistake is not None for mistake in plain) / len(plain),
                 "hardest, recall at 2k": hits(ours, 2 * k) / k,
                 "confidence, recall at 2k": hits(plain, 2 * k) / k,
+                "marked": len(marked),
+                "precision of marked": hits(marked, len(marked)) / len(marked) if marked else None,
             }
         )
     return rows

@@ -14,6 +14,7 @@ scores, FL the focal loss of an (anchor, class) pair, and the positives of a lab
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import build_augmentation
@@ -26,7 +27,7 @@ from torch.nn.functional import one_hot
 from ...config import ConfigError
 from ...data import FocalDatasetMapper
 from ...data.images import check_image
-from ...evaluation.numbers import IOU
+from ...evaluation.numbers import IOU, match
 from ...losses.functional import sigmoid_focal_loss
 from ...retinanet import FocalRetinaNet
 from ...structures import DenseTargets
@@ -86,6 +87,7 @@ class Judge:
             float(losses.sum() + positives.losses.sum()),
             len(given),
             len(given) - len(positives.of_label),
+            *_agreement(found, given, sample.get("ignore_boxes")),
         )
 
 
@@ -102,6 +104,21 @@ def _with_usable_labels(record: dict) -> dict:
         if annotation.get("iscrowd", 0) or (sides > 0.01).all():  # the mapper drops others, and would shift the places
             kept.append({**annotation, "place": place})
     return record | {"annotations": kept}
+
+
+def _agreement(found: Instances, given: Instances, crowds: Boxes | None) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of the detections, the best first, and whether each finds a label, as an evaluation counts it.
+
+    Those in a crowd that find none are left out.
+    """
+    same = found.pred_classes[:, None] == given.gt_classes  # (D, G)
+    right = match((pairwise_iou(found.pred_boxes, given.gt_boxes) * same).cpu().numpy()) >= 0
+    scores = found.scores.cpu().numpy()
+    if crowds is None:
+        return scores, right
+    boxes = found.pred_boxes
+    kept = right | ~(pairwise_ioa(crowds.to(boxes.device), boxes) >= IOU).any(dim=0).cpu().numpy()
+    return scores[kept], right[kept]
 
 
 def _without_label(found: Instances, given: Instances, suggested: Boxes, crowds: Boxes | None) -> Tensor:

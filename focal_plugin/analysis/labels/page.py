@@ -98,7 +98,8 @@ def to_html(best: Mapping[str, Sequence[Suggestion]], names: Sequence[str], abou
         best: the suggestions of each kind, the best first.
         names: the K class names.
         about: ``data_set``; ``judge``, what judged the labels; ``of``, what they are; ``share``, of the loss, that the
-            objects hold.
+            objects hold; ``agreed``, how well labels and detections agree; ``score_thresh``, from which on suggestions
+            are marked; ``suggestions``, the name of the COCO file.
     """
     numbered = list(enumerate((s for found in best.values() for s in found), start=1))
     crops = _crops([s for _, s in numbered])

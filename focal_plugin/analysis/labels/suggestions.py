@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from ...evaluation.numbers import IOU, best_f1
+
 KINDS = ("missing", "class", "box", "extra")
 Box = tuple[float, ...]
 
@@ -38,6 +42,10 @@ class Suggestion:
         box = self.predicted_box if self.kind in ("missing", "box") else self.label_box
         return box, self.predicted_class if self.kind in ("missing", "class") else self.label_class
 
+    def is_sure(self, score_thresh: float) -> bool:
+        """Return whether an evaluation at this threshold would count the labels as wrong, if the model were right."""
+        return self.score >= score_thresh and (self.kind != "box" or self.iou < IOU)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -48,12 +56,15 @@ class Verdict:
         loss: the FL of all anchors that are not ignored.
         labels: the number of labels, without crowds.
         unjudged: of these without a positive anchor.
+        scores, right: of the D detections, (D,), and whether each finds a label, (D,) bool.
     """
 
     suggestions: list[Suggestion]
     loss: float
     labels: int
     unjudged: int
+    scores: np.ndarray
+    right: np.ndarray
 
 
 class Ranking:
@@ -70,6 +81,7 @@ class Ranking:
         self.top = top
         self.images = self.labels = self.unjudged = 0
         self.loss = 0.0
+        self._detections: list[tuple[np.ndarray, np.ndarray]] = []
         self._pool: dict[str, list[Suggestion]] = {kind: [] for kind in KINDS}
 
     def add(self, verdict: Verdict) -> None:
@@ -78,6 +90,7 @@ class Ranking:
         self.labels += verdict.labels
         self.unjudged += verdict.unjudged
         self.loss += verdict.loss
+        self._detections.append((verdict.scores, verdict.right))
         for suggestion in verdict.suggestions:
             pool = self._pool[suggestion.kind]
             pool.append(suggestion)
@@ -86,6 +99,11 @@ class Ranking:
 
     def _best(self, pool: list[Suggestion]) -> list[Suggestion]:
         return sorted(pool, key=lambda suggestion: -suggestion.value)[: self.top]
+
+    def agreement(self) -> dict | None:
+        """Return how well detections and labels agree, see ``best_f1``; None if no label was found."""
+        scores, right = (np.concatenate(parts) for parts in zip(*self._detections))
+        return best_f1(scores, right, self.labels)
 
     def best(self) -> dict[str, list[Suggestion]]:
         """Return the best of each kind, the best first."""
