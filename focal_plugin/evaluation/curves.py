@@ -76,9 +76,8 @@ def save_curves(path: str, metrics_json: str) -> None:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[1]:
-            panel.legend(
-                frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18)
-            )  # not on a curve
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # where no curve is
+            panel.legend(frameon=False, fontsize=8, ncols=2, **below)
     figure.savefig(path, dpi=110)
 
 

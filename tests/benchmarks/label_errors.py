@@ -7,8 +7,8 @@
 their width and of their height. For each kind, k is the number planted, and the k suggestions that rank highest are
 compared with what was planted: precision and recall are then one number. The same is counted for plain confidence
 (detections on no label, by score; labels, by the lowest score of a detection of their class on them) and for random
-choice among the same. What the page marks, by its score, is counted too. Trainings that are done, or begun, are not repeated. It prints a table and writes it to
-label_errors.md and .json.
+choice among the same. What the page marks is counted too. Trainings that are done, or begun, are not
+repeated. It prints a table and writes it to label_errors.md and .json.
 """
 
 # ruff: noqa: E402  # the folder comes first: the package need not be installed
