@@ -1,7 +1,7 @@
 """Data sets from data sets: cut into tiles, in another format, or split; and a picture of one. No image is changed.
 
 IN is a folder, or a JSON, YAML or CSV file, whose format is found out as it is for a path in DATASETS.LOCAL. OUT is a
-new folder.
+new folder, of boxes and classes: masks, keypoints and further fields are not written.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = build_parser(prog).parse_args(argv)
     try:
         args.run(args)
-    except (ConfigError, DataError, FileExistsError) as error:
+    except (ConfigError, DataError, OSError) as error:
         hint = (
             " Correct it; --on-error skip leaves out all such records and lists them."
             if getattr(error, "unit", None)
@@ -168,9 +168,7 @@ def _split(args: argparse.Namespace) -> None:
     _check_output(args)
     format, splits, classes = _read(args, most=1)
     (records,) = splits.values()
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(record["file_name"])) for record in records])
-    paths = [os.path.relpath(record["file_name"], folder) for record in records]
-    groups = groups_of(paths, args.by)
+    groups = groups_of([record["file_name"] for record in records], args.by)
     shares = {split: share for split, share in shares.items() if share > 0}
     split = split_records(records, groups, shares, args.seed)
     print(table_of(split, shares, classes))
@@ -261,8 +259,11 @@ def _check_output(args: argparse.Namespace) -> None:
         check_free(folder, "OUT", "overwrite it with --force")
     elif os.path.lexists(folder) and not (folder / _MARK).is_file():
         raise FileExistsError(f"{folder} has no {_MARK}: no data command made it. Remove it, or choose another OUT.")
-    elif Path(args.path).resolve().is_relative_to(folder.resolve()):
-        raise FileExistsError(f"IN is in {folder}, which --force would replace. Choose another OUT.")
+    else:
+        read = {"IN": args.path, "--images": args.images, "--suggestions": getattr(args, "suggestions", "")}
+        for what, path in read.items():
+            if path and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise FileExistsError(f"{what} is in {folder}, which --force would replace. Choose another OUT.")
 
 
 def _write(args: argparse.Namespace, format: str, splits: dict[str, list[dict]], classes: list[str]) -> None:

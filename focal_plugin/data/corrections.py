@@ -126,7 +126,9 @@ def _apply(record: dict, entry: dict, names: dict, classes: Sequence[str], where
         same = [
             i
             for i, label in enumerate(labels)
-            if classes[label["category_id"]] == name and np.abs(np.subtract(label["bbox"], box)).max() <= _SAME
+            if not label.get("iscrowd", 0)
+            and classes[label["category_id"]] == name
+            and np.abs(np.subtract(label["bbox"], box)).max() <= _SAME
         ]
         if not same:
             listed = ", ".join(f"{side:.1f}" for side in box)

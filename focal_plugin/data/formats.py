@@ -1,5 +1,6 @@
 """The formats of data sets, and which of them a folder holds."""
 
+import codecs
 import csv
 import json
 import logging
@@ -117,15 +118,16 @@ def _find_voc(root: Path) -> Iterator[Found]:
     if not (root / "Annotations").is_dir():
         return
     for path in _files(root, (".txt",), "ImageSets/Main/*"):
-        with open(path, errors="replace") as file:
-            first = file.readline().split()
-        if not (len(first) == 2 and first[1] in ("-1", "0", "1")):  # VOC's list of one class
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline().strip()
+        is_image = (root / "Annotations" / f"{first}.xml").exists()  # such as "photo 1"
+        if is_image or first.split()[1:] not in (["-1"], ["0"], ["1"]):  # else VOC's list of one class
             yield Found("voc", path.stem, {"root": str(root), "split": path.stem})
 
 
 def _find_coco(root: Path) -> Iterator[Found]:
     for path in _files(root, (".json",), "*", "*/*"):
-        content = path.read_bytes()  # to parse it would take long
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # to parse it would take long
         if content.lstrip()[:1] != b"{" or b'"images"' not in content or b'"categories"' not in content:
             continue
         apart = path.parent.name == "annotations" and not (path.parent / "images").is_dir()  # as in COCO itself

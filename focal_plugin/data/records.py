@@ -1,4 +1,4 @@
-"""Checks of a data set's records that both formats share, and what happens to a record that fails one."""
+"""Checks of a data set's records that all formats share, and what happens to a record that fails one."""
 
 import logging
 import math
@@ -138,7 +138,7 @@ def check_box(box: Sequence[float], size: tuple[int, int], where: str, first: in
     """
     check_numbers(box, where)
     x0, y0, x1, y1 = box
-    if defect := box_defect(box, (math.inf, math.inf)) or box_defect((x0 - first, y0 - first, x1, y1), size):
+    if defect := box_defect((x0 - first, y0 - first, x1, y1), size):
         image = f" in an image of {size[0]}×{size[1]}" if defect == OUTSIDE else ""
         raise DataError(defect, f"{where}: from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}){image}.")
     clipped = (max(x0 - first, 0), max(y0 - first, 0), min(x1, size[0]), min(y1, size[1]))

@@ -73,16 +73,19 @@ def groups_of(paths: Sequence[str], by: str) -> list[str]:
 
     Args:
         paths: the images'.
-        by: "image", each is a group of its own; a CSV file with the columns image_path and group; or a regular
-            expression, whose first group, or else whole match, in a path names the group.
+        by: "image", each is a group of its own; a CSV file with the columns image_path, of which the last parts are
+            enough, and group; or a regular expression, whose first group, or else whole match, in a path names the
+            group. The path begins below the folder that holds all images.
 
     Raises:
         DataError: an image has no group, or the CSV file or the expression is not one.
     """
-    if by == "image":
-        return list(paths)
     if by.endswith(".csv"):
         return _groups_in_file(paths, by)
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    paths = [os.path.relpath(path, folder) for path in paths]
+    if by == "image":
+        return paths
     try:
         pattern = re.compile(by)
     except re.error as error:
@@ -109,7 +112,7 @@ def _groups_in_file(paths: Sequence[str], file_name: str) -> list[str]:
     known = {os.path.normpath(row["image_path"]): row["group"] for row in rows if row["image_path"] and row["group"]}
     groups = []
     for path in paths:
-        parts = os.path.normpath(path).split(os.sep)
+        parts = os.path.abspath(path).split(os.sep)
         names = [os.sep.join(parts[start:]) for start in range(len(parts))]
         found = [known[name] for name in names if name in known]
         if not found:

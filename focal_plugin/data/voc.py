@@ -65,7 +65,7 @@ class VocSet:
     def _image_ids(self, root: str) -> list[str]:
         path = join_inside(os.path.join(root, "ImageSets", "Main"), f"{self.split}.txt", f"split of {self.name!r}")
         try:
-            with io.TextIOWrapper(open_regular(need(path, "split")), "utf-8") as file:
+            with io.TextIOWrapper(open_regular(need(path, "split")), "utf-8-sig") as file:
                 return [line.strip() for line in file if line.strip()]
         except OSError as error:
             raise DataError("split that does not open", str(error)) from error
@@ -111,6 +111,8 @@ def read_record(
                     "iscrowd": int(difficult == "ignore" and _is_difficult(element, where)),
                 }
             )
+            if element.findtext("difficult", "").strip() == "1":
+                annotations[-1]["difficult"] = 1  # a mark that VOC's writer keeps
     return {"file_name": image, "image_id": image_id, "height": height, "width": width, "annotations": annotations}
 
 

@@ -48,11 +48,16 @@ def write_dataset(folder: Path, format: str, splits: Splits, classes: Sequence[s
         what the format has no mark for and was left out: the number of crowds, if any, as "crowds".
 
     Raises:
-        DataError: the format does not take the names of the splits.
+        DataError: the format does not take the names of the splits, or an image that is listed twice in one.
     """
     layout, left_out = LAYOUTS[format], Counter()
     if format == "yolo":
         splits = {_yolo_split(name, list(splits)): records for name, records in splits.items()}
+    for split, records in splits.items() if format != "coco" else ():  # whose entries have ids
+        for file, count in Counter(record["file_name"] for record in records).most_common(1):
+            if count > 1:
+                message = f"{file}, in split {split!r}; format {format} has one entry an image. Make one of them."
+                raise DataError("image listed twice", message)
     names = flat_names(record["file_name"] for records in splits.values() for record in records)
     written = {}
     with tqdm(
@@ -148,7 +153,7 @@ def _voc_annotation(record: dict, classes: Sequence[str]) -> Element:
     for box in record["annotations"]:
         item = SubElement(annotation, "object")
         SubElement(item, "name").text = classes[box["category_id"]]
-        SubElement(item, "difficult").text = str(box["iscrowd"])
+        SubElement(item, "difficult").text = str(int(box["iscrowd"] or box.get("difficult", 0)))
         corners = SubElement(item, "bndbox")
         x0, y0, x1, y1 = box["bbox"]  # VOC counts pixels from 1
         for side, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):

@@ -123,7 +123,7 @@ class YoloSet:
         for _ in range(3):  # labels/train, labels and what these are in
             path = os.path.join(folder, NAMES_FILE)
             if PathManager.exists(path):
-                return [name.strip() for name in _read_text(path).splitlines() if name.strip()]
+                return [name.strip() for name in _read_text(path).rstrip().splitlines()]
             folder = os.path.dirname(folder)
         return None
 

@@ -310,6 +310,8 @@ def test_parts_are_the_same_in_every_call_and_keep_groups():
     assert sorted(r["file_name"] for part in parts for r in part) == sorted(r["file_name"] for r in records)
     groups = [{r["file_name"].split("/")[0] for r in part} for part in parts]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 6
+    below = [{"file_name": f"/shots/all/site{i // 2}_{i}.png"} for i in range(6)]  # as `focal data split` takes it
+    assert sorted(len(part) for part in cut(below, 3, by=r"^(site\d+)_")) == [2, 2, 2]
     assert list(map(len, cut(records, 4))) in ([5, 5, 4, 4], [4, 5, 4, 5], [5, 4, 5, 4], [4, 4, 5, 5])
     with pytest.raises(ConfigError, match="--folds is 1"):
         cut(records, 1)

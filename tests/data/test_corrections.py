@@ -207,6 +207,14 @@ def test_an_image_in_two_splits_is_corrected_in_both(dataset):
     assert [len(record["annotations"]) for record in records] == [1, 1]
 
 
+def test_a_region_to_ignore_is_no_label(dataset):
+    content = json.loads(dataset[1].read_text())
+    label = {"bbox": [10, 10, 30, 30], "category_id": 0}
+    records = [{"file_name": str(dataset[0].parent / "1.png"), "annotations": [{**label, "iscrowd": 1}, label]}]
+    correct(records, ["cat", "dog"], content, {2})
+    assert [(one["category_id"], one["iscrowd"]) for one in records[0]["annotations"]] == [(0, 1), (1, 0)]
+
+
 def test_the_same_label_twice_is_changed_once(dataset):
     content = json.loads(dataset[1].read_text())
     label = {"bbox": [10, 10, 30, 30], "category_id": 0}

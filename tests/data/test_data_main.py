@@ -12,6 +12,7 @@ from PIL import Image
 from focal_plugin.__main__ import main as focal
 from focal_plugin.data import register_local_dataset
 from focal_plugin.data.__main__ import main
+from focal_plugin.data.formats import find_sets
 
 
 @pytest.fixture
@@ -89,6 +90,22 @@ def test_vocs_difficult_objects(voc_root, tmp_path, capsys):
         assert main(["convert", str(voc_root.root), str(tmp_path / keep), "--to", "coco", "--difficult", keep]) == 0
         (record,) = read(capsys.readouterr().out)["train"]
         assert record["annotations"][0]["iscrowd"] == int(keep == "ignore")
+
+
+@pytest.mark.parametrize("words", [["split", "--val", "0.5"], ["convert", "--to", "voc"]])
+def test_vocs_difficult_objects_stay_so(voc_root, tmp_path, capsys, words):
+    """Those that are kept as objects have their mark in VOC's files still, for those who ignore them."""
+    for name in "ab":
+        voc_root.image(name, [voc_root.object("cat", (1, 1, 9, 9), difficult=1), ("cat", (2, 2, 9, 9))])
+    voc_root.split("train", "a", "b")
+    assert main([words[0], str(voc_root.root), str(tmp_path / "out"), *words[1:]]) == 0
+    capsys.readouterr()
+    for difficult, expected in (("keep", [0, 0]), ("ignore", [1, 0])):
+        for split in find_sets(str(tmp_path / "out")):
+            name = f"{difficult} {split.split}"
+            register_local_dataset({"name": name, "format": "voc", **split.keys, "difficult": difficult})
+            found = [[box["iscrowd"] for box in record["annotations"]] for record in DatasetCatalog.get(name)]
+            assert found == [expected] * len(found)
 
 
 @pytest.mark.parametrize("source", ["coco", "voc", "yolo", "csv"])
@@ -250,6 +267,29 @@ def test_nothing_is_overwritten(coco, tmp_path, capsys):
     assert "IN is in" in capsys.readouterr().err
 
 
+def test_what_a_command_reads_is_not_replaced(coco, tmp_path, capsys):
+    """The images of another file, or the suggestions on them, may be where the last command has written."""
+    made, labels = tmp_path / "made", coco.folder / "annotations.json"
+    assert main(["convert", str(coco.folder), str(made), "--to", "coco"]) == 0
+    (made / "hardest.json").write_text("{}")
+    before = files(made)
+    words = [str(labels), str(made), "--force", "--images", str(made / "coco/images")]
+    assert main(["tile", *words]) == 2
+    assert "--images is in" in capsys.readouterr().err
+    words = [str(coco.folder), str(made), "--force", "--suggestions", str(made / "hardest.json"), "--accept", "all"]
+    assert main(["correct", *words]) == 2
+    assert "--suggestions is in" in capsys.readouterr().err and files(made) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["show", "--output", "gone/a.png"], ["convert", "--to", "voc", "coco/annotations.json/out"]]
+)
+def test_what_cannot_be_written_is_said_in_a_line(coco, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert main([words[0], str(coco.folder), *words[1:]]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_nothing_is_left_of_a_command_that_fails(coco, tmp_path, capsys):
     words = [str(coco.folder), str(tmp_path / "out" / "set")]
     assert main(["convert", *words, "--to", "voc"]) == 0
@@ -309,7 +349,9 @@ def test_images_of_a_format_that_has_them_elsewhere(voc_root, tmp_path, capsys):
 
 def test_the_shares_and_classes_of_a_split_are_shown(coco, tmp_path, capsys):
     """Of three groups of 1, 1 and 8 images, none gives 30 % of 10."""
-    (tmp_path / "groups.csv").write_text("image_path,group\n" + "".join(f"{n}.png,{min(n, 3)}\n" for n in range(1, 11)))
+    (tmp_path / "groups.csv").write_text(
+        "image_path,group\n" + "".join(f"{'images/' * (n % 2)}{n}.png,{min(n, 3)}\n" for n in range(1, 11))
+    )
     words = ["--val", "0.3", "--by", str(tmp_path / "groups.csv")]
     assert main(["split", str(coco.folder), str(tmp_path / "out"), *words]) == 0
     output = capsys.readouterr().out

@@ -148,6 +148,12 @@ def test_layouts_of_yolo(yolo_folder):
     ]
 
 
+def test_a_coco_file_with_a_byte_order_mark(folders):
+    path = folders["coco"] / "annotations.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load(folders["coco"])) == 2
+
+
 def test_a_yolo_folder_without_splits(tmp_path, save_image):
     save_image(tmp_path / "images" / "a.png", (60, 40))
     (tmp_path / "labels").mkdir()

@@ -68,10 +68,25 @@ def test_groups_by_an_expression():
         groups_of(paths, "(")
 
 
+def test_paths_begin_below_the_folder_of_all_images(tmp_path, monkeypatch):
+    """Whoever calls, and wherever the folder is: as the command's help and the pages say."""
+    names = ["a/site1_1.png", "b/site2_1.png"]
+    files = [str(tmp_path / "shots" / name) for name in names]
+    assert groups_of(files, r"^(\w)/") == ["a", "b"]
+    assert groups_of(files, "image") == names
+    assert groups_of(files[:1], r"^(site\d+)_") == ["site1"]
+    monkeypatch.chdir(tmp_path)
+    assert groups_of([f"shots/{name}" for name in names], r"^(\w)/") == ["a", "b"]
+
+
 def test_groups_in_a_file(tmp_path):
     path = tmp_path / "groups.csv"
     path.write_text("group,image_path\none,site1/a.png\ntwo,./site2/a.png\nthree,b.png\n")
     assert groups_of(["x/site1/a.png", "site2/a.png", "site2/b.png"], str(path)) == ["one", "two", "three"]
+    below = [str(tmp_path / "images" / name) for name in ("b.png", "site1/a.png")]  # "images" is in every path
+    assert groups_of(below, str(path)) == ["three", "one"]
+    path.write_text("group,image_path\none,images/a.png\ntwo,images/b.png\n")
+    assert groups_of([str(tmp_path / f"images/{name}.png") for name in "ab"], str(path)) == ["one", "two"]
     with pytest.raises(DataError, match=r"image of no group: .*groups\.csv has no row with a group for c\.png"):
         groups_of(["c.png"], str(path))
     path.write_text("path,group\n")

@@ -11,7 +11,7 @@ from focal_plugin.data import DataError, register_local_dataset
 
 def test_same_records_as_detectron2(voc_root):
     voc_root.image("b", [("dog", (1, 1, 60, 40)), ("cat", (11, 6, 30, 20))])
-    voc_root.image("a", [("cat", (2.5, 3, 4, 40))], size=(61, 45))
+    voc_root.image("a", [("cat", (2.5, 3, 4, 40)), ("dog", (20, 5, 20, 9))], size=(61, 45))  # the latter 1 pixel wide
     voc_root.image("empty")
     voc_root.split("trainval", "b", "a", "empty")
     records = voc_root.load("trainval")
@@ -62,7 +62,7 @@ def test_difficult_that_is_no_flag(voc_root, text):
 @pytest.mark.parametrize(
     ("bad", "kind", "says"),
     [
-        (("cat", (20, 5, 20, 9)), "box of no size", "(20, 5)"),
+        (("cat", (20, 5, 19, 9)), "box of no size", "(20, 5)"),
         (("cat", (20, 9, 30, 5)), "box of no size", "(20, 9)"),
         (("cat", (20, 5, 62, 9)), "box outside its image", "60×40"),
         (("cat", (-1, 5, 20, 9)), "box outside its image", "60×40"),
@@ -198,6 +198,12 @@ def test_bad_image(voc_root, caplog, spoil, kind, says):
     records = voc_root.load(name="lenient", classes=["cat"], on_error="skip")
     assert "good" in [record["image_id"] for record in records]
     assert f"images left out: 1 ({kind}: 1)" in caplog.messages[-1]
+
+
+def test_a_list_of_images_as_notepad_writes_it(voc_root):
+    voc_root.image("ä", [("cat", (1, 1, 9, 9))])
+    (voc_root.root / "ImageSets/Main/train.txt").write_text("ä\n", encoding="utf-8-sig")
+    assert [record["image_id"] for record in voc_root.load()] == ["ä"]
 
 
 @pytest.mark.parametrize("missing", ["root", "split", "JPEGImages", "Annotations"])

@@ -159,6 +159,34 @@ def test_an_image_in_two_splits(splits, tmp_path):
         write_dataset(tmp_path / "other", "voc", {"a": [record], "b": [{**record, "annotations": []}]}, CLASSES)
 
 
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_an_image_listed_twice_in_a_split(splits, tmp_path, format):
+    """COCO tells its entries apart by ids; elsewhere the boxes of one would be lost, or doubled."""
+    (record, other) = splits["train"]
+    twice = {"train": [record, other, {**record, "annotations": [box(1, 1, 9, 9, 1)]}]}
+    if format == "coco":
+        write_dataset(tmp_path, format, twice, CLASSES)
+        coco = COCO(str(tmp_path / "train/annotations.json"))
+        assert [len(coco.getAnnIds(i)) for i in coco.getImgIds()] == [2, 0, 1]
+        return
+    with pytest.raises(DataError, match=rf"image listed twice: .*a b\.png, in split 'train'; format {format} has one"):
+        write_dataset(tmp_path, format, twice, CLASSES)
+    assert not list(tmp_path.rglob("*.txt")) and not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_boxes_below_a_pixel_and_names_like_vocs_lists_of_a_class(splits, tmp_path, format):
+    """VOC counts the last pixel in: one pixel is from 5 to 5, and half a pixel ends before it begins."""
+    path = tmp_path / "photo 1.png"
+    Image.new("RGB", (60, 40)).save(path)
+    sides = [(4, 4, 5, 9), (4, 4, 4.5, 4.25), (59.5, 39.5, 60, 40)]
+    record = {**splits["train"][0], "file_name": str(path), "annotations": [box(*four) for four in sides]}
+    (tmp_path / "out").mkdir()
+    write_dataset(tmp_path / "out", format, {"train": [record]}, CLASSES)
+    (found,) = read(tmp_path / "out", "train", classes=CLASSES)
+    np.testing.assert_allclose([b["bbox"] for b in found["annotations"]], sides, atol=1e-6)
+
+
 @given(st.lists(st.sampled_from(["a", "B", "b", "a_b", "1_a", "c"]), min_size=1, max_size=3), st.data())
 def test_flat_names(parts, data):
     paths = [

@@ -175,6 +175,12 @@ def test_folders_without_a_yaml_file(yolo_folder, labels):
     (yolo_folder.root / "classes.txt").write_text("cat\ndog\n")
     yolo_folder.load(name="listed", **keys)
     assert MetadataCatalog.get("listed").thing_classes == ["cat", "dog"]
+    (yolo_folder.root / "classes.txt").write_text("cat\n\ndog\n")  # dog is 2, or the line is a slip: not guessed
+    with pytest.raises(DataError, match=r"no classes: .*'cat', '', 'dog'"):
+        yolo_folder.load(name="a line is empty", **keys)
+    (yolo_folder.root / "classes.txt").write_text("cat \n dog\n\n \n")
+    yolo_folder.load(name="the last lines are", **keys)
+    assert MetadataCatalog.get("the last lines are").thing_classes == ["cat", "dog"]
 
 
 def test_labels_beside_the_images(tmp_path, yolo_folder, save_image):
