@@ -67,7 +67,7 @@ def print_written(paths: Sequence[Path]) -> None:
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """Write rows with the same keys to a CSV file, which is empty without rows."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)

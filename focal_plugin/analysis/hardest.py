@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     sure = {kind: sum(s.is_sure(score_thresh) for s in found) for kind, found in best.items()}
     print(agreed(agreement))
     print(f"The hardest objects of {of}. They hold {share:.0%} of the focal loss:")
-    print(tabulate(table(best, names), headers="keys", tablefmt="pipe"))
+    print(table(best, names))
     if listed := ", ".join(f"{count} {kind}" for kind, count in sure.items() if count):
         print(f"Surest, and marked on the page: {listed}.")
     if ranking.unjudged:
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
         "score_thresh": score_thresh,
         "suggestions": coco.name,
     }
-    page.write_text(to_html(best, names, about | {"suggestions": coco.name}))
+    page.write_text(to_html(best, names, about), encoding="utf-8")
     write_csv(csv, rows(shown, names))
     coco.write_text(to_coco(shown, names))
     print_written(paths)
@@ -139,10 +139,11 @@ def agreed(agreement: dict | None) -> str:
     )
 
 
-def table(best: dict[str, list[Suggestion]], names: Sequence[str]) -> list[dict]:
-    """Return for each class the number of suggestions of each kind, where there are any."""
+def table(best: dict[str, list[Suggestion]], names: Sequence[str]) -> str:
+    """Return a table of the number of suggestions of each kind for each class, where there are any."""
     counted = [
         {"class, if accepted": name, **{kind: sum(s.accepted[1] == k for s in found) for kind, found in best.items()}}
         for k, name in enumerate(names)
     ]
-    return [row for row in counted if any(row[kind] for kind in best)]
+    rows = [row for row in counted if any(row[kind] for kind in best)]
+    return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=[0])  # a class may be called 007

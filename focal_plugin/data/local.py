@@ -94,6 +94,12 @@ def leave_out_broken_images(name: str) -> None:
         dataset.leave_out_broken_images()
 
 
+def given_classes(name: str) -> list[str] | None:
+    """Return the ``classes`` that the entry of the data set ``name`` gives; None if it is not of ``DATASETS.LOCAL``."""
+    dataset = DatasetCatalog[name]
+    return dataset.entry.classes if isinstance(dataset, LocalDataset) else None
+
+
 def register_local_datasets(cfg: CfgNode) -> None:
     """Register the entries of ``cfg.DATASETS.LOCAL`` with Detectron2's catalogs. No file is read yet.
 

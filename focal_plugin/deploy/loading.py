@@ -12,6 +12,7 @@ from ..config import add_focal_config
 from ..config.explain import merge_from_list
 from ..config.load import build_model, load_config, prepare
 from ..data import DataError, class_names
+from ..data.local import given_classes
 from ..engine import AtomicCheckpointer
 from ..files.safe_load import WeightsError
 from ..files.weights import missing_file
@@ -71,28 +72,37 @@ def load_model(cfg: CfgNode) -> nn.Module:
 def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
     """Return the metadata of the first data set of ``DATASETS.TEST``, or else ``TRAIN``, with class names.
 
-    A data set that learns its class names from its files is loaded. Without any, the classes are numbered.
+    A data set that learns its class names from its files is loaded. If none can be, the names are those that an entry
+    of ``DATASETS.LOCAL`` gives. Without any, the classes are numbered.
 
     Raises:
         ValueError: the data set has another number of classes than the model.
     """
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+    names = [name for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if name in DatasetCatalog]
+    for name in names:
         try:
-            classes = class_names(name) if name in DatasetCatalog else None
+            classes = class_names(name)
         except (DataError, OSError) as error:
-            logger.warning(f"The class names of {name!r} are not known: {error}")
+            logger.warning(f"{name!r} cannot be asked for its classes: {error}")
             continue
-        if classes is None:
-            continue
-        expected = _num_classes(model)
-        if expected is not None and len(classes) != expected:
-            raise ValueError(
-                f"The model has {expected} classes, but {name!r} of the config's DATASETS has {len(classes)}: expected "
-                "the config that the weights were trained with."
-            )
-        return MetadataCatalog.get(name)
+        if classes is not None:
+            _check_num_classes(model, name, classes)
+            return MetadataCatalog.get(name)
+    for name in names:
+        if classes := given_classes(name):
+            _check_num_classes(model, name, classes)
+            return Metadata(thing_classes=classes)
     logger.warning("No data set of the config's DATASETS has class names: the classes are numbered.")
     return Metadata()
+
+
+def _check_num_classes(model: nn.Module, name: str, classes: Sequence[str]) -> None:
+    expected = _num_classes(model)
+    if expected is not None and len(classes) != expected:
+        raise ValueError(
+            f"The model has {expected} classes, but {name!r} of the config's DATASETS has {len(classes)}: expected "
+            "the config that the weights were trained with."
+        )
 
 
 def _num_classes(model: nn.Module) -> int | None:

@@ -43,7 +43,7 @@ class Results:
         names = metadata.get("thing_classes")
         self._names = dict(enumerate(names)) if names else None
         self._ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
-        self._found: set[int] = set()  # categories
+        self._found: set[int] = set()  # indices of classes
         detections, images, *table = free_paths(folder, "detections.json", "images.json", *["detections.csv"] * csv)
         self.detections = GrowingJson(detections)
         head = {"info": {"description": "The images of the detections."}, "annotations": []}
@@ -69,8 +69,8 @@ class Results:
         """
         (height, width), number = instances.image_size, self.images.count + 1
         found = instances_to_coco_json(instances, number)
-        found = [{**one, "category_id": self._ids.get(one["category_id"], one["category_id"])} for one in found]
         self._found |= {one["category_id"] for one in found}
+        found = [{**one, "category_id": self._ids.get(one["category_id"], one["category_id"])} for one in found]
         with ExitStack() as undo:  # after an error, all files have the images before
             # The image first: a detection of an image that is not in the list is none of COCO's.
             self.images.add([{"id": number, **image, "height": height, "width": width}], self._categories())
@@ -133,8 +133,8 @@ class Results:
 
     def _categories(self) -> str:
         """The end of images.json: the categories, of a data set without names those that were found."""
-        names = self._names or {index: str(index) for index in sorted(self._found)}
-        categories = [{"id": self._ids.get(index, index), "name": name} for index, name in names.items()]
+        indices = self._names or sorted(self._found)
+        categories = [{"id": self._ids.get(index, index), "name": self._label(index)} for index in indices]
         return f', "categories": {json.dumps(categories)}}}'
 
     def close(self) -> list[str]:

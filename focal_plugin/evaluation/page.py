@@ -65,10 +65,7 @@ def _confusions(counts: list[list[int]], names: list[str], most: int = 20) -> li
 
 def _picture(entry: dict, path: str, names: list[str]) -> dict:
     """The size in pixels of a worst image, a small copy as a data URI, "" if it cannot be read, and labels."""
-    try:
-        image = Image.fromarray(read_image(path, format="RGB"))
-    except (OSError, SyntaxError, ValueError):  # Pillow's for a file that is not there, or broken
-        image = None
+    image = read_picture(path)
     if entry["width"] and entry["height"]:
         width, height = entry["width"], entry["height"]
     elif image:  # COCO's JSON need not have it
@@ -76,7 +73,9 @@ def _picture(entry: dict, path: str, names: list[str]) -> dict:
     else:
         boxes = [shape["box"] for shape in (*entry["objects"], *entry["detections"])]
         width, height = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
-    uri = _jpeg(image) if image else ""
+    if image:
+        image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    uri = data_uri(image) if image else ""
     return {"width": width, "height": height, "uri": uri, "labels": _labels(entry["detections"], names, width)}
 
 
@@ -100,7 +99,15 @@ def _labels(detections: list[dict], names: list[str], width: float) -> list[dict
     return placed
 
 
-def _jpeg(image: Image.Image) -> str:
-    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    image.save(buffer := io.BytesIO(), "JPEG", quality=70, optimize=True)
+def read_picture(path: str) -> Image.Image | None:
+    """Return an image in RGB, turned by its EXIF orientation; None if it cannot be read."""
+    try:
+        return Image.fromarray(read_image(path, format="RGB"))
+    except (OSError, SyntaxError, ValueError):  # Pillow's for a file that is not there, or broken
+        return None
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return a URI that holds an image itself, as a JPEG."""
+    image.save(buffer := io.BytesIO(), "JPEG", quality=75, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

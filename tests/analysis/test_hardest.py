@@ -18,11 +18,12 @@ from torch import nn
 
 from focal_plugin import FocalRetinaNet
 from focal_plugin.analysis.__main__ import main
+from focal_plugin.analysis.hardest import table
 from focal_plugin.analysis.labels import folds
 from focal_plugin.analysis.labels.folds import cut
 from focal_plugin.analysis.labels.judge import Judge, _without_label
 from focal_plugin.analysis.labels.page import rows, to_coco, to_html
-from focal_plugin.analysis.labels.suggestions import KINDS, Ranking
+from focal_plugin.analysis.labels.suggestions import KINDS, Ranking, Suggestion
 from focal_plugin.anchors.cache import cached_anchors
 from focal_plugin.config import ConfigError
 from focal_plugin.config.load import load_config
@@ -317,6 +318,12 @@ def test_parts_are_the_same_in_every_call_and_keep_groups():
         cut(records, 1)
     with pytest.raises(DataError, match="too few groups"):
         cut(records, 19)
+
+
+def test_names_of_classes_that_look_like_numbers():
+    found = [Suggestion("missing", 1.0, 1.0, {}, (0, 0, 9, 9), k, 0.5) for k in (0, 0, 2)]
+    lines = table({kind: [] for kind in KINDS} | {"missing": found}, ["007", "unused", "1e5"]).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[1:3]] for line in lines] == [["007", "2"], ["1e5", "1"]]
 
 
 @pytest.fixture

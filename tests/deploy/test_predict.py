@@ -379,6 +379,17 @@ def test_a_data_set_without_names_has_numbers_for_labels(tmp_path):
     assert rows_of(tmp_path / "detections.csv")[0]["label"] == "7"
 
 
+def test_ids_without_names(tmp_path):
+    """The categories have the ids that the detections have: class 0 is 1 in the data set, and class 1 is 9."""
+    results = Results(Metadata(thing_dataset_id_to_contiguous_id={1: 0, 9: 1}), str(tmp_path))
+    boxes = Boxes(torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4]]))
+    found = Instances((9, 9), pred_boxes=boxes, scores=torch.tensor([0.2, 0.1]), pred_classes=torch.tensor([0, 1]))
+    results.add(found, [], file_name="a.png", annotated="a.png")
+    detections, images = (json.loads(Path(path).read_text()) for path in results.close())
+    assert [one["category_id"] for one in detections] == [1, 9]
+    assert images["categories"] == [{"id": 1, "name": "1"}, {"id": 9, "name": "9"}]
+
+
 @pytest.mark.parametrize("where", ["picture", "json"])
 def test_a_full_disk_is_an_error_that_keeps_what_was_done(run, tmp_path, monkeypatch, capsys, where):
     """The JSON files are whole, with all images before."""

@@ -311,6 +311,26 @@ def test_classes_go_by_their_names_where_they_are_known(tiny_config, tmp_path):
         class_metadata(cfg, model)
 
 
+def test_the_classes_of_a_config_are_known_without_its_data(tiny_config, tmp_path):
+    """As where a model serves: the ids of a COCO file are not known there, the names are."""
+    cfg = load_config(tiny_config, ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    entry = {"format": "coco", "json": "gone.json", "images": "gone"}
+    cfg.DATASETS.LOCAL = [{"name": "gone", **entry}, {"name": "named", **entry, "classes": ["disc", "square"]}]
+    register_local_datasets(cfg)
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("gone",), ("named",)
+    assert class_metadata(cfg, model).thing_classes == ["disc", "square"]
+    cfg.DATASETS.TRAIN = ("named", "shapes_train")  # a set that can be read has the ids too
+    assert class_metadata(cfg, model).name == "shapes_train"
+    model.num_classes = 3
+    cfg.DATASETS.TRAIN = ("named",)
+    with pytest.raises(ValueError, match="3 classes, but 'named' of the config's DATASETS has 2"):
+        class_metadata(cfg, model)
+    for name in ("gone", "named"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 def test_the_callers_config_stays_as_it_is(tiny_config, weights):
     cfg = load_config(tiny_config, ["MODEL.DEVICE", "cpu"])
     before = cfg.dump()

@@ -1,16 +1,13 @@
 """What is written of suggestions: a page of crops, a table, and a COCO file to accept or reject them in."""
 
-import base64
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from ...evaluation.page import render
+from ...evaluation.page import data_uri, read_picture, render
 from ...evaluation.style import class_color
 from .suggestions import Box, Suggestion
 
@@ -132,14 +129,14 @@ def _crops(suggestions: Sequence[Suggestion]) -> list[dict]:
     for i in order:
         s = suggestions[i]
         if s.record["file_name"] != path:
-            path, image = s.record["file_name"], _read(s.record["file_name"])
+            path, image = s.record["file_name"], read_picture(s.record["file_name"])
         boxes = [s.predicted_box, s.label_box or s.predicted_box]
         left, top, right, bottom = (pick(side) for pick, side in zip((min, min, max, max), zip(*boxes)))
         pad = _MARGIN * max(right - left, bottom - top)
         width, height = s.record["width"], s.record["height"]
         x0, y0 = max(int(left - pad), 0), max(int(top - pad), 0)
         x1, y1 = min(int(right + pad) + 1, width), min(int(bottom + pad) + 1, height)
-        uri = _jpeg(image.crop((x0, y0, x1, y1))) if image else ""
+        uri = data_uri(_resized(image.crop((x0, y0, x1, y1)))) if image else ""
         others = [(b, k) for b, k in _other_labels(s) if b[0] < x1 and b[1] < y1 and b[2] > x0 and b[3] > y0]
         crops[i] = {"view": (x0, y0, x1 - x0, y1 - y0), "uri": uri, "others": others}
     return crops
@@ -151,15 +148,6 @@ def _other_labels(s: Suggestion) -> Iterator[tuple[Box, int]]:
             yield BoxMode.convert(label["bbox"], label["bbox_mode"], BoxMode.XYXY_ABS), label["category_id"]
 
 
-def _read(path: str) -> Image.Image | None:
-    try:
-        return Image.fromarray(read_image(path, format="RGB"))
-    except (OSError, SyntaxError, ValueError):  # Pillow's for a file that is not there, or broken
-        return None
-
-
-def _jpeg(image: Image.Image) -> str:
+def _resized(image: Image.Image) -> Image.Image:
     scale = _SIDE / max(image.size)
-    image = image.resize([max(round(side * scale), 1) for side in image.size])
-    image.save(buffer := io.BytesIO(), "JPEG", quality=75, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return image.resize([max(round(side * scale), 1) for side in image.size])
