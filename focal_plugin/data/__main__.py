@@ -19,7 +19,7 @@ from ..files.write import check_free, free_paths, replace_file, whole_folder
 from .corrections import correct, numbers, read_suggestions
 from .deeppcb import convert
 from .formats import FORMATS, find_sets, make_set
-from .images import decoded
+from .images import any_size, decoded
 from .records import Checker, DataError
 from .sheet import count_boxes, draw_sheet
 from .splits import groups_of, split_records, table_of
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return 0
 
 
+@any_size()
 def _tile(args: argparse.Namespace) -> None:
     try:
         check_tiling(args.size, args.overlap, args.min_visible)

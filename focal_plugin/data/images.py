@@ -115,6 +115,16 @@ def readable_image(path: str) -> Iterator[None]:
 
 
 @contextmanager
+def any_size() -> Iterator[None]:
+    """Let Pillow read images of any size inside. It refuses more than 179 million pixels as a possible attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
 def open_image(path: str) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """Open an image inside, without decoding its pixels, and the file that it is in.
 
@@ -155,6 +165,8 @@ def _opened(path: str, where: str = "", if_missing: str = "") -> Iterator[Image.
 def _broken(name: str, error: Exception) -> DataError:
     if isinstance(error, UnidentifiedImageError):  # its text is the repr of a file object
         reason = "Pillow cannot identify its format."
+    elif isinstance(error, Image.DecompressionBombError):
+        reason = f"{error} `focal data tile` cuts it. With tile (--tile), prediction reads it."
     else:
         reason = str(error) or type(error).__name__
     return DataError("image that does not open", f"{name}: {reason}")

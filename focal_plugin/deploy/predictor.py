@@ -1,8 +1,8 @@
 """A trained model for images in files and arrays, of any size, in tiles, with test-time augmentation."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import DataError
-from ..data.images import readable_image
+from ..data.images import any_size, readable_image
 from ..evaluation.evaluator import read_threshold
 from .inputs import ImageError
 from .loading import class_metadata, load_model, read_config
@@ -138,7 +138,7 @@ class Predictor:
             ImageError, FileNotFoundError, ValueError, TypeError: see ``__call__``.
         """
         if isinstance(image, str | os.PathLike):
-            with _any_size() if self._tile else nullcontext():
+            with any_size() if self._tile else nullcontext():
                 return read_file(os.fspath(image), self.cfg.INPUT.FORMAT)
         if not isinstance(image, np.ndarray):
             raise TypeError(
@@ -195,16 +195,6 @@ class Predictor:
         return {"image": tensor, "height": y1 - y0, "width": x1 - x0}
 
 
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Let Pillow read images of any size inside. It refuses more than 179 million pixels as a possible attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 def read_file(path: str, image_format: str) -> np.ndarray:
     """Return the image in a file as Detectron2 reads it: (H, W, C) in ``image_format``, by its EXIF orientation.
 
@@ -218,9 +208,7 @@ def read_file(path: str, image_format: str) -> np.ndarray:
         with readable_image(path):
             return read_image(path, image_format)
     except DataError as error:
-        too_large = isinstance(error.__cause__, Image.DecompressionBombError)
-        hint = " With tile (--tile), images of any size are read." if too_large else ""
-        raise ImageError(f"{error}{hint}") from error
+        raise ImageError(str(error)) from error
     except Exception as error:  # Pillow raises many types for damaged files
         raise ImageError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
 

@@ -131,6 +131,17 @@ def test_tile(coco, tmp_path, capsys, source):
         )
 
 
+def test_tiles_of_an_image_that_is_too_large_for_training(coco, tmp_path, capsys, monkeypatch):
+    """Whoever tiles has large images. Elsewhere Pillow's limit holds, as in training."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 70 // 3)  # an error from twice as many on
+    assert main(["convert", str(coco.folder), str(tmp_path / "out"), "--to", "coco"]) == 2
+    assert "exceeds limit" in (error := capsys.readouterr().err) and "focal data tile" in error
+    words = ["--size", "45", "--overlap", "0", "--on-error", "skip"]
+    assert main(["tile", str(coco.folder), str(tmp_path / "out"), *words]) == 0
+    monkeypatch.undo()
+    assert len(read(capsys.readouterr().out)["coco"]) == 40 and Image.MAX_IMAGE_PIXELS == 89_478_485
+
+
 def test_tiles_of_a_turned_image(yolo_folder, save_image, tmp_path, capsys):
     exif = Image.Exif()
     exif[274] = 6
