@@ -285,8 +285,11 @@ def _print_written(args: argparse.Namespace, format: str, splits: dict[str, list
     listed = ", ".join(f"{split} with {len(records)} images" for split, records in splits.items())
     print(f"Written: {args.output}, {listed}. In a config:")
     print("DATASETS:\n  LOCAL:")
+    boxes = (box for records in splits.values() for record in records for box in record["annotations"])
+    are_marked = format == "voc" and any(box["iscrowd"] for box in boxes)  # as difficult, VOC's only mark
     for found in find_sets(args.output, format):
-        entry = {"name": f"my_{found.split}", "path": args.output, "split": found.split}
+        keys = {"format": format, "root": args.output, "difficult": "ignore"} if are_marked else {"path": args.output}
+        entry = {"name": f"my_{found.split}", **keys, "split": found.split}
         if format in _NO_CLASSES:
             entry["classes"] = classes
         text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)

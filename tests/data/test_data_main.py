@@ -83,6 +83,16 @@ def test_crowds_that_are_lost_are_said(coco, tmp_path, capsys):
     assert capsys.readouterr().err == "warning: 1 crowds left out, for which format csv has no mark.\n"
 
 
+@pytest.mark.parametrize("to", ["coco", "voc"])
+def test_regions_to_ignore_are_that_in_the_config_that_is_printed(coco, tmp_path, capsys, to):
+    coco.box(1, iscrowd=1)
+    coco.write()
+    assert main(["convert", str(coco.folder), str(tmp_path / "out"), "--to", to]) == 0
+    (records,) = read(capsys.readouterr().out).values()
+    (record,) = [record for record in records if record["file_name"].endswith("/1.png")]
+    assert [box["iscrowd"] for box in record["annotations"]] == [0, 1]
+
+
 def test_vocs_difficult_objects(voc_root, tmp_path, capsys):
     voc_root.image("a", [voc_root.object("cat", (1, 1, 9, 9), difficult=1)])
     voc_root.split("train", "a")
