@@ -140,10 +140,12 @@ def agreed(agreement: dict | None) -> str:
 
 
 def table(best: dict[str, list[Suggestion]], names: Sequence[str]) -> str:
-    """Return a table of the number of suggestions of each kind for each class, where there are any."""
+    """Return a table of the number of suggestions of each kind for each class, where there are any; "" without any."""
     counted = [
         {"class, if accepted": name, **{kind: sum(s.accepted[1] == k for s in found) for kind, found in best.items()}}
         for k, name in enumerate(names)
     ]
     rows = [row for row in counted if any(row[kind] for kind in best)]
+    if not rows:
+        return ""
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=[0])  # a class may be called 007

@@ -324,6 +324,7 @@ def test_names_of_classes_that_look_like_numbers():
     found = [Suggestion("missing", 1.0, 1.0, {}, (0, 0, 9, 9), k, 0.5) for k in (0, 0, 2)]
     lines = table({kind: [] for kind in KINDS} | {"missing": found}, ["007", "unused", "1e5"]).splitlines()[2:]
     assert [[cell.strip() for cell in line.split("|")[1:3]] for line in lines] == [["007", "2"], ["1e5", "1"]]
+    assert table({kind: [] for kind in KINDS}, ["007"]) == ""
 
 
 @pytest.fixture

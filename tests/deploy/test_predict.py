@@ -465,7 +465,7 @@ def test_ctrl_c_keeps_what_was_done(run, tmp_path, monkeypatch, capsys):
 
 def test_what_the_words_stand_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a/2.png", "a/1.JPG", "a/b/3.webp", "a/film.MP4", "7"):
+    for name in ("a/2.png", "a/1.JPG", "a/b/3.webp", "a/film.MP4", "7", "c/5.avif", "c/4.jfif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     for word, expected in {
@@ -473,6 +473,7 @@ def test_what_the_words_stand_for(tmp_path, monkeypatch):
         "a/*": [("a/1.JPG", "image"), ("a/2.png", "image"), ("a/film.MP4", "video")],
         "a/**/*.webp": [("a/b/3.webp", "image")],
         "a/film.MP4": [("a/film.MP4", "video")],
+        "c": [("c/4.jfif", "image"), ("c/5.avif", "image")],
         "0": [("0", "camera")],
         "7": [("7", "image")],  # a file of that name
     }.items():
