@@ -46,7 +46,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     resumed_from = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save as fvcore's ``Checkpointer.save`` does.
+        """Save as fvcore's ``Checkpointer.save`` does; ``model`` among what is given takes the place of the weights.
 
         Raises:
             OSError: the file could not be written. Earlier checkpoints are unchanged.
@@ -60,7 +60,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.save_weights(name, self.model, **state, **kwargs)
         self.tag_last_checkpoint(f"{name}.pth")
 
-    def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
+    def save_weights(self, name: str, model: nn.Module, /, **kwargs: Any) -> None:
         """Save a model and the config, with what is given; for MODEL.WEIGHTS, and not to resume from.
 
         Raises:

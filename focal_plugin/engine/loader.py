@@ -221,13 +221,16 @@ class TrainLoader:
                 batch.clear()
 
     def state_dict(self) -> dict:
-        """Return the seed, how many images all processes have taken, and how many the set has."""
+        """Return the seeds, how many images all processes have taken, and how many the set has."""
         taken = self.position * self.batch_size * comm.get_world_size()
-        return {"seed": self.seed, "images": taken, "size": len(self.dataset)}
+        order = getattr(self.sampler, "_seed", None)  # of Detectron2's samplers
+        return {"seed": self.seed, "order": order, "images": taken, "size": len(self.dataset)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after the images of ``state``; exactly so with the same batch size and number of processes."""
         self.seed, size = state["seed"], state.get("size", len(self.dataset))
+        if state.get("order") is not None and hasattr(self.sampler, "_seed"):
+            self.sampler._seed = state["order"]
         if size != len(self.dataset):
             now = f"The training set has {len(self.dataset)} images, and had {size} when the checkpoint was written"
             logger.warning(f"{now}: from here on, the images come in another order.")

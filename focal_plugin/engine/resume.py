@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from detectron2.engine import HookBase
@@ -72,6 +72,7 @@ class CheckpointHook(HookBase):
         self.signals = StopSignals()
         self._processes: list[dict] = []  # of this step, from all processes
         self._state: dict | None = None  # of the step, while what follows it is interruptible
+        self._weights: dict = {}  # of the step, too
         self._saved: int | None = None  # the step that was saved last
         self._tail_is_done = False
         self._loaded: dict | None = None
@@ -128,14 +129,16 @@ class CheckpointHook(HookBase):
     def interruptible(self) -> Iterator[None]:
         """Inside, a signal saves the step that is done and ends the process at once: for an evaluation after a step.
 
-        For all processes. What is inside must change neither weights nor optimizer; a resumed run does it again. The
-        random numbers that it draws, which may depend on the processes that load images, are none of training's.
+        For all processes. What is inside must change neither weights nor optimizer, and buffers only until its end; a
+        resumed run does it again. The random numbers that it draws, which may depend on the processes that load images,
+        are none of training's.
         """
         rng = rng_state()
         self._processes = comm.all_gather(self._process_state())
         peers = comm.all_gather((socket.gethostname(), os.getpid()))
         received = self.signals.agreed()
-        self._state = self.state_dict()
+        self._state, self._weights = self.state_dict(), self.model.state_dict()
+        self._weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers() if name in self._weights}
         try:
             if received:
                 self._save_once()
@@ -143,7 +146,7 @@ class CheckpointHook(HookBase):
             with self.signals.answered(lambda number: self._leave(number, peers)):
                 yield
         finally:
-            self._processes, self._state = [], None
+            self._processes, self._state, self._weights = [], None, {}
             set_rng_state(rng)
 
     def _leave(self, received: int, peers: list[tuple[str, int]]) -> NoReturn:
@@ -168,7 +171,7 @@ class CheckpointHook(HookBase):
 
     def _save_once(self) -> None:
         if comm.is_main_process() and self._saved != self.trainer.iter:
-            self._save(self.trainer.iter, is_due=False)
+            self._save(self.trainer.iter, is_due=False, model=self._weights)
 
     def after_train(self) -> None:
         """Save the steps before a failure of the data. From here on, signals end the process."""
@@ -187,11 +190,11 @@ class CheckpointHook(HookBase):
             self._save(trainer.iter, is_due=False)
             logger.error("The next images could not be loaded. All steps before are saved: --resume continues there.")
 
-    def _save(self, step: int, is_due: bool) -> None:
+    def _save(self, step: int, is_due: bool, **content: Any) -> None:
         if is_due:
             self.periodic.step(step)
         else:
-            self.periodic.save(f"model_{step:07d}", iteration=step)
+            self.periodic.save(f"model_{step:07d}", iteration=step, **content)
         self._saved = step
 
     def _process_state(self) -> dict:

@@ -307,3 +307,17 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written(tmp_path):
         replace_file(str(tmp_path / "model.pth"), write)
     with pytest.raises(OSError, match="could not be written"), explained_dead_worker():
         replace_file(str(tmp_path / "none" / "model.pth"), write)
+
+
+def test_the_order_goes_on_whatever_was_drawn_before(dataset):
+    """A run of one's own program need not have a seed; the state has that of the order, too."""
+
+    def batches(loader, count):
+        return [[image["image_id"] for image in batch] for batch in itertools.islice(loader, count)]
+
+    loaders = [build_train_loader(dataset, mapper=None, total_batch_size=2) for _ in range(2)]
+    expected = batches(loaders[0], 9)
+    assert batches(loaders[1], 9) != expected
+    loaders[0].position, loaders[1].position = 3, 0
+    loaders[1].load_state_dict(loaders[0].state_dict())
+    assert batches(loaders[1], 6) == expected[3:]

@@ -1,5 +1,9 @@
 """The losses on data that are not trained on: those of training, and training does not notice."""
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -124,3 +128,25 @@ def test_data_without_ground_truth(tiny_config):
             build_validation_loader(load_config(tiny_config, ["DATASETS.VALIDATION", "('no_truth',)"]))
     finally:
         DatasetCatalog.remove("no_truth")
+
+
+def test_a_signal_in_it_saves_the_model_of_training(train_net, tmp_path, monkeypatch):
+    """While they are computed the model has another normaliser, and the checkpoint the mean of training's."""
+    words = [*VALIDATION, "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 2]
+    forward, left = StepTrainer.forward, threading.Event()
+
+    def signalled(trainer, model, batch):
+        if not torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert left.wait(60)
+            raise KeyboardInterrupt
+        return forward(trainer, model, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(StepTrainer, "forward", signalled)
+        patched.setattr(os, "_exit", lambda code: left.set())
+        train_net("OUTPUT_DIR", tmp_path / "stopped", *words)
+    saved, whole = tmp_path / "stopped", tmp_path / "whole"
+    train_net("OUTPUT_DIR", whole, *words, "SOLVER.CHECKPOINT_PERIOD", 2)
+    assert (saved / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert_same(*(final(folder, "model_0000001.pth")["model"] for folder in (saved, whole)))
