@@ -34,7 +34,7 @@ from .console import EarlyWriter, progress_bar
 from .evaluate import EvaluationHook
 from .folder import training_folder
 from .graphs import compile_network, pins_batches
-from .loader import build_train_loader
+from .loader import build_train_loader, check_batch
 from .lock import sole_training
 from .loggers import RunLogger, check_loggers, logged, run_writers
 from .metrics import MetricsWriter
@@ -162,6 +162,8 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
     optimizer = instantiate(cfg.optimizer)
     if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
         cfg.dataloader.train._target_ = build_train_loader
+        images, processes = cfg.dataloader.train.get("total_batch_size", 0), comm.get_world_size()
+        check_batch(images, processes, cfg.train.get("accumulate", 1))
         if "pin_memory" not in cfg.dataloader.train:
             cfg.dataloader.train.pin_memory = pins_batches(cfg.train.device, cfg.train.get("compile", False))
     loader = instantiate(cfg.dataloader.train)

@@ -65,19 +65,14 @@ def build_train_loader(
             collate_fn=collate_fn,
             **kwargs,
         )
-    processes = comm.get_world_size()
-    if total_batch_size < processes or total_batch_size % processes:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {total_batch_size}; expected a multiple of {processes}, the number of processes, "
-            "and not 0. (In a LazyConfig it is dataloader.train.total_batch_size.)"
-        )
+    check_batch(total_batch_size, comm.get_world_size())
     groups = [_is_wide(record) for record in dataset] if aspect_ratio_grouping else None
     sampler = TrainingSampler(len(dataset)) if sampler is None else sampler
     records = DatasetFromList(dataset, copy=False)
     return TrainLoader(
         records if mapper is None else MapDataset(records, mapper),
         sampler,
-        total_batch_size // processes,
+        total_batch_size // comm.get_world_size(),
         seed=comm.shared_random_seed(),
         groups=groups,
         may_skip=[record.get("on_error") == "skip" for record in dataset],
@@ -85,6 +80,24 @@ def build_train_loader(
         collate_fn=collate_fn or trivial_batch_collator,
         **kwargs,
     )
+
+
+def check_batch(images: int, processes: int, accumulate: int = 1) -> None:
+    """Check that the images of a step can be divided among processes and micro-batches.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if images < processes or images % processes:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {images}; expected a multiple of {processes}, the number of processes, "
+            "and not 0. (In a LazyConfig it is dataloader.train.total_batch_size.)"
+        )
+    if accumulate > images // processes:
+        raise ConfigError(
+            f"SOLVER.ACCUMULATE is {accumulate}; expected 1 to {images // processes}, the images a process has in a "
+            f"step (SOLVER.IMS_PER_BATCH {images} over {processes} processes). (In a LazyConfig train.accumulate.)"
+        )
 
 
 def _is_wide(record: dict) -> bool:

@@ -19,7 +19,6 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..config import ConfigError
 from ..config.load import build_model
 from ..data import DataError, FocalDatasetMapper, has_boxes, leave_out_broken_images
 from ..evaluation.evaluator import PageEvaluator
@@ -37,7 +36,7 @@ from .divergence import recorded_divergence
 from .evaluate import EvaluationHook
 from .folder import refuse_used
 from .graphs import compile_network, pins_batches
-from .loader import build_train_loader, explained_dead_worker
+from .loader import build_train_loader, check_batch, explained_dead_worker
 from .lock import sole_training
 from .loggers import RunLogger, check_loggers, logged, run_writers
 from .metrics import MetricsWriter
@@ -70,7 +69,7 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        _check_accumulate(cfg)
+        check_batch(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.SOLVER.ACCUMULATE)
         check_loggers(cfg.LOGGERS, cfg.VIS_PERIOD)
         check_metric(cfg, by_type=type(self).build_evaluator.__func__ is Trainer.build_evaluator.__func__)
 
@@ -336,12 +335,3 @@ def log_model(model: nn.Module) -> None:
     sizes = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info(f"{type(model).__name__} of {sum(sizes) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them trained.")
-
-
-def _check_accumulate(cfg: CfgNode) -> None:
-    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    if not 1 <= cfg.SOLVER.ACCUMULATE <= max(images, 1):
-        raise ConfigError(
-            f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}; expected 1 to {images}, the images a process has in a step "
-            f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {comm.get_world_size()} processes)."
-        )

@@ -27,6 +27,7 @@ from focal_plugin.analysis.checks.case import ERROR, OK, SKIPPED, WARNING, Case,
 from focal_plugin.analysis.doctor import CHECKS, examine
 from focal_plugin.config import load
 from focal_plugin.config.load import load_config
+from focal_plugin.engine import AtomicCheckpointer, StepTrainer, Trainer
 from focal_plugin.engine.changes import plain_config
 from tests.docs.pages import PAGES, section
 
@@ -302,6 +303,35 @@ def test_resuming_is_checked(find, earlier_run, tmp_path):
     (tmp_path / "output/model_0000001.pth").write_bytes(b"PK")
     ((level, text),) = find("output folder", resume=True)
     assert level == ERROR and "no checkpoint in" in text
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path):
+    """A checkpoint of the tiny run, which cannot go on with every config; its weights are none of MODEL.WEIGHTS."""
+    cfg = load_config(tiny_config, options())
+    model = build_model(cfg)
+    trainer = StepTrainer(model, [], Trainer.build_optimizer(cfg, model))
+    checkpointer = AtomicCheckpointer(model, str(tmp_path / "output"))
+    (tmp_path / "output").mkdir()
+    checkpointer.config = plain_config(cfg)
+    checkpointer.save("model_0000001", iteration=1, trainer={"iteration": 1, "_trainer": trainer.state_dict()})
+
+
+@pytest.mark.parametrize(
+    ("opts", "level", "says"),
+    [
+        ([], OK, "take the state of"),
+        (["SOLVER.MOMENTUM", 0.5, "MODEL.WEIGHTS", "gone.pth"], OK, "take the state of"),
+        (["MODEL.FPN.OUT_CHANNELS", 8], ERROR, "model_0000001.pth is of another model: "),
+        (["SOLVER.OPTIMIZER", "adamw"], ERROR, "another kind of optimizer"),
+        (["SOLVER.BIAS_LR_FACTOR", 2.0], ERROR, "its trainer: "),
+    ],
+)
+def test_what_cannot_go_on_is_said_beforehand(find, trained, opts, level, says):
+    assert [found for found, _ in find("weights", *opts, resume=True)] == [level]
+    assert says in find("weights", *opts, resume=True)[0][1]
+    assert find("first loss", *opts, resume=True)[0][0] == SKIPPED
+    assert find("gradient clipping", *opts, "SOLVER.CLIP_GRADIENTS.ENABLED", False, resume=True)[0][0] == OK
 
 
 def test_a_folder_in_use(find, tmp_path, monkeypatch):
@@ -640,11 +670,41 @@ def test_first_loss(find, equal_images, seed):
     assert level == OK and "by its closed form" in text
 
 
+def test_anchors_of_a_model_without_any(find):
+    """FCOS has a point a location: what the config says of anchors and their matcher is not read."""
+    for name in ("anchors", "positives"):
+        ((level, text),) = find(name, "MODEL.META_ARCHITECTURE", "FocalFCOS")
+        assert level == SKIPPED and text == "FocalFCOS is no RetinaNet"
+
+
 def test_first_loss_of_other_models(find, tiny_config, tmp_path):
     path = save_weights(tiny_config, tmp_path, lambda model: model.head.cls_score.bias.data.fill_(-2.0))
     ((level, text),) = find("first loss", weights=path)
     assert level == OK and "trained classifier" in text
     assert find("first loss", "MODEL.META_ARCHITECTURE", "RetinaNet")[0][0] == SKIPPED
+
+
+# The images of a step
+
+
+@pytest.mark.parametrize(
+    ("opts", "gpus", "says"),
+    [
+        (["SOLVER.ACCUMULATE", 3], 1, "SOLVER.ACCUMULATE is 3; expected 1 to 2, the images a process has"),
+        (["SOLVER.ACCUMULATE", 2], 2, "SOLVER.ACCUMULATE is 2; expected 1 to 1, the images a process has"),
+        ([], 4, "SOLVER.IMS_PER_BATCH is 2; expected a multiple of 4, the number of processes"),
+        (["SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4], 1, ""),
+        (["SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.ACCUMULATE", 3], 1, "expected 1 to 2"),
+    ],
+)
+def test_the_images_of_a_step_are_divided(find, opts, gpus, says):
+    ((level, text),) = find("learning rate", *opts, num_gpus=gpus)
+    assert says in text and (level == ERROR) == bool(says), text
+
+
+def test_the_number_of_gpus_scales_the_schedule(find):
+    opts = ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.MAX_ITER", 12]
+    assert find("schedule", *opts) == [(OK, "48 steps of 2 images, 16 epochs")]
 
 
 # Time and memory
@@ -655,7 +715,8 @@ def test_time_and_memory(find, monkeypatch):
     kept, start = [], time.perf_counter()
     step = cost.StepTrainer.run_step
     monkeypatch.setattr(cost.StepTrainer, "run_step", lambda self: (kept.append(self), step(self)))
-    ((level, text),) = find("time and memory", "SOLVER.MAX_ITER", 7200, "SOLVER.IMS_PER_BATCH", 4)
+    opts = ["SOLVER.MAX_ITER", 7200, "SOLVER.IMS_PER_BATCH", 4, "MODEL.FOCAL.EMA.DECAY", 0.5]
+    ((level, text),) = find("time and memory", *opts)
     took = time.perf_counter() - start
     number = r"~([\d.]+)"
     found = re.fullmatch(
@@ -668,7 +729,7 @@ def test_time_and_memory(find, monkeypatch):
     assert 0 < seconds < 4 * took and 0.1 < memory < 50  # of this process
     total *= {"s": 1, "min": 60, "h": 3600}[found[4]]
     assert total == pytest.approx(seconds * 7200, rel=0.1)
-    assert len(kept) == 2 and kept[0] is kept[1]
+    assert len(kept) == 2 and kept[0] is kept[1] and kept[0].average.updates == 2
     assert {group["lr"] for group in kept[0].optimizer.param_groups} == {0.0}
 
 

@@ -60,6 +60,7 @@ def test_what_is_said_of_weights_and_of_an_earlier_run(train_net, lazy_config, c
     ("word", "key"),
     [
         ("dataloader.train.total_batch_size=0", r"dataloader\.train\.total_batch_size"),
+        ("train.accumulate=3", r"train\.accumulate"),
         ("train.amp={enabled:True,dtype:fp8}", r"train\.amp\.dtype"),
         ("model.cfg.config_fil=x.yaml", r"model\.cfg\.config_fil: load_config has no such argument\. .*: config_file"),
     ],

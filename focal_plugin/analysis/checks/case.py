@@ -6,12 +6,16 @@ from functools import cached_property
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ...config.load import build_model, load_config
 from ...data import is_dense_detector
+from ...engine import AtomicCheckpointer, training_folder
+from ...retinanet import FocalRetinaNet
 from ..common import read_records, spread
 from ..coverage import Coverage, FeatureGrid, Image, measure, read_images
 
@@ -62,8 +66,8 @@ class Case:
 
     @cached_property
     def own_cfg(self) -> CfgNode:
-        """The config as it trains."""
-        return load_config(self.config_file, list(self.opts))
+        """The config as it trains on so many GPUs (SOLVER.REFERENCE_WORLD_SIZE)."""
+        return DefaultTrainer.auto_scale_workers(load_config(self.config_file, list(self.opts)), self.num_gpus)
 
     @cached_property
     def cfg(self) -> CfgNode:
@@ -77,6 +81,25 @@ class Case:
     def is_dense(self) -> bool:
         """Whether the model is a RetinaNet or similar."""
         return is_dense_detector(self.cfg.MODEL.META_ARCHITECTURE)
+
+    @property
+    def has_anchors(self) -> bool:
+        """Whether the model reads the config's anchors, and matches them to boxes."""
+        return self.is_dense and isinstance(self.model, FocalRetinaNet | RetinaNet)
+
+    @cached_property
+    def run(self) -> AtomicCheckpointer:
+        """The checkpoints in the folder that the run writes to.
+
+        Raises:
+            ConfigError: they are of an earlier run, and this one does not resume it.
+        """
+        return AtomicCheckpointer(None, training_folder(self.cfg.OUTPUT_DIR, self.resume))
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return self.resume and self.run.has_checkpoint()
 
     @property
     def levels(self) -> list[str]:

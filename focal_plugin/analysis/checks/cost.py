@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from ...engine import StepTrainer, Trainer
+from ...engine.average import WeightAverage
 from ...engine.step import amp_precision
 from .case import ERROR, OK, WARNING, Case, Finding, first_batch_config
 
@@ -88,7 +89,9 @@ def measure(cfg: CfgNode, device: str, images: int) -> Cost:
     optimizer = Trainer.build_optimizer(cfg, model)
     counts = [most] * (_WARM_UP + 1) if on_gpu else [1, most]
     precision = amp_precision(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
-    trainer = StepTrainer(model, [batch[:count] for count in counts], optimizer, precision=precision)
+    average = WeightAverage(model, decay) if (decay := cfg.MODEL.FOCAL.EMA.DECAY) else None
+    batches = [batch[:count] for count in counts]
+    trainer = StepTrainer(model, batches, optimizer, precision=precision, average=average)
     before, state, times = _start_of_peak(on_gpu), 0, []
     with EventStorage(), tqdm(total=len(counts), desc="Measuring a step", leave=False, disable=None) as bar:
         while len(times) < len(counts) and (on_gpu or not times or times[0] < _LONG):

@@ -191,7 +191,7 @@ def check_crowds(case: Case) -> Iterator[Finding]:
 
 def check_coverage(case: Case) -> Iterator[Finding]:
     """Check how many boxes get no anchor, or only by the low-quality rule."""
-    if not case.is_dense:
+    if not case.has_anchors:
         yield Finding(SKIPPED, f"{case.cfg.MODEL.META_ARCHITECTURE} is no RetinaNet")
         return
     coverage, total = case.coverage, len(case.coverage.regular)
@@ -231,7 +231,7 @@ def _half_below(case: Case, chosen: np.ndarray) -> str:
 
 def check_positives(case: Case) -> Iterator[Finding]:
     """Check that each level gets positive anchors, in images as training gets them."""
-    if not case.is_dense:
+    if not case.has_anchors:
         yield Finding(SKIPPED, f"{case.cfg.MODEL.META_ARCHITECTURE} is no RetinaNet")
         return
     matcher, mapper = build_matcher(case.cfg), FocalDatasetMapper(case.cfg, is_train=True)

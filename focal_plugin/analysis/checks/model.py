@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from detectron2.solver import build_lr_scheduler
 
 from ...data import FocalDatasetMapper
-from ...engine import AtomicCheckpointer
+from ...engine import AtomicCheckpointer, StepTrainer
 from ...engine.optimizer import build_optimizer
 from ...files.weights import Fit, missing_file
 from ...retinanet import FocalRetinaNet
@@ -37,6 +38,9 @@ class _QuietCheckpointer(AtomicCheckpointer):
 
 def check_weights(case: Case) -> Iterator[Finding]:
     """Check that ``MODEL.WEIGHTS`` loads, for the same classes, and that no random parameter is frozen."""
+    if case.resumes:
+        yield _resumed(case)
+        return
     model, path = case.model, case.cfg.MODEL.WEIGHTS
     if not path:
         encoder = "those of the encoder only (MODEL.FOCAL.TIMM.WEIGHTS)"
@@ -63,6 +67,19 @@ def check_weights(case: Case) -> Iterator[Finding]:
     loaded = total - len(starts_anew)
     rest = "" if loaded == total else f"; the rest, such as {few(starts_anew, most=2)}, is initialised"
     yield from findings or [Finding(OK, f"{percent(loaded, total)} of the model's tensors are in {path}{rest}")]
+
+
+def _resumed(case: Case) -> Finding:
+    """Load the checkpoint that the run resumes from, as training does.
+
+    Raises:
+        ConfigError: the model or the optimiser does not fit it.
+    """
+    trainer = StepTrainer(case.model, [], build_optimizer(case.cfg, case.model))
+    states = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: trainer.load_state_dict(state["_trainer"]))
+    checkpointer = _QuietCheckpointer(case.model, case.run.save_dir, trainer=states)
+    checkpointer.resume_or_load("")
+    return Finding(OK, f"model and optimiser take the state of {checkpointer.resumed_from}")
 
 
 def _other_shapes(case: Case, fit: Fit) -> Finding:
@@ -108,6 +125,9 @@ def check_first_loss(case: Case) -> Iterator[Finding]:
     """Check the class loss of the first step against its closed form."""
     if FocalRetinaNet.__name__ != case.cfg.MODEL.META_ARCHITECTURE:
         yield Finding(SKIPPED, f"{case.cfg.MODEL.META_ARCHITECTURE} is no FocalRetinaNet")
+        return
+    if case.resumes:
+        yield Finding(SKIPPED, "the run resumes, and MODEL.WEIGHTS is not read")
         return
     step = first_step(first_batch_config(case.cfg, _FIRST_BATCH))
     observed, expected = f"{step.observed:.3g} a positive", f"{step.expected:.3g}"

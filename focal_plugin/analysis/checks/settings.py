@@ -7,11 +7,11 @@ from detectron2.config import CfgNode
 
 from ...config import ConfigError
 from ...config.explain import flatten
-from ...engine import AtomicCheckpointer, training_folder
 from ...engine.advice import learning_rate, scaled_learning_rate, scaling, unread_keys, warmup
 from ...engine.best import check_metric
 from ...engine.changes import changes, describe, plain_config
 from ...engine.checkpoint import read_whole
+from ...engine.loader import check_batch
 from ...engine.lock import holder
 from ...engine.loggers import check_loggers
 from ...files.regular import read_regular
@@ -28,8 +28,9 @@ def check_config(case: Case) -> Iterator[Finding]:
 
 
 def check_learning_rate(case: Case) -> Iterator[Finding]:
-    """Check ``BASE_LR`` against ``IMS_PER_BATCH``, and the warm-up."""
+    """Check that a step's images can be divided, ``BASE_LR`` against their number, and the warm-up."""
     solver = case.cfg.SOLVER
+    check_batch(solver.IMS_PER_BATCH, case.num_gpus, solver.ACCUMULATE)
     fine = (
         f"SOLVER.BASE_LR {solver.BASE_LR:g} with {solver.IMS_PER_BATCH} images a step ({scaling(case.cfg)}: "
         f"{scaled_learning_rate(case.cfg):g}), WARMUP_ITERS {solver.WARMUP_ITERS}"
@@ -43,7 +44,7 @@ def check_clipping(case: Case) -> Iterator[Finding]:
     if solver.CLIP_GRADIENTS.ENABLED:
         clip = solver.CLIP_GRADIENTS
         yield Finding(OK, f"clipped by {clip.CLIP_TYPE} at {clip.CLIP_VALUE:g}")
-    elif case.cfg.MODEL.WEIGHTS or has_encoder_weights(case.cfg):
+    elif case.resumes or case.cfg.MODEL.WEIGHTS or has_encoder_weights(case.cfg):
         yield Finding(OK, "not clipped, and trained from given weights")
     else:
         yield Finding(
@@ -75,20 +76,19 @@ def check_output_dir(case: Case) -> Iterator[Finding]:
             ERROR,
             f"OUTPUT_DIR {case.cfg.OUTPUT_DIR} is in use: {training} trains there. Wait, or set another OUTPUT_DIR.",
         )
-    folder = training_folder(case.cfg.OUTPUT_DIR, case.resume)
-    checkpointer = AtomicCheckpointer(None, folder)
-    if case.resume and checkpointer.has_checkpoint():
-        yield from _check_resumed(case, checkpointer)
+    folder = case.run.save_dir
+    if case.resumes:
+        yield from _check_resumed(case)
         return
     problem = "there is no run to --resume: training starts from the beginning" if case.resume else ""
     yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no earlier run'}")
 
 
-def _check_resumed(case: Case, checkpointer: AtomicCheckpointer) -> Iterator[Finding]:
+def _check_resumed(case: Case) -> Iterator[Finding]:
     """Check what a resumed run does with the keys that have changed since its checkpoint."""
-    path, most = checkpointer.last_whole_checkpoint(), case.cfg.SOLVER.MAX_ITER
+    path, most = case.run.last_whole_checkpoint(), case.cfg.SOLVER.MAX_ITER
     content = read_whole(path)
-    theirs = content.get("config") or _read_config(os.path.join(checkpointer.save_dir, "config.yaml"))
+    theirs = content.get("config") or _read_config(os.path.join(case.run.save_dir, "config.yaml"))
     changed = changes(theirs, plain_config(case.cfg)) if theirs else {}
     if case.cfg.SEED < 0:
         changed.pop("SEED", None)  # the run's is taken
@@ -99,7 +99,7 @@ def _check_resumed(case: Case, checkpointer: AtomicCheckpointer) -> Iterator[Fin
     elif changed:
         yield Finding(WARNING, f"resumes from {path}, with other values from there on: {describe(changed)}.")
     else:
-        yield Finding(OK, f"OUTPUT_DIR {checkpointer.save_dir}: resumes from {os.path.basename(path)}")
+        yield Finding(OK, f"OUTPUT_DIR {case.run.save_dir}: resumes from {os.path.basename(path)}")
 
 
 def has_encoder_weights(cfg: CfgNode) -> bool:
