@@ -69,7 +69,9 @@ def read_detections(folder: Path, opts: Sequence[str] = ()) -> tuple[list[np.nda
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"--runs {folder}: there is no config.yaml in that folder.")
     tests = load_config(str(folder / "config.yaml"), opts).DATASETS.TEST
-    name = tests[0] if tests else ""
+    if not tests:
+        raise ConfigError(f"--runs {folder}: DATASETS.TEST is empty; expected the run's test set.")
+    name = tests[0]
     place = folder / "inference" / (name if len(tests) > 1 else "")
     truth = Path(MetadataCatalog.get(name).get("json_file") or place / f"{name}_coco_format.json")
     results = place / "coco_instances_results.json"

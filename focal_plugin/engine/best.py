@@ -151,11 +151,17 @@ class BestHook(HookBase):
             logger.warning(f"TEST.BEST_METRIC was {state['metric']}: the best {self.metric} counts from here on.")
 
 
-def check_patience(metric: str, patience: int, period: int) -> None:
-    """Check that a run with patience has evaluations and knows what to compare.
+def check_judged(
+    metric: str, patience: int, period: int, *, tested: object, validated: object, averaged: object
+) -> None:
+    """Check that a run with patience has evaluations and knows what to compare, and that these can give it.
+
+    Args:
+        metric, patience, period: ``TEST.BEST_METRIC``, ``PATIENCE`` and ``EVAL_PERIOD``.
+        tested, validated, averaged: true if there are test sets, losses on other data, and an average of the weights.
 
     Raises:
-        ConfigError: it has or does not.
+        ConfigError: it has none, or does not; or they cannot.
     """
     if patience and not metric:
         raise ConfigError(
@@ -167,6 +173,19 @@ def check_patience(metric: str, patience: int, period: int) -> None:
             f"TEST.PATIENCE is {patience}, and TEST.EVAL_PERIOD is 0; expected evaluations every so many steps. (In a "
             "LazyConfig train.patience and train.eval_period.)"
         )
+    losses = metric.startswith(f"{NAME}/")
+    for needed, given, key, lazy in (
+        (losses, validated, "DATASETS.VALIDATION is empty; expected a data set", "dataloader.validation"),
+        (metric and not losses, tested, "DATASETS.TEST is empty; expected a data set", "dataloader.evaluator"),
+        (
+            "_EMA/" in metric,
+            averaged,
+            "MODEL.FOCAL.EMA.DECAY is 0; expected a decay, such as 0.999",
+            "train.ema.decay",
+        ),
+    ):
+        if needed and not given:
+            raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, and {key}. (In a LazyConfig {lazy}.)")
 
 
 def check_metric(cfg: CfgNode, by_type: bool) -> None:
@@ -177,19 +196,12 @@ def check_metric(cfg: CfgNode, by_type: bool) -> None:
         by_type: whether each test set is evaluated by its ``evaluator_type``, so that the names are known.
 
     Raises:
-        ConfigError: no evaluation will give the metric, or as ``check_patience``.
+        ConfigError: no evaluation will give the metric, or as ``check_judged``.
     """
-    metric, sets = cfg.TEST.BEST_METRIC, list(cfg.DATASETS.TEST)
-    check_patience(metric, cfg.TEST.PATIENCE, cfg.TEST.EVAL_PERIOD)
-    if not metric:
-        return
-    if metric.startswith(f"{NAME}/"):
-        if not cfg.DATASETS.VALIDATION:
-            raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, and DATASETS.VALIDATION is empty; expected a data set.")
-        return
-    if not sets:
-        raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, and DATASETS.TEST is empty; expected a data set.")
-    if not by_type:
+    metric, sets, data = cfg.TEST.BEST_METRIC, list(cfg.DATASETS.TEST), cfg.DATASETS
+    given = {"tested": sets, "validated": data.VALIDATION, "averaged": cfg.MODEL.FOCAL.EMA.DECAY}
+    check_judged(metric, cfg.TEST.PATIENCE, cfg.TEST.EVAL_PERIOD, **given)
+    if not metric or metric.startswith(f"{NAME}/") or not by_type:
         return
     kinds = [MetadataCatalog.get(name).get("evaluator_type", "coco") for name in sets]
     known = {

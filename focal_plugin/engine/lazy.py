@@ -27,7 +27,7 @@ from ..layers import compute_top_blocks_in_float32, fold_frozen_norms
 from ..retinanet import FocalRetinaNet
 from .average import AverageHook, WeightAverage, averaged_if_judged
 from .balance import BalanceHook
-from .best import BestHook, EarlyStop, check_patience
+from .best import BestHook, EarlyStop, check_judged
 from .changes import plain_config
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, progress_bar
@@ -156,7 +156,9 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
     """Return the trainer, whose evaluations put their results into ``results``, its first step, and its loggers."""
     names, metric = cfg.train.get("loggers", ["tensorboard"]), cfg.train.get("best_metric", "")
     check_loggers(names)
-    check_patience(metric, cfg.train.get("patience", 0), cfg.train.eval_period)
+    decay, validation = cfg.train.get("ema", {}).get("decay", 0), cfg.dataloader.get("validation")
+    given = {"tested": cfg.dataloader.get("evaluator"), "validated": validation, "averaged": decay}
+    check_judged(metric, cfg.train.get("patience", 0), cfg.train.eval_period, **given)
     model, saved = _start(cfg, args, cfg.train.output_dir), plain_config(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -168,7 +170,6 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
             cfg.dataloader.train.pin_memory = pins_batches(cfg.train.device, cfg.train.get("compile", False))
     loader = instantiate(cfg.dataloader.train)
     balance = [BalanceHook(model)] if isinstance(model, DenseDetector) else []
-    decay = cfg.train.get("ema", {}).get("decay", 0)
     average = WeightAverage(model, decay) if decay else None
     model = data_parallel(model, **cfg.train.get("ddp", {}))
     amp = cfg.train.amp
@@ -187,7 +188,6 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
     if average is not None:
         checkpointer.add_checkpointable("ema", average)
 
-    validation = cfg.dataloader.get("validation")
     validate = ValidationLoss(trainer, instantiate(validation)) if validation else None
 
     def evaluate_now() -> dict:

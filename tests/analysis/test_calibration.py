@@ -88,6 +88,8 @@ def test_by_the_command_line(run, capsys):
 def test_what_a_folder_lacks(run, tmp_path, capsys):
     assert main(["calibration", "--runs", str(run), str(run)]) == 2
     assert "two have the same name" in capsys.readouterr().err
+    assert main(["calibration", "--runs", str(run), "DATASETS.TEST", "()"]) == 2
+    assert f"--runs {run}: DATASETS.TEST is empty" in capsys.readouterr().err
     (run / "inference/coco_instances_results.json").write_text("[]")
     assert main(["calibration", "--runs", str(run)]) == 2
     assert "Of 0 detections" in capsys.readouterr().err

@@ -99,9 +99,14 @@ def test_the_best_and_losses_on_other_data(train_net, lazy_config, tmp_path):
     for word, message in {
         "train.best_metric=": r"train\.patience and train\.best_metric",
         "train.loggers=[wandbb]": r"train\.loggers\) has 'wandbb'",
+        "train.best_metric=bbox_EMA/AP": r"is 'bbox_EMA/AP', and MODEL\.FOCAL\.EMA\.DECAY is 0.*train\.ema\.decay",
+        "dataloader.validation=null": r"is 'validation/total_loss', and .*dataloader\.validation",
+        "dataloader.evaluator=null": r"is 'bbox/AP', and DATASETS\.TEST is empty.*dataloader\.evaluator",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            train_net("train.patience=2", word, f"train.output_dir={tmp_path / 'other'}", config=lazy_config)
+            metric = "bbox/AP" if "evaluator" in word else "validation/total_loss"
+            other = [f"train.best_metric={metric}", f"train.output_dir={tmp_path / 'other'}", "train.max_iter=1"]
+            train_net("train.patience=2", *other, word, config=lazy_config)
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
