@@ -1,4 +1,4 @@
-"""The arguments of the objects that a LazyConfig makes, checked before the first of them is made."""
+"""What a LazyConfig and its command line say, checked before the first object is made."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,39 @@ from numbers import Real
 from typing import Any
 
 from detectron2.config.instantiate import locate
+from omegaconf import OmegaConf
 
+from .explain import flatten
 from .keys import ConfigError
+
+# What training reads besides the arguments of objects, be it in the file or not.
+_TRAIN = (
+    "accumulate amp.dtype amp.enabled best_metric channels_last compile cudnn_benchmark device ema.decay eval_period"
+)
+_TRAIN += " init_checkpoint log_period loggers max_iter max_skips output_dir patience seed"
+_READ = [*(f"train.{name}" for name in _TRAIN.split()), "dataloader.evaluator", "dataloader.validation"]
+_ARGUMENTS = ("train.ddp.", "train.checkpointer.")
+
+
+def check_override(cfg: Mapping, word: str) -> None:
+    """Check that a word of the command line, ``path.key=value``, changes what the config has or training reads.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    key, node = word.lstrip("+").partition("=")[0], cfg
+    for name in key.split("."):
+        if not isinstance(node, Mapping) or "_target_" in node:
+            return
+        if name not in node:
+            break
+        node = node[name]
+    else:
+        return
+    if not any(f"{read}.".startswith(f"{key}.") for read in _READ) and not f"{key}.".startswith(_ARGUMENTS):
+        near = get_close_matches(key, [*flatten(OmegaConf.to_container(cfg)), *_READ])
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{key}: the config has no such key, and training reads none.{hint}")
 
 
 def check_arguments(node: Any, path: str) -> None:

@@ -128,7 +128,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint to resume from, named in ``last_checkpoint`` or not."""
-        return super().has_checkpoint() or bool(self.save_dir and self._numbered())
+        return super().has_checkpoint() or bool(self.save_dir and self.numbered())
 
     def get_checkpoint_file(self) -> str:
         """Return the path that ``last_checkpoint`` names; "" if that cannot be read."""
@@ -181,7 +181,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
         All of them, those with the most steps first, if it names none.
         """
-        last, steps = self.get_checkpoint_file(), self._numbered()
+        last, steps = self.get_checkpoint_file(), self.numbered()
         final = os.path.join(self.save_dir, "model_final.pth")
         if final in steps and not last:
             steps[final] = _steps_of(final)
@@ -189,7 +189,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         before = sorted((path for path in steps if path != last and steps[path] < limit), key=steps.get, reverse=True)
         return [last, *before] if last else before
 
-    def _numbered(self) -> dict[str, float]:
+    def numbered(self) -> dict[str, float]:
         """Return the steps of each checkpoint by its path; −1 for model_final.pth, of a shorter run if not the last."""
         steps = {}
         for path in glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")):

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..config import ConfigError
-from ..config.arguments import check_arguments
+from ..config.arguments import check_arguments, check_override
 from ..config.load import find_config, usable_device
 from ..data import check_files_of, leave_out_broken_images
 from ..evaluation.report import log_report
@@ -63,8 +63,8 @@ def main(args) -> dict | None:
         The results of the last evaluation; None on other processes than the main one.
 
     Raises:
-        ConfigError: a word of ``args.opts`` gives no value; there is no evaluator; ``train.device`` is no device; or a
-            part of the model does not take one of its arguments.
+        ConfigError: a word of ``args.opts`` gives no value, or changes nothing that is read; there is no evaluator;
+            ``train.device`` is no device; or a part of the model does not take one of its arguments.
         FileNotFoundError: the files of a data set are not there.
     """
     args.config_file = find_config(args.config_file)
@@ -73,7 +73,10 @@ def main(args) -> dict | None:
             f"{' '.join(words)}: a LazyConfig's keys are changed by path.key=value, as in optimizer.lr=0.01, without "
             "spaces."
         )
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = LazyConfig.load(args.config_file)
+    for word in args.opts:
+        check_override(cfg, word)
+        LazyConfig.apply_overrides(cfg, [word])
     if args.eval_only and not cfg.dataloader.get("evaluator"):
         raise ConfigError(f"{args.config_file}: dataloader.evaluator is missing; expected one for --eval-only.")
     cfg.train.device = usable_device(cfg.train.device, "train.device")

@@ -80,6 +80,9 @@ class CheckpointHook(HookBase):
     def before_train(self) -> None:
         """Continue where the checkpoint was taken, if one was loaded."""
         self.periodic.max_iter = self.trainer.max_iter
+        steps = self.periodic.checkpointer.numbered()
+        earlier = [path for path in steps if 0 <= steps[path] < self.trainer.start_iter]
+        self.periodic.recent_checkpoints = sorted(earlier, key=steps.get)  # what max_to_keep counts
         self.signals.install()
         if self._loaded is not None:
             self._restore(self._loaded)

@@ -70,6 +70,20 @@ def test_a_value_that_is_none(train_net, lazy_config, word, key):
         train_net(word, config=lazy_config)
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("train.acumulate=2", r"train\.acumulate: .* Near it: train\.accumulate"),
+        ("train.ema.decai=0.9", r"train\.ema\.decai: .* Near it: train\.ema\.decay"),
+        ("train.patiens=1", r"train\.patiens: .* Near it: train\.patience"),
+        ("optimiser.lr=1", r"optimiser\.lr: .* Near it: optimizer\.lr"),
+    ],
+)
+def test_a_key_that_nothing_reads(train_net, lazy_config, word, says):
+    with pytest.raises(ConfigError, match=says):
+        train_net(word, config=lazy_config)
+
+
 def test_a_device_that_is_none(train_net, lazy_config):
     with pytest.raises(ValueError, match=r"train\.device is 'gpu'; expected cpu, cuda"):
         train_net("train.device=gpu", config=lazy_config)

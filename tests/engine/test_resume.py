@@ -18,6 +18,14 @@ from focal_plugin.evaluation.curves import read_metrics
 from tests.engine.same import assert_same, assert_same_run, final, metrics
 
 
+def test_as_many_checkpoints_are_kept_however_often_a_run_resumes(train_net, lazy_config, tmp_path):
+    words = ["dataloader.evaluator=null", f"train.output_dir={tmp_path}", "train.checkpointer={period:1,max_to_keep:2}"]
+    for steps in (2, 4, 6):
+        train_net("--resume", *words, f"train.max_iter={steps}", config=lazy_config)
+    names = ["model_0000004.pth", "model_0000005.pth", "model_final.pth"]
+    assert sorted(path.name for path in tmp_path.glob("model_*.pth")) == names
+
+
 class Interruption(BaseException):
     """Ends a run as nothing in it expects."""
 
