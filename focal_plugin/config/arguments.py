@@ -13,10 +13,8 @@ from .explain import flatten
 from .keys import ConfigError
 
 # What training reads besides the arguments of objects, be it in the file or not.
-_TRAIN = (
-    "accumulate amp.dtype amp.enabled best_metric channels_last compile cudnn_benchmark device ema.decay eval_period"
-)
-_TRAIN += " init_checkpoint log_period loggers max_iter max_skips output_dir patience seed"
+_TRAIN = "accumulate amp.dtype amp.enabled best_metric channels_last compile cudnn_benchmark device ema.decay"
+_TRAIN += " eval_period init_checkpoint log_period loggers max_iter max_skips output_dir patience seed"
 _READ = [*(f"train.{name}" for name in _TRAIN.split()), "dataloader.evaluator", "dataloader.validation"]
 _ARGUMENTS = ("train.ddp.", "train.checkpointer.")
 

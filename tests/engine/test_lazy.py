@@ -1,11 +1,14 @@
 """What a LazyConfig gets wrong is said by its own keys, before anything is built."""
 
+import re
 from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig
 
 from focal_plugin.config import ConfigError
+from focal_plugin.config.arguments import _READ
+from focal_plugin.engine import lazy
 from focal_plugin.engine.lazy import _move_output
 from focal_plugin.evaluation.evaluator import PageEvaluator
 from tests.engine.same import final, metrics
@@ -82,6 +85,12 @@ def test_a_value_that_is_none(train_net, lazy_config, word, key):
 def test_a_key_that_nothing_reads(train_net, lazy_config, word, says):
     with pytest.raises(ConfigError, match=says):
         train_net(word, config=lazy_config)
+
+
+def test_what_training_reads_may_be_set():
+    found = set(re.findall(r'cfg\.train\.(?:get\(")?(\w+)', Path(lazy.__file__).read_text()))
+    listed = {name.split(".")[1] for name in _READ if name.startswith("train.")}
+    assert found - {"get", "ddp", "checkpointer"} == listed - {"cudnn_benchmark"}  # which Detectron2 reads
 
 
 def test_a_device_that_is_none(train_net, lazy_config):
