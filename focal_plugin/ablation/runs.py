@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog
 from ..config import ConfigError
 from ..config.components import check_names, fill_args
 from ..config.explain import flatten
-from ..data import check_registered, register_local_datasets
+from ..data import check_registered, has_boxes, register_local_datasets
 from ..evaluation.curves import read_metrics
 from ..evaluation.numbers import METRICS
 from ..evaluation.report import has_found_nothing
@@ -247,7 +247,7 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
         ValueError, OSError: a component, a key of its own or a data set is unknown, the files of a data set are wrong,
             or the first test set of a run has no box.
     """
-    has_boxes: dict[str, bool] = {}
+    with_boxes: dict[str, bool] = {}
     counts: dict[str, int] = {}
     for run in runs:
         import_user_modules(run.cfg)
@@ -261,17 +261,13 @@ def count_images(runs: Sequence[Run]) -> dict[str, int]:
             if name not in counts:
                 check_registered(name, f"DATASETS of {run.row.name}")
                 records = DatasetCatalog.get(name)
-                counts[name], has_boxes[name] = len(records), any(map(_has_box, records))
-        if not has_boxes[first := run.cfg.DATASETS.TEST[0]]:
+                counts[name], with_boxes[name] = len(records), any(map(has_boxes, records))
+        if not with_boxes[first := run.cfg.DATASETS.TEST[0]]:
             raise ConfigError(
                 f"{first}, the first of DATASETS.TEST, has no boxes (besides crowds), and so no AP to report. Choose "
                 "another one, or report the runs so far with --report-only."
             )
     return counts
-
-
-def _has_box(record: dict) -> bool:
-    return any(not annotation.get("iscrowd", 0) for annotation in record.get("annotations", ()))
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, _broadcast_params, build_anchor_generator
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -102,7 +102,8 @@ def suggest(cfg: CfgNode, grid: FeatureGrid, images: Sequence[Image], now: Cover
     if type(build_anchor_generator(cfg, grid.shapes)) is not DefaultAnchorGenerator:
         return None  # another generator need not have sizes and ratios
     num_levels, strides = len(grid.shapes), [shape.stride for shape in grid.shapes]
-    sizes, ratios = (_per_level(cfg.MODEL.ANCHOR_GENERATOR[key], num_levels) for key in ("SIZES", "ASPECT_RATIOS"))
+    keys = [_broadcast_params(cfg.MODEL.ANCHOR_GENERATOR[key], num_levels, key) for key in ("SIZES", "ASPECT_RATIOS")]
+    sizes, ratios = ([list(level) for level in levels] for levels in keys)
     boxes = torch.cat([image.boxes for image in images]).numpy()
     sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
     new_ratios = [_centres(ratios_of(boxes), len(level)) for level in ratios]
@@ -156,15 +157,10 @@ def _centres(values: np.ndarray, count: int) -> list[float]:
 
 
 def kmeans(values: np.ndarray, count: int, rounds: int = 100) -> np.ndarray:
-    """Return ``count`` ascending centres of ``values`` (n,) by Lloyd's algorithm from the quantiles: nothing is random.
+    """Return ``count`` ascending centres of ``values`` (n,), n ≥ 1, by Lloyd's algorithm from the quantiles.
 
-    Some centres are equal if there are fewer different values than ``count``.
-
-    Raises:
-        ValueError: there is no value, or ``count`` is below 1.
+    Nothing is random. Some centres are equal if there are fewer different values than ``count``.
     """
-    if not len(values) or count < 1:
-        raise ValueError(f"{len(values)} values and {count} centres; expected at least one of each.")
     centres = np.quantile(values, (np.arange(count) + 0.5) / count)
     for _ in range(rounds):
         nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)  # (n,)
@@ -174,13 +170,6 @@ def kmeans(values: np.ndarray, count: int, rounds: int = 100) -> np.ndarray:
         if np.array_equal(centres, before):
             break
     return centres
-
-
-def _per_level(values: Sequence, num_levels: int) -> list[list[float]]:
-    """Return ``SIZES`` or ``ASPECT_RATIOS`` as one list a level, where one list, or plain numbers, serve all levels."""
-    if not isinstance(values[0], Sequence):
-        values = [values]
-    return [list(level) for level in (list(values) * num_levels if len(values) == 1 else values)]
 
 
 def config_lines(sizes: list[list[float]], ratios: list[list[float]]) -> str:

@@ -7,16 +7,13 @@ from numbers import Real
 from typing import Any
 
 from detectron2.config.instantiate import locate
-from omegaconf import OmegaConf
 
-from .explain import flatten
 from .keys import ConfigError
 
 # What training reads besides the arguments of objects, be it in the file or not.
-_TRAIN = "accumulate amp.dtype amp.enabled best_metric channels_last compile cudnn_benchmark device ema.decay"
-_TRAIN += " eval_period init_checkpoint log_period loggers max_iter max_skips output_dir patience seed"
+_TRAIN = "accumulate amp.dtype amp.enabled best_metric channels_last checkpointer compile cudnn_benchmark ddp"
+_TRAIN += " device ema.decay eval_period init_checkpoint log_period loggers max_iter max_skips output_dir patience seed"
 _READ = [*(f"train.{name}" for name in _TRAIN.split()), "dataloader.evaluator", "dataloader.validation"]
-_ARGUMENTS = ("train.ddp.", "train.checkpointer.")
 
 
 def check_override(cfg: Mapping, word: str) -> None:
@@ -25,17 +22,17 @@ def check_override(cfg: Mapping, word: str) -> None:
     Raises:
         ConfigError: it does not.
     """
-    key, node = word.lstrip("+").partition("=")[0], cfg
+    key, node, path = word.lstrip("+").partition("=")[0], cfg, ""
     for name in key.split("."):
         if not isinstance(node, Mapping) or "_target_" in node:
             return
         if name not in node:
             break
-        node = node[name]
+        node, path = node[name], f"{path}{name}."
     else:
         return
-    if not any(f"{read}.".startswith(f"{key}.") for read in _READ) and not f"{key}.".startswith(_ARGUMENTS):
-        near = get_close_matches(key, [*flatten(OmegaConf.to_container(cfg)), *_READ])
+    if not any(f"{read}.".startswith(f"{key}.") or key.startswith(f"{read}.") for read in _READ):
+        near = get_close_matches(key, [*(f"{path}{other}" for other in node), *_READ])
         hint = f" Near it: {', '.join(near)}." if near else ""
         raise ConfigError(f"{key}: the config has no such key, and training reads none.{hint}")
 

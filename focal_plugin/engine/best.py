@@ -156,9 +156,7 @@ def check_judged(
 ) -> None:
     """Check that a run with patience has evaluations and knows what to compare, and that these can give it.
 
-    Args:
-        metric, patience, period: ``TEST.BEST_METRIC``, ``PATIENCE`` and ``EVAL_PERIOD``.
-        tested, validated, averaged: true if there are test sets, losses on other data, and an average of the weights.
+    They have results on test sets if ``tested``, losses if ``validated``, and an averaged model if ``averaged``.
 
     Raises:
         ConfigError: it has none, or does not; or they cannot.

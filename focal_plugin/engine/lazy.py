@@ -231,9 +231,7 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
-    save.check_steps(start, cfg.train.max_iter)
-    if args.resume and not checkpointer.has_checkpoint():
-        save.start_again()
+    save.check_start(start, cfg.train.max_iter, args.resume)
     return trainer, start, [writer for writer in writers if isinstance(writer, RunLogger)]
 
 

@@ -37,10 +37,6 @@ class MetricsWriter(EventWriter):
         """Close the file."""
         self._file.close()
 
-    def clear(self) -> None:
-        """Empty the file."""
-        self.load_state_dict({"bytes": 0, "last": -1})
-
     def state_dict(self) -> dict:
         """Return the file's length in bytes and the last step in it."""
         return {"bytes": os.path.getsize(self._path), "last": self._last}

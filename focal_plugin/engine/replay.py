@@ -42,7 +42,9 @@ def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], 
     Returns:
         The losses by name, the largest absolute gradient, and where they stop being finite (empty if they do not).
     """
-    content, opts, config = _read(path), [*(opts or [])], os.path.join(os.path.dirname(path), "config.yaml")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such file; expected a diverged_*.pth in a run's OUTPUT_DIR.")
+    content, opts, config = load_batch(path), [*(opts or [])], os.path.join(os.path.dirname(path), "config.yaml")
     if not os.path.exists(config):
         raise FileNotFoundError(f"{config} is missing: expected the config.yaml of the run that left {path}.")
     if others := [key for key in map(str, opts[::2]) if key.startswith("SOLVER.") and not key.startswith(_COMPUTED)]:
@@ -72,15 +74,6 @@ def replay(path: str, opts: list[str] | None = None) -> tuple[dict[str, float], 
         parts = split(content["batch"], trainer.accumulate)
         cause = find_cause(model, parts, trainer.autocast)
         return losses, gradient, cause or find_cause_in_gradients(model, parts, 1.0, trainer.autocast)
-
-
-def _read(path: str) -> dict:
-    try:
-        return load_batch(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path}: there is no such file; expected a diverged_*.pth that a run has left in its OUTPUT_DIR."
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -222,8 +222,10 @@ class CheckpointHook(HookBase):
         """Keep ``state`` until training starts."""
         self._loaded = state
 
-    def check_steps(self, start_iter: int, max_iter: int) -> None:
+    def check_start(self, start_iter: int, max_iter: int, resume: bool) -> None:
         """Check, before training, that the checkpoint has no more steps than the run.
+
+        An attempt that ended before its first checkpoint is forgotten on ``resume``: its metrics are written again.
 
         Raises:
             ConfigError: it has.
@@ -233,11 +235,8 @@ class CheckpointHook(HookBase):
                 f"{self.periodic.checkpointer.resumed_from} has {start_iter} steps, and SOLVER.MAX_ITER (in a "
                 f"LazyConfig train.max_iter) is {max_iter}: nothing is left to train. Raise it, or use --eval-only."
             )
-
-    def start_again(self) -> None:
-        """Forget an attempt that ended before its first checkpoint: its metrics are written again."""
-        if self.metrics is not None:
-            self.metrics.clear()
+        if resume and self.metrics is not None and not self.periodic.checkpointer.has_checkpoint():
+            self.metrics.load_state_dict({"bytes": 0, "last": -1})
 
     def _restore(self, state: dict) -> None:
         if "loader" in state and hasattr(self.loader, "load_state_dict"):

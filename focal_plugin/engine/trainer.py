@@ -116,9 +116,7 @@ class Trainer(DefaultTrainer):
             if not resume:
                 refuse_used(self.cfg.OUTPUT_DIR)
             super().resume_or_load(resume)
-            self.checkpoint_hook.check_steps(self.start_iter, self.max_iter)
-            if resume and not self.checkpointer.has_checkpoint():
-                self.checkpoint_hook.start_again()
+            self.checkpoint_hook.check_start(self.start_iter, self.max_iter, resume)
 
     def load_state_dict(self, state: dict) -> None:
         """Load a state; the learning rate follows the config's schedule from here on."""

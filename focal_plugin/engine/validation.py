@@ -64,24 +64,31 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[list[dict]]:
     """Build a loader of ``DATASETS.VALIDATION`` with ground truth: image by image, resized as in evaluation.
 
     Raises:
-        ConfigError: an image has no annotations, not even an empty list; or the model takes proposals from files.
+        ConfigError: as ``check_truth``.
     """
-    names = list(cfg.DATASETS.VALIDATION)
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise ConfigError("DATASETS.VALIDATION is set, and MODEL.LOAD_PROPOSALS: expected (), or a model with an RPN.")
-    for name in names:
+    for name in cfg.DATASETS.VALIDATION:
         leave_out_broken_images(name)
     with off_screen("detectron2"):
-        records = get_detection_dataset_dicts(names, filter_empty=False)
-    for record in records:
-        if "annotations" not in record:
-            raise ConfigError(
-                f"DATASETS.VALIDATION names {', '.join(names)}, where {record['file_name']} has no annotations; "
-                "expected data with ground truth."
-            )
+        records = get_detection_dataset_dicts(list(cfg.DATASETS.VALIDATION), filter_empty=False)
+    check_truth(cfg, records)
     mapper = FocalDatasetMapper(cfg, is_train=False)
     mapper.is_train = True  # keeps the ground truth
     return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def check_truth(cfg: CfgNode, records: Iterable[dict]) -> None:
+    """Check that losses can be computed on the ``records`` of ``DATASETS.VALIDATION``.
+
+    Raises:
+        ConfigError: an image has no annotations, not even an empty list; or the model takes proposals from files.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError("DATASETS.VALIDATION is set, and MODEL.LOAD_PROPOSALS: expected (), or a model with an RPN.")
+    if bare := [record["file_name"] for record in records if "annotations" not in record]:
+        names = ", ".join(cfg.DATASETS.VALIDATION)
+        raise ConfigError(
+            f"DATASETS.VALIDATION names {names}, where {bare[0]} has no annotations; expected data with ground truth."
+        )
 
 
 @contextmanager

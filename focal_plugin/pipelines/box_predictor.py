@@ -7,8 +7,8 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from detectron2.structures import Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +94,8 @@ class FocalBoxPredictor(FastRCNNOutputLayers):
                 )
 
         gt_classes = _cat([image.gt_classes for image in proposals], logits.new_zeros(0, dtype=torch.int64))
-        _log_accuracy(logits.detach(), gt_classes)
+        # As background counts a proposal whose scores are all below .5: a logit of 0.
+        _log_classification_stats(F.pad(logits.detach(), (0, 1)), gt_classes)
         no_boxes = deltas.new_zeros(0, 4)
         proposal_boxes = _cat([image.proposal_boxes.tensor for image in proposals], no_boxes)
         gt_boxes = _cat([_gt_boxes(image) for image in proposals], no_boxes)
@@ -127,18 +128,3 @@ def _gt_boxes(proposals: Instances) -> Tensor:
 
 def _cat(tensors: list[Tensor], empty: Tensor) -> Tensor:
     return torch.cat(tensors) if tensors else empty
-
-
-def _log_accuracy(logits: Tensor, gt_classes: Tensor) -> None:
-    """Log Detectron2's accuracies by their names. A proposal counts as background if all its scores are below .5."""
-    if not len(gt_classes):
-        return
-    num_classes = logits.shape[1]
-    predicted = F.pad(logits, (0, 1)).argmax(dim=1)  # a logit of 0 for background
-    is_right, foreground = predicted == gt_classes, (gt_classes >= 0) & (gt_classes < num_classes)
-    storage = get_event_storage()
-    storage.put_scalar("fast_rcnn/cls_accuracy", is_right.float().mean().item())
-    if foreground.any():
-        storage.put_scalar("fast_rcnn/fg_cls_accuracy", is_right[foreground].float().mean().item())
-        missed = predicted[foreground] == num_classes
-        storage.put_scalar("fast_rcnn/false_negative", missed.float().mean().item())

@@ -702,6 +702,15 @@ def test_the_images_of_a_step_are_divided(find, opts, gpus, says):
     assert says in text and (level == ERROR) == bool(says), text
 
 
+def test_losses_on_data_without_ground_truth(find):
+    DatasetCatalog.register("no_truth", lambda: [{"file_name": "a.png", "image_id": 0}])
+    try:
+        ((level, text),) = find("test data", "DATASETS.VALIDATION", "('no_truth',)")
+    finally:
+        DatasetCatalog.remove("no_truth")
+    assert level == ERROR and "a.png has no annotations" in text
+
+
 def test_the_number_of_gpus_scales_the_schedule(find):
     opts = ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.MAX_ITER", 12]
     assert find("schedule", *opts) == [(OK, "48 steps of 2 images, 16 epochs")]

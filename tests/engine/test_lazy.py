@@ -79,7 +79,7 @@ def test_a_value_that_is_none(train_net, lazy_config, word, key):
         ("train.acumulate=2", r"train\.acumulate: .* Near it: train\.accumulate"),
         ("train.ema.decai=0.9", r"train\.ema\.decai: .* Near it: train\.ema\.decay"),
         ("train.patiens=1", r"train\.patiens: .* Near it: train\.patience"),
-        ("optimiser.lr=1", r"optimiser\.lr: .* Near it: optimizer\.lr"),
+        ("optimiser.lr=1", r"optimiser\.lr: .* Near it: optimizer"),
     ],
 )
 def test_a_key_that_nothing_reads(train_net, lazy_config, word, says):
@@ -90,7 +90,7 @@ def test_a_key_that_nothing_reads(train_net, lazy_config, word, says):
 def test_what_training_reads_may_be_set():
     found = set(re.findall(r'cfg\.train\.(?:get\(")?(\w+)', Path(lazy.__file__).read_text()))
     listed = {name.split(".")[1] for name in _READ if name.startswith("train.")}
-    assert found - {"get", "ddp", "checkpointer"} == listed - {"cudnn_benchmark"}  # which Detectron2 reads
+    assert found - {"get"} == listed - {"cudnn_benchmark"}  # which Detectron2 reads
 
 
 def test_a_device_that_is_none(train_net, lazy_config):

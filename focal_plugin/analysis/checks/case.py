@@ -89,11 +89,7 @@ class Case:
 
     @cached_property
     def run(self) -> AtomicCheckpointer:
-        """The checkpoints in the folder that the run writes to.
-
-        Raises:
-            ConfigError: they are of an earlier run, and this one does not resume it.
-        """
+        """The checkpoints in the folder that the run writes to, which is an error if it holds another run."""
         return AtomicCheckpointer(None, training_folder(self.cfg.OUTPUT_DIR, self.resume))
 
     @property
@@ -114,12 +110,8 @@ class Case:
     @cached_property
     def used_records(self) -> list[dict]:
         """The records that are trained on."""
-        return [record for record in self.records if objects(record) or not self.filters_empty]
-
-    @property
-    def filters_empty(self) -> bool:
-        """Whether images without objects are left out."""
-        return self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        filters = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        return [record for record in self.records if objects(record) or not filters]
 
     @cached_property
     def model(self) -> nn.Module:

@@ -13,6 +13,7 @@ from ...data import DataError, FocalDatasetMapper, check_num_classes
 from ...data.images import decode_all
 from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect
 from ...data.suspects import repeated_boxes
+from ...engine.validation import check_truth
 from ...registry import build_matcher
 from ...structures import Anchors
 from ..common import read_records, spread
@@ -41,7 +42,9 @@ def check_test_data(case: Case) -> Iterator[Finding]:
     """Check that the test sets and those of ``DATASETS.VALIDATION`` can be read."""
     names = case.cfg.DATASETS.TEST
     if validation := case.cfg.DATASETS.VALIDATION:
-        yield Finding(OK, f"{few(validation)}: {len(read_records(case.cfg, 'VALIDATION')):,} images for losses")
+        records = read_records(case.cfg, "VALIDATION")
+        check_truth(case.cfg, records)
+        yield Finding(OK, f"{few(validation)}: {len(records):,} images for losses")
     if not names:
         yield Finding(OK, "DATASETS.TEST is empty: nothing is evaluated")
         return
@@ -156,7 +159,7 @@ def check_empty_images(case: Case) -> Iterator[Finding]:
     empty, total = sum(not objects(record) for record in case.records), len(case.records)
     if not empty:
         yield Finding(OK, f"none of {total:,}")
-    elif not case.filters_empty:
+    elif not case.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         yield Finding(OK, f"{percent(empty, total)}, trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS False)")
     else:
         text = f"{percent(empty, total)}, left out of training by DATALOADER.FILTER_EMPTY_ANNOTATIONS True"

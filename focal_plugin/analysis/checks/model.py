@@ -70,11 +70,7 @@ def check_weights(case: Case) -> Iterator[Finding]:
 
 
 def _resumed(case: Case) -> Finding:
-    """Load the checkpoint that the run resumes from, as training does.
-
-    Raises:
-        ConfigError: the model or the optimiser does not fit it.
-    """
+    """Load the checkpoint that the run resumes from, as training does; an error if model or optimiser do not fit."""
     trainer = StepTrainer(case.model, [], build_optimizer(case.cfg, case.model))
     states = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: trainer.load_state_dict(state["_trainer"]))
     checkpointer = _QuietCheckpointer(case.model, case.run.save_dir, trainer=states)

@@ -76,12 +76,11 @@ def check_output_dir(case: Case) -> Iterator[Finding]:
             ERROR,
             f"OUTPUT_DIR {case.cfg.OUTPUT_DIR} is in use: {training} trains there. Wait, or set another OUTPUT_DIR.",
         )
-    folder = case.run.save_dir
     if case.resumes:
         yield from _check_resumed(case)
         return
     problem = "there is no run to --resume: training starts from the beginning" if case.resume else ""
-    yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {folder}: {problem or 'no earlier run'}")
+    yield Finding(WARNING if problem else OK, f"OUTPUT_DIR {case.run.save_dir}: {problem or 'no earlier run'}")
 
 
 def _check_resumed(case: Case) -> Iterator[Finding]:
