@@ -20,7 +20,8 @@ _FIELDS = 20  # a row of the table that describes a level, see _describe
 
 def loss(logits: Sequence[Tensor], labels: Sequence[Tensor], alpha: float | Tensor, gamma: float) -> Tensor:
     """Return the loss of ``dense_focal_loss``, without synchronising."""
-    return torch.cat(_launch(logits, labels, [None] * len(logits), alpha, gamma, None)).sum()
+    parts = _launch(logits, labels, [None] * len(logits), alpha, gamma, None)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).sum()
 
 
 def gradients(
@@ -69,13 +70,11 @@ def _launch(
         table, programs, unit, aligned = _table(keys, block_r, classes_last, first.device)
         of_programs = torch.empty(programs, dtype=dtype, device=first.device) if factor is None else weights
         if programs:
-            pad = [levels[-1]] * (_MOST_LEVELS - len(levels))
-            columns = list(zip(*levels, *pad))
+            # Each pointer costs the host time at a launch; None, for a level that is not there, costs none.
+            columns = zip(*levels, *[(None, None, None)] * (_MOST_LEVELS - len(levels)))
             with torch.cuda.device_of(first):
                 _kernel[(programs,)](
-                    *(x.detach() for x in columns[0]),
-                    *columns[1],
-                    *(columns[0] if factor is None else columns[2]),
+                    *(pointer for column in columns for pointer in column),
                     table,
                     weights,
                     weights if factor is None else factor,  # one that is not used
@@ -113,6 +112,7 @@ def _constant_weights(alpha: float, num_classes: int, dtype: torch.dtype, device
     return weights
 
 
+@functools.lru_cache(maxsize=64)
 def _block_sizes(num_classes: int, classes_last: bool) -> tuple[int, int]:
     """Return how many anchors a program takes, and how many classes at a time; both are powers of 2."""
     limit = triton.next_power_of_2(max(num_classes, 1))
@@ -141,8 +141,10 @@ def _table(keys: tuple, block_r: int, classes_last: bool, device: torch.device) 
         of_logits, of_gradients = fields[:5], fields[9:]  # of four dimensions of anchors, and of the classes
         inner = 4 if classes_last else 3
         unit &= of_logits.pop(inner) == of_gradients.pop(inner) == 1
-        # In elements: 8 of 16 bits, or more, are 16 bytes. A row has to end there, too.
-        apart = [*of_logits, *of_gradients, *([] if classes_last else [sizes[3]])]
+        # In elements: 8 of 16 bits, or more, are 16 bytes. A row has to end there, too. Steps along 1 are never taken.
+        lengths = sizes if classes_last else [*sizes[:3], shape[2]]
+        apart = [step for steps in (of_logits, of_gradients) for step, n in zip(steps, lengths) if n > 1]
+        apart += [] if classes_last else [sizes[3]]
         rows.append([programs, *sizes, *fields, is_aligned and not any(step % 8 for step in apart)])
         if classes_last:
             programs += triton.cdiv(sizes[0] * sizes[1] * sizes[2] * sizes[3], block_r)
@@ -171,23 +173,23 @@ def _describe(
 
 
 @triton.jit
-def _pick(level, p0, p1, p2, p3, p4, p5, p6, p7):
-    """The pointer of a level."""
+def _pick(level, LEVELS: tl.constexpr, p0, p1, p2, p3, p4, p5, p6, p7):
+    """The pointer of a level, of which there are LEVELS."""
     p = p0
-    if level == 1:
-        p = p1
-    if level == 2:
-        p = p2
-    if level == 3:
-        p = p3
-    if level == 4:
-        p = p4
-    if level == 5:
-        p = p5
-    if level == 6:
-        p = p6
-    if level == 7:
-        p = p7
+    if LEVELS > 1:
+        p = p1 if level == 1 else p
+    if LEVELS > 2:
+        p = p2 if level == 2 else p
+    if LEVELS > 3:
+        p = p3 if level == 3 else p
+    if LEVELS > 4:
+        p = p4 if level == 4 else p
+    if LEVELS > 5:
+        p = p5 if level == 5 else p
+    if LEVELS > 6:
+        p = p6 if level == 6 else p
+    if LEVELS > 7:
+        p = p7 if level == 7 else p
     return p
 
 
@@ -326,11 +328,12 @@ def _tiles(
     return tl.sum(total)
 
 
-@triton.jit
+# Labels are parts of one tensor, so where they begin depends on the images' sizes; no kernel is compiled for each case.
+@triton.jit(do_not_specialize_on_alignment=[f"t{level}" for level in range(_MOST_LEVELS)])
 def _kernel(
-    x0, x1, x2, x3, x4, x5, x6, x7,  # logits of up to 8 levels
+    x0, x1, x2, x3, x4, x5, x6, x7,  # logits of up to 8 levels; None for a level that is not there
     t0, t1, t2, t3, t4, t5, t6, t7,  # their labels
-    g0, g1, g2, g3, g4, g5, g6, g7,  # their gradients
+    g0, g1, g2, g3, g4, g5, g6, g7,  # their gradients; None in forward
     table_ptr,  # (LEVELS, FIELDS), see _describe
     weights_ptr,  # (2, K)
     factor_ptr,  # a scalar
@@ -357,9 +360,11 @@ def _kernel(
     tile = program - tl.load(row).to(tl.int32)
     size_0, size_1 = tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
     size_2, size_3 = tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
-    labels_ptr = _pick(level, t0, t1, t2, t3, t4, t5, t6, t7)
-    logits_ptr = _pick(level, x0, x1, x2, x3, x4, x5, x6, x7)
-    gradients_ptr = _pick(level, g0, g1, g2, g3, g4, g5, g6, g7)
+    labels_ptr = _pick(level, LEVELS, t0, t1, t2, t3, t4, t5, t6, t7)
+    logits_ptr = _pick(level, LEVELS, x0, x1, x2, x3, x4, x5, x6, x7)
+    gradients_ptr = logits_ptr  # not written
+    if WRITES:
+        gradients_ptr = _pick(level, LEVELS, g0, g1, g2, g3, g4, g5, g6, g7)
     # The faster of two programs, which knows that all is aligned; both are there only if both are needed.
     if ALIGNED == "all" or (ALIGNED == "some" and tl.load(row + 19) != 0):
         total = _tiles(

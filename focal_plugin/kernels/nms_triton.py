@@ -112,7 +112,7 @@ def _overlaps(ptr, better, spacing, by_class, left, top, right, bottom, area, cl
     return (iou > threshold) & ((cls == its_cls) | (by_class == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "D"])
 def _keep_best(candidates_ptr, keep_ptr, counts_ptr, C, D, threshold, offset_limit, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     ptr = candidates_ptr + n * C * 6

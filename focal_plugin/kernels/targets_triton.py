@@ -94,7 +94,7 @@ def _place(local, num_cell_anchors, locations):
     return local // (num_cell_anchors * locations), rest % locations * num_cell_anchors + rest // locations
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _label(
     codes_ptr, matched_ptr, first_ptr, classes_ptr, table_ptr, labels_ptr, is_positive_ptr, counts_ptr, R, K,
     LEVELS: tl.constexpr, FIELDS: tl.constexpr, POSITIVE: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ def _label(
     tl.atomic_add(counts_ptr + level, tl.sum(positive.to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "R", "N"])
 def _gather(
     at_ptr, matched_ptr, first_ptr, boxes_ptr, anchors_ptr, table_ptr, positives_ptr, of_anchors_ptr, of_boxes_ptr,
     P, R, N,

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from focal_plugin.losses import dense_focal
 from focal_plugin.losses.dense_focal import dense_focal_loss
 from tests.interpreter import INTERPRETED, SLOW_IN_INTERPRETER
+from tests.launches import compiled
 
 # In the interpreter, this file tests the GPU's kernel on the CPU; see tests/kernels/test_in_interpreter.py.
 ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda without triton")]
@@ -453,42 +454,33 @@ def test_labels_out_of_range_are_background_and_ignored_on_a_gpu(device):
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs Triton's compiler")
 @pytest.mark.parametrize(
-    "dtype, gamma, classes_last, sizes",
+    "dtype, gamma, layout, sizes",
     [
-        ("fp32", 2.0, False, "i32"),
-        ("bf16", 0.5, True, "i64"),
-        ("fp16", 0.0, True, "constexpr"),
-        ("fp16", 2.0, False, "i32"),
-        ("fp64", 1.0, False, "i32"),
+        (torch.float32, 2.0, torch.contiguous_format, [(8, 8), (4, 3)]),
+        (torch.bfloat16, 0.5, torch.channels_last, [(8, 8), (4, 3)]),
+        (torch.float16, 0.0, torch.channels_last, [(1, 1)]),
+        (torch.float16, 2.0, torch.contiguous_format, [(8, 8), (4, 3)]),
+        (torch.float64, 1.0, torch.contiguous_format, [(1, 1)] * 9),
     ],
 )
-def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, classes_last, sizes):
-    """Their types, which the interpreter does not check: no GPU is needed. Triton makes constants of sizes of 1."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch, dtype, gamma, layout, sizes):
+    """Their types, which the interpreter does not check, at a launch. No GPU is needed."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    wide = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"GAMMA": gamma, "LEVELS": 5, "HALF": dtype in ("fp16", "bf16"), "TERMS": 8}
-    constants |= {"CLASSES_LAST": classes_last, "BLOCK_R": 512, "BLOCK_K": 4, "FIELDS": 20}
-    constants |= {"BLOCK_R": 128, "BLOCK_K": 16} if classes_last else {}
-    constants |= {"UNIT": sizes != "constexpr", "ALIGNED": "all" if classes_last else "some"}
-    kernel = dense_focal.dense_focal_triton._kernel
-    for writes in (False, True):
-        types = {f"{kind}{i}": f"*{dtype}" for kind in "xg" for i in range(8)} | {f"t{i}": "*i64" for i in range(8)}
-        types |= dict.fromkeys(("weights_ptr", "sums_ptr", "factor_ptr"), f"*{wide}") | {"table_ptr": "*i64"}
-        types |= dict.fromkeys({**constants, "WRITES": writes}, "constexpr")
-        signature = {name: types.get(name, sizes) for name in kernel.arg_names}
-        constant = {**constants, "WRITES": writes}
-        values = {(i,): constant.get(name, 1) for i, name in enumerate(signature) if signature[name] == "constexpr"}
-        # As at a launch, where Triton sees that pointers and the number of classes are multiples of 16.
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name[0] in "xgtK"}
-        source = ASTSource(kernel, signature, values, {} if sizes == "constexpr" else aligned)
-        compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32))
-        assert compiled.asm["cubin"]
-        if dtype in ("bf16", "fp16") and sizes != "constexpr":
+    monkeypatch.setattr(dense_focal, "_uses_triton", lambda logits: True)
+    classes_last = layout == torch.channels_last
+    k = 1 if sizes[0] == (1, 1) else 16
+    levels = [draw((N, A * k, *size), dtype=dtype).contiguous(memory_format=layout) for size in sizes]
+    levels = [level.unflatten(1, (A, k)).requires_grad_() for level in levels]
+    with compiled(monkeypatch) as kernels:
+        loss = dense_focal_loss(levels, [draw_labels(level) for level in levels], 0.25, gamma)
+        forward = list(kernels["_kernel"].values())
+        torch.autograd.grad(loss, levels)
+        backward = list(kernels["_kernel"].values())[len(forward) :]
+    assert len(forward) == len(backward) == (2 if len(levels) > 8 else 1)  # a launch takes eight levels
+    for texts in (*forward, *backward):
+        assert texts["cubin"]
+        if dtype.itemsize == 2 and k > 1:
             # Eight logits are one load and eight gradients one store. Logits that are not aligned are read one by one.
-            assert "ld.global.v4.b32" in compiled.asm["ptx"]
-            assert ("st.global.v4.b32" in compiled.asm["ptx"]) == writes
-            assert ("ld.global.b16" in compiled.asm["ptx"]) == (not classes_last)
+            assert "ld.global.v4.b32" in texts["ptx"]
+            assert ("st.global.v4.b32" in texts["ptx"]) == (texts in backward)
+            assert ("ld.global.b16" in texts["ptx"]) == (not classes_last)
