@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 # so that copies and pickles of it have none; freed with the norm.
 _kept: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
-_NO_KERNEL = ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED")  # in PyTorch's errors
 _without_kernel: set[Any] = set()
 
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups
@@ -169,9 +168,9 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
                 return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
             stride, padding, dilation, groups = geometry
             return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _NO_KERNEL):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # in words that differ between versions; what is wrong with x, the next lines say
             shape = "×".join(map(str, weight.shape))
             logger.info(f"cuDNN has no fused kernel for a convolution with weights of {shape} in {x.dtype}: {error}")
             _without_kernel.add(kind)

@@ -144,9 +144,12 @@ def nothing_known(monkeypatch):
     monkeypatch.setattr(fused, "_without_kernel", set())
 
 
-def test_layers_for_which_cudnn_has_no_kernel_are_logged_once(stand_in, nothing_known, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "message", ["GET was unable to find an engine to execute this computation", "cudnn_status: CUDNN_STATUS_BAD_PARAM"]
+)
+def test_layers_for_which_cudnn_has_no_kernel_are_logged_once(stand_in, nothing_known, monkeypatch, caplog, message):
     def refuse(*args):
-        raise RuntimeError("GET was unable to find an engine to execute this computation")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", refuse)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", refuse)
@@ -159,13 +162,16 @@ def test_layers_for_which_cudnn_has_no_kernel_are_logged_once(stand_in, nothing_
     assert len(logged) == 3 and "weights of 8×8×1×1 in torch.float64" in logged[0]  # one for each convolution
 
 
-def test_other_errors_of_cudnn_are_the_users(stand_in, nothing_known, monkeypatch):
+@pytest.mark.parametrize("error, channels", [(torch.OutOfMemoryError("CUDA out of memory"), 4), (RuntimeError("x"), 5)])
+def test_other_errors_are_the_users(stand_in, nothing_known, monkeypatch, error, channels):
+    """No memory; and what PyTorch's own convolution cannot compute either."""
+
     def fail(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        conv_relu(nn.Conv2d(4, 4, 1).double(), [torch.randn(1, 4, 3, 3, dtype=torch.float64)])
+    with pytest.raises(RuntimeError, match=r"out of memory|to have 4 channels, but got 5"):
+        conv_relu(nn.Conv2d(4, 4, 1).double(), [torch.randn(1, channels, 3, 3, dtype=torch.float64)])
 
 
 class Special(nn.Conv2d):
