@@ -2,6 +2,8 @@
 
 import functools
 import pickle
+import reprlib
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -141,7 +143,7 @@ def _parse(entry: Mapping, where: str) -> DataSet:
     searched = isinstance(entry, Mapping) and "path" in entry
     needs_format = isinstance(entry, Mapping) and ("format" in entry or not searched)
     if not isinstance(entry, Mapping) or (needs_format and str(entry.get("format")) not in FORMATS):
-        found = f"format {entry.get('format')!r}" if isinstance(entry, Mapping) else repr(entry)
+        found = f"format {reprlib.repr(entry.get('format'))}" if isinstance(entry, Mapping) else reprlib.repr(entry)
         raise ConfigError(
             f"{where} has {found}; expected keys and values with a format of {', '.join(FORMATS)}, or with a path to "
             "find it in."
@@ -155,15 +157,18 @@ def _parse(entry: Mapping, where: str) -> DataSet:
         if keys:
             listed = ", ".join(f"{key} (needed)" if known[key] is MISSING else key for key in known)
             what = "A path to search" if searched else f"Format {entry['format']}"
-            raise ConfigError(f"{where}: {problem} key {', '.join(keys)}. {what} takes {listed}.")
+            few = textwrap.shorten(", ".join(keys), 200, placeholder=" ...")
+            raise ConfigError(f"{where}: {problem} key {few}. {what} takes {listed}.")
     choices = {"on_error": ("raise", "skip"), "difficult": ("keep", "ignore")}
     for key, value in values.items():
         if key == "classes":
             values[key] = _check_classes(value, where)
         elif key in choices and value not in choices[key]:
-            raise ConfigError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[key])}.")
+            raise ConfigError(f"{where}: {key} is {reprlib.repr(value)}; expected one of {', '.join(choices[key])}.")
         elif not isinstance(value, str) or not value:
-            raise ConfigError(f"{where}: {key} is {value!r}; expected text (in YAML, quote what looks like a number).")
+            raise ConfigError(
+                f"{where}: {key} is {reprlib.repr(value)}; expected text (in YAML, quote what looks like a number)."
+            )
     try:
         return kind(**values)
     except ConfigError as error:
@@ -176,6 +181,7 @@ def _check_classes(classes: object, where: str) -> list[str] | None:
     listed = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else []
     if not listed or not all(isinstance(name, str) and name for name in listed) or len(set(listed)) < len(listed):
         raise ConfigError(
-            f"{where}: classes is {classes!r}; expected a list of different names (in YAML, quote yes, no and numbers)."
+            f"{where}: classes is {reprlib.repr(classes)}; expected a list of different names (in YAML, quote yes, no "
+            "and numbers)."
         )
     return listed

@@ -21,12 +21,13 @@ def training_folder(output_dir: str, resume: bool) -> str:
     Raises:
         ConfigError: as ``refuse_used``, for a folder that the user has named.
     """
-    folder = output_dir
-    if comm.is_main_process() and os.path.normpath(output_dir) == os.path.normpath(_DEFAULT):
+    folder, is_default = output_dir, os.path.normpath(output_dir) == os.path.normpath(_DEFAULT)
+    if comm.is_main_process() and is_default:
         taken = itertools.takewhile(lambda path: _traces(path) or holder(path), _numbered(output_dir))
         used = len(list(taken))
         folder = next(itertools.islice(_numbered(output_dir), max(used - 1, 0) if resume else used, None))
-    folder = comm.all_gather(folder)[0]
+    numbered = comm.all_gather(folder)[0]
+    folder = numbered if is_default else output_dir  # a machine may have a folder of its own for its logs
     if not resume and not comm.all_gather(holder(folder))[0]:  # who is there is told by the lock
         refuse_used(folder)
     return folder

@@ -437,8 +437,8 @@ def test_a_terminal_without_all_letters(start_ablation, table, monkeypatch):
         monkeypatch.setenv(name, value)
     runner = start_ablation("--report-only")
     screen, _ = runner.communicate(timeout=120)
-    assert runner.returncode == 0 and "?: difference from gamma_0." in screen
-    assert "Δ: difference from gamma_0." in (table / "report.md").read_text(encoding="utf-8")
+    assert runner.returncode == 0 and "?: difference from gamma_0, and" in screen
+    assert "Δ: difference from gamma_0, and" in (table / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

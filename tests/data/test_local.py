@@ -117,6 +117,18 @@ def test_malformed_entry(cfg, entry, says):
     assert "mine" not in DatasetCatalog
 
 
+@pytest.mark.parametrize(
+    "words",
+    [{"root": ["x" * 9000]}, {"classes": ["x" * 9000, 1]}, {"format": "x" * 9000}, {"on_error": "x" * 9000}]
+    + [{str(number): "x" for number in range(9000)}],
+)
+def test_messages_have_an_end(cfg, words):
+    cfg.DATASETS.LOCAL = [{**VOC, **words}]
+    with pytest.raises(ValueError, match=r"DATASETS.LOCAL\[0\].*\.\.\.") as error:
+        register_local_datasets(cfg)
+    assert len(str(error.value)) < 500
+
+
 def test_files_are_read_once(coco_file):
     coco_file.image(1)
     coco_file.box(1)

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from detectron2.utils import comm
 
 from focal_plugin.config import ConfigError
 from focal_plugin.config.load import load_config
@@ -82,6 +83,16 @@ def test_the_default_gets_a_number(tmp_path, monkeypatch):
     assert training_folder("./output", False) == "./output"
     monkeypatch.setattr(folder, "holder", lambda path: "process 7" if path == "./output" else "")
     assert training_folder("./output", False) == "./output-3"  # one is training there since a moment
+
+
+@pytest.mark.parametrize(
+    "main, other, expected", [("./output-2", "./output", "./output-2"), ("here", "there", "there")]
+)
+def test_a_machine_may_have_a_folder_of_its_own(monkeypatch, main, other, expected):
+    """That the user names; what the default is numbered, the main process tells the others."""
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "all_gather", lambda value: [main if isinstance(value, str) and value else value, value])
+    assert training_folder(other, resume=True) == expected
 
 
 def test_a_folder_in_use_is_left_to_the_lock(tmp_path, monkeypatch):
