@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
 from focal_plugin.config import ConfigError
@@ -191,8 +191,18 @@ def test_evaluators(tiny_config, monkeypatch):
         Trainer.build_evaluator(cfg, f"of kind {kind}")
         assert made.pop() == name
     MetadataCatalog.get("of another kind").evaluator_type = "panoptic"
-    with pytest.raises(NotImplementedError, match="evaluator type 'panoptic'"):
+    with pytest.raises(ConfigError, match="evaluator type 'panoptic'"):
         Trainer.build_evaluator(cfg, "of another kind")
+
+
+def test_a_kind_of_evaluation_that_there_is_not_is_told_before_training(tiny_config, tmp_path, monkeypatch):
+    """Unless the user's trainer evaluates it."""
+    monkeypatch.setitem(MetadataCatalog.data, "a set", Metadata(name="a set", evaluator_type="panoptic"))
+    cfg = load_config(tiny_config, ["DATASETS.TEST", "('a set',)", "OUTPUT_DIR", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"'a set' of DATASETS\.TEST is of evaluator type 'panoptic'"):
+        Trainer(cfg)
+    own = type("Own", (Trainer,), {"build_evaluator": classmethod(lambda cls, cfg, name, folder=None: None)})
+    assert own(cfg).start_iter == 0
 
 
 def test_lazy_config(train_net, lazy_config, output, capfd):

@@ -2,11 +2,11 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from ..config import ConfigError
 from ..config.explain import near_keys
 from .checkpoint import AtomicCheckpointer
-from .evaluate import EvaluationHook
+from .evaluate import EvaluationHook, evaluator_type
 from .validation import NAME
 
 logger = logging.getLogger(__name__)
@@ -171,12 +171,17 @@ def check_judged(
             f"TEST.PATIENCE is {patience}, and TEST.EVAL_PERIOD is 0; expected evaluations every so many steps. (In a "
             "LazyConfig train.patience and train.eval_period.)"
         )
-    losses = metric.startswith(f"{NAME}/")
+    losses, (plain, beside) = metric.startswith(f"{NAME}/"), _judged_beside(metric)
+    if beside == "_TTA":
+        raise ConfigError(
+            f"TEST.BEST_METRIC is {metric!r}, and test-time augmentation is evaluated after the last step alone; "
+            f"expected a metric of each evaluation, such as {plain}."
+        )
     for needed, given, key, lazy in (
         (losses, validated, "DATASETS.VALIDATION is empty; expected a data set", "dataloader.validation"),
         (metric and not losses, tested, "DATASETS.TEST is empty; expected a data set", "dataloader.evaluator"),
         (
-            "_EMA/" in metric,
+            beside == "_EMA",
             averaged,
             "MODEL.FOCAL.EMA.DECAY is 0; expected a decay, such as 0.999",
             "train.ema.decay",
@@ -186,32 +191,38 @@ def check_judged(
             raise ConfigError(f"TEST.BEST_METRIC is {metric!r}, and {key}. (In a LazyConfig {lazy}.)")
 
 
+def _judged_beside(metric: str) -> tuple[str, str]:
+    """Split a metric of what is judged beside the model, as bbox_EMA/AP, into bbox/AP and _EMA; others and ""."""
+    found = re.search(r"(?:^|/)(?:bbox|segm|keypoints)(_EMA|_TTA)/", metric)
+    return (metric[: found.start(1)] + metric[found.end(1) :], found[1]) if found else (metric, "")
+
+
 def check_metric(cfg: CfgNode, by_type: bool) -> None:
-    """Check ``TEST.BEST_METRIC`` and ``TEST.PATIENCE``, as far as one knows without evaluating.
+    """Check ``TEST.BEST_METRIC``, ``TEST.PATIENCE`` and the test sets, as far as one knows without evaluating.
 
     Args:
         cfg: the whole config.
         by_type: whether each test set is evaluated by its ``evaluator_type``, so that the names are known.
 
     Raises:
-        ConfigError: no evaluation will give the metric, or as ``check_judged``.
+        ConfigError: no evaluation will give the metric, or as ``check_judged`` and ``evaluator_type``.
     """
     metric, sets, data = cfg.TEST.BEST_METRIC, list(cfg.DATASETS.TEST), cfg.DATASETS
     given = {"tested": sets, "validated": data.VALIDATION, "averaged": cfg.MODEL.FOCAL.EMA.DECAY}
     check_judged(metric, cfg.TEST.PATIENCE, cfg.TEST.EVAL_PERIOD, **given)
+    kinds = [evaluator_type(name) for name in sets if by_type]
     if not metric or metric.startswith(f"{NAME}/") or not by_type:
         return
-    kinds = [MetadataCatalog.get(name).get("evaluator_type", "coco") for name in sets]
     known = {
         f"{name}/bbox/{ap}" if len(sets) > 1 else f"bbox/{ap}"
         for name, kind in zip(sets, kinds)
-        for ap in _METRICS.get(kind, ())
+        for ap in _METRICS[kind]
     }
-    plain = metric.replace("_EMA", "")  # evaluated beside the weights, by the same metrics
+    plain, _ = _judged_beside(metric)
     group, _, name = plain.rpartition("/")
     is_class = name.startswith("AP-") and any(one.startswith(f"{group}/") for one in known)
     is_task = group.rpartition("/")[2] not in ("", "bbox")  # of masks or keypoints
-    if known and plain not in known and not is_class and not is_task:
+    if plain not in known and not is_class and not is_task:
         near = near_keys(metric, sorted(known)) or sorted(known)[:1]
         raise ConfigError(
             f"TEST.BEST_METRIC is {metric!r}; expected a name that metrics.json will have, such as {', '.join(near)}."

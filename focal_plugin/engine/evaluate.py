@@ -1,10 +1,12 @@
-"""When a run evaluates."""
+"""When a run evaluates, and by which rules."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import EvalHook
 
+from ..config import ConfigError
 from .resume import CheckpointHook
 
 
@@ -45,3 +47,18 @@ class EvaluationHook(EvalHook):
     def _do_eval(self) -> None:
         super()._do_eval()
         self.last = self.trainer.iter
+
+
+def evaluator_type(dataset_name: str) -> str:
+    """Return by whose rules a data set is evaluated: coco, lvis or pascal_voc, as its metadata says; else coco.
+
+    Raises:
+        ConfigError: the metadata says something else.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in ("coco", "lvis", "pascal_voc"):
+        raise ConfigError(
+            f"{dataset_name!r} of DATASETS.TEST is of evaluator type {kind!r}; expected coco, lvis or pascal_voc. "
+            "For others, override build_evaluator of focal_plugin.engine.Trainer."
+        )
+    return kind

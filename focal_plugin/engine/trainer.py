@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, verify_results
@@ -33,7 +33,7 @@ from .changes import plain_config
 from .checkpoint import AtomicCheckpointer
 from .console import EarlyWriter, off_screen, progress_bar
 from .divergence import recorded_divergence
-from .evaluate import EvaluationHook
+from .evaluate import EvaluationHook, evaluator_type
 from .folder import refuse_used
 from .graphs import compile_network, pins_batches
 from .loader import build_train_loader, check_batch, explained_dead_worker
@@ -287,13 +287,13 @@ class Trainer(DefaultTrainer):
         data sets, to a folder in it with the data set's name. All but LVIS's write ``evaluation.{json,csv,html}``.
 
         Raises:
-            NotImplementedError: the type is none of coco, lvis and pascal_voc.
+            ConfigError: the type is none of coco, lvis and pascal_voc.
         """
         leave_out_broken_images(dataset_name)
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:  # or the files of one would replace those of another
             output_folder = os.path.join(output_folder, dataset_name)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        kind = evaluator_type(dataset_name)
         # COCO's metric counts 100 detections an image; more where the user has asked the model for more.
         most = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100)
         if kind == "coco":
@@ -303,12 +303,7 @@ class Trainer(DefaultTrainer):
             )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=output_folder)
-        if kind == "pascal_voc":
-            return VOCEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=most)
-        raise NotImplementedError(
-            f"{dataset_name!r} of DATASETS.TEST is of evaluator type {kind!r}; expected coco, lvis or pascal_voc. "
-            "For others, override build_evaluator of focal_plugin.engine.Trainer."
-        )
+        return VOCEvaluator(dataset_name, output_dir=output_folder, max_dets_per_image=most)
 
 
 @contextmanager

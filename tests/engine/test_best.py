@@ -148,6 +148,13 @@ def test_a_metric_that_no_evaluation_gives():
         (["TEST.BEST_METRIC", "segm/AP"], None),
         (["TEST.BEST_METRIC", "bbox_EMA/AP50"], r"is 'bbox_EMA/AP50', and MODEL\.FOCAL\.EMA\.DECAY is 0"),
         (["TEST.BEST_METRIC", "bbox_EMA/AP50", "MODEL.FOCAL.EMA.DECAY", "0.9"], None),
+        (
+            ["TEST.BEST_METRIC", "bbox_EMA/AP5", "MODEL.FOCAL.EMA.DECAY", "0.9"],
+            r"is 'bbox_EMA/AP5'; expected .*bbox/AP",
+        ),
+        (["TEST.BEST_METRIC", "bbox_TTA/AP"], r"'bbox_TTA/AP', and test-time .*after .* such as bbox/AP\."),
+        (["TEST.BEST_METRIC", "shapes_EMA/bbox/AP", "DATASETS.TEST", "('shapes_EMA', 'shapes_TTA')"], None),
+        (["TEST.BEST_METRIC", "shapes_TTA/bbox/AP", "DATASETS.TEST", "('shapes_EMA', 'shapes_TTA')"], None),
         (["TEST.BEST_METRIC", "shapes_test/bbox/AP", "DATASETS.TEST", "('shapes_test', 'shapes_train')"], None),
         (["TEST.BEST_METRIC", "validation/loss_cls", "DATASETS.VALIDATION", "('shapes_test',)"], None),
     ],
