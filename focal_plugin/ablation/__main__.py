@@ -22,11 +22,12 @@ from pathlib import Path
 from ..config.explain import split_pairs
 from ..files.write import replace_file
 from .code import check_code
+from .data import check_data, notes_of_data, read_data
 from .job import read_json
 from .launch import LocalLauncher, SlurmLauncher, execute
 from .report import to_markdown, write_report
 from .rows import DATA, compared_with, find_base, find_tables
-from .runs import count_images, plan, versions
+from .runs import plan, versions
 from .unread import without_effect
 
 PROG = "python -m focal_plugin.ablation"
@@ -111,20 +112,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         runs_of = {table.name: [run for run in runs if run.row in table.rows] for table in tables}
         if args.train_net and not args.train_net.is_file():
             raise FileNotFoundError(f"--train-net {args.train_net}: there is no such file.")
+        data = None
         if not args.report_only:
-            launcher, images = make_launcher(args, len(runs)), count_images(runs)
+            launcher, data = make_launcher(args, len(runs)), read_data(runs)
         check_code(runs, to_run=not args.report_only)
+        check_data(runs, data)
         args.output.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     try:
-        if not args.report_only:
+        if data is not None:
             for line in (line for own in runs_of.values() for line in without_effect(own)):
                 print(f"Without effect: {line}", file=sys.stderr)
             with sole_runner(args.output):
-                note_start(args.output / "ablation.json", f"{prog} {shlex.join(argv)}", images)
-                execute(runs, launcher, args.train_net, {"versions": versions()})
+                note_start(
+                    args.output / "ablation.json",
+                    f"{prog} {shlex.join(argv)}",
+                    {name: found.images for name, found in data.items()},
+                )
+                execute(runs, launcher, args.train_net, {"versions": versions(), "data": notes_of_data(data)})
         statuses = set()
         for table in tables:
             summary = write_report(table, runs_of[table.name], base, args.opts, args.output)

@@ -10,10 +10,9 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..config import ConfigError
 from ..files.write import replace_file
 from .job import read_json
-from .runs import Run
+from .runs import Run, difference, refuse_others
 
 CODE = "code-ablation.json"  # in the folder of a run: {module: its source}
 _RECORDED_BY_VERSION = ("focal_plugin", "detectron2")
@@ -78,30 +77,20 @@ def check_code(runs: Sequence[Run], to_run: bool) -> None:
     Raises:
         ConfigError: they are not.
     """
-    folders: dict[str, str] = {}  # by what has changed
     first: dict[str, str] = {}
+    changes = {}
     for run in runs:
         before = recorded_code(run)
-        now = (
-            read_code(run.cfg.MODEL.FOCAL.IMPORTS)
-            if to_run
-            else {name: first.get(name, before[name]) for name in before}
-        )
         first = before | first
-        if before and (changed := difference(before, now)):
-            folders[changed] = f"{folders.get(changed, '')}\n    {run.folder}"
-    if folders:
-        raise ConfigError(
-            "These folders hold runs of other code, which are not overwritten. Delete them or choose another --output."
-            + "".join(f"\n  {changed}:{listed}" for changed, listed in folders.items())
-        )
+        now = read_code(run.cfg.MODEL.FOCAL.IMPORTS) if to_run else {name: first[name] for name in before}
+        changes[run] = code_difference(before, now) if before else ""
+    refuse_others(changes, "other code")
 
 
-def difference(before: dict[str, str], now: dict[str, str]) -> str:
+def code_difference(before: dict[str, str], now: dict[str, str]) -> str:
     """Return how two sources differ, as in "my_losses was 0123456789ab and is now ba9876543210"; "" if they do not."""
-    show = lambda code, name: short_hash(code[name]) if name in code else "not imported"  # noqa: E731
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return "; ".join(f"{name} was {show(before, name)} and is now {show(now, name)}" for name in names)
+    hashes = ({name: short_hash(text) for name, text in code.items()} for code in (before, now))
+    return difference(*hashes, missing="not imported")
 
 
 def recorded_code(run: Run) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import job as job_module
-from .code import difference, read_code, record_code
+from .code import code_difference, read_code, record_code
 from .job import LOG, PID, TrainJob
 from .runs import Outcome, Run
 
@@ -184,7 +184,7 @@ def execute(runs: Sequence[Run], launcher, train_net: Path | None, facts: dict) 
 
     def start(run: Run, own: bool) -> None:
         waiting.remove(run)
-        if own and (changed := difference(code[run], read_code(run.cfg.MODEL.FOCAL.IMPORTS))):
+        if own and (changed := code_difference(code[run], read_code(run.cfg.MODEL.FOCAL.IMPORTS))):
             progress.say(
                 f"{run.name} is not started: {changed}, and the runs of a table have one code. Change it back."
             )

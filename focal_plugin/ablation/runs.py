@@ -6,7 +6,7 @@ import math
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,18 +14,14 @@ from pathlib import Path
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 
 from ..config import ConfigError
-from ..config.components import check_names, fill_args
 from ..config.explain import flatten
-from ..data import check_registered, has_boxes, register_local_datasets
 from ..evaluation.curves import read_metrics
 from ..evaluation.numbers import METRICS
 from ..evaluation.report import has_found_nothing
 from ..files.safe_yaml import parse_yaml
 from ..files.write import replace_file
-from ..registry import import_user_modules
 from .job import DIVERGED, LOCK, LOG, NOTES, PID, read_json
 from .rows import Row, as_yaml, compose
 
@@ -103,11 +99,10 @@ class Run:
         if not self.has_begun():
             return ""
         texts = self.config_file.read_bytes(), as_yaml(self.cfg)
-        before, now = (flatten(parse_yaml(text, str(self.config_file))) for text in texts)
-        keys = (before.keys() | now.keys()) - {"OUTPUT_DIR"}  # the folder may have been moved
-        keys = sorted(key for key in keys if before.get(key) != now.get(key))
-        show = lambda config, key: repr(config[key]) if key in config else "the default"  # noqa: E731
-        return "; ".join(f"{key} was {show(before, key)} and is now {show(now, key)}" for key in keys)
+        configs = (flatten(parse_yaml(text, str(self.config_file))) for text in texts)
+        # The folder may have been moved.
+        before, now = ({k: repr(v) for k, v in config.items() if k != "OUTPUT_DIR"} for config in configs)
+        return difference(before, now, missing="the default")
 
     def has_begun(self) -> bool:
         """Return whether anything has been run."""
@@ -227,47 +222,35 @@ def plan(rows: Sequence[Row], base: Path | None, opts: Sequence[str], seeds: int
                     f"{row.file}: TEST.PATIENCE is {cfg.TEST.PATIENCE}; expected 0: all runs have as many steps."
                 )
             runs.append(Run(row, seed, folder, cfg))
-    folders: dict[str, str] = {}  # by their changes
-    for run in runs:
-        if changes := run.changes():
-            folders[changes] = f"{folders.get(changes, '')}\n    {run.folder}"
-    if folders:
-        raise ConfigError(
-            "These folders hold runs of another config, which are not overwritten. Delete them or choose another "
-            "--output." + "".join(f"\n  {changes}:{listed}" for changes, listed in folders.items())
-        )
+    refuse_others({run: run.changes() for run in runs}, "another config")
     return runs
 
 
-def count_images(runs: Sequence[Run]) -> dict[str, int]:
-    """Return the number of images of each data set of the runs, after reading and checking each set once.
+def refuse_others(changes: Mapping[Run, str], of_what: str) -> None:
+    """Check that none of the runs in the folders differs from those that are asked for.
+
+    Args:
+        changes: in words, how each differs; "" if it does not.
+        of_what: "another config", or what else it is that differs.
 
     Raises:
-        ImportError: a module of ``MODEL.FOCAL.IMPORTS``, which may register data sets, is not found.
-        ValueError, OSError: a component, a key of its own or a data set is unknown, the files of a data set are wrong,
-            or the first test set of a run has no box.
+        ConfigError: some do. It names each difference and the folders that have it.
     """
-    with_boxes: dict[str, bool] = {}
-    counts: dict[str, int] = {}
-    for run in runs:
-        import_user_modules(run.cfg)
-        try:
-            check_names(run.cfg)
-            fill_args(run.cfg.clone())
-        except ConfigError as error:
-            raise ConfigError(f"{run.row.name}: {error}") from error
-        register_local_datasets(run.cfg)
-        for name in (*run.cfg.DATASETS.TRAIN, *run.cfg.DATASETS.TEST):
-            if name not in counts:
-                check_registered(name, f"DATASETS of {run.row.name}")
-                records = DatasetCatalog.get(name)
-                counts[name], with_boxes[name] = len(records), any(map(has_boxes, records))
-        if not with_boxes[first := run.cfg.DATASETS.TEST[0]]:
-            raise ConfigError(
-                f"{first}, the first of DATASETS.TEST, has no boxes (besides crowds), and so no AP to report. Choose "
-                "another one, or report the runs so far with --report-only."
-            )
-    return counts
+    folders: dict[str, str] = {}
+    for run, changed in changes.items():
+        if changed:
+            folders[changed] = f"{folders.get(changed, '')}\n    {run.folder}"
+    if folders:
+        raise ConfigError(
+            f"These folders hold runs of {of_what}, which are not overwritten. Delete them or choose another "
+            "--output." + "".join(f"\n  {changed}:{listed}" for changed, listed in folders.items())
+        )
+
+
+def difference(before: Mapping[str, str], now: Mapping[str, str], missing: str) -> str:
+    """Return how two versions differ, as in "a was 1 and is now 2; b was 3 and is now missing"; "" if they do not."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name, missing)} and is now {now.get(name, missing)}" for name in names)
 
 
 def versions() -> dict[str, str]:

@@ -126,8 +126,10 @@ def _what_was_run(table: Table, runs: Sequence[Run], base: Path | None, opts: Se
     cfg = next(run.cfg for run in runs if run.row.name == table.baseline)
     notes = read_json(output / "ablation.json", {})
     images = notes.get("images", {})
-    named = lambda names: ", ".join(f"{name} ({images.get(name, '?')} images)" for name in names)  # noqa: E731
     attempts = [attempt for run in runs for attempt in run.attempts()]
+    data = {name: f"{number} images" for name, number in images.items()}
+    data |= {name: text for attempt in attempts for name, text in attempt.get("data", {}).items()}
+    named = lambda names: ", ".join(f"{name} ({data.get(name, '? images')})" for name in names)  # noqa: E731
     threads = {attempt.get("env", {}).get("OMP_NUM_THREADS") for attempt in attempts} - {None}
     facts = {
         "Training set": named(cfg.DATASETS.TRAIN),
