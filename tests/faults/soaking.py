@@ -40,9 +40,13 @@ def train(words, log, readings, kill_at=None, repeat=None):
 
 
 def memory():
-    """The bytes that this process has to itself: those of the files that it has mapped come and go."""
+    """The bytes that are of no file, for those of files come and go.
+
+    Also those that it shares with the process that it was forked from: what it writes to is its own from then on, which
+    would look like growth.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
 
 
 def _record(readings):
