@@ -44,7 +44,8 @@ def main(args: argparse.Namespace) -> int:
     found = {name: measure(*read_detections(Path(folder), args.opts)) for name, folder in runs}
     if len(found) < len(runs):
         raise ConfigError(f"--runs {' '.join(args.runs)}: two have the same name; write NAME=FOLDER.")
-    print(tabulate([table_row(name, run) for name, run in found.items()], headers="keys", tablefmt="pipe"))
+    rows = [table_row(name, run) for name, run in found.items()]
+    print(tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=[0]))  # a run may be called 007
     cfg = load_config(str(Path(runs[0][1]) / "config.yaml"), args.opts)
     picture, numbers = paths = output_paths(args, cfg, "calibration.png", "calibration.json")
     numbers.write_text(json.dumps(found, indent=1) + "\n")

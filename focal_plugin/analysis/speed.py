@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     times = time_models(entries, records, args.warmup)  # (number of entries, number of images) in ms
     rows = table(entries, times)
     print(f"{len(records)} images of DATASETS.TEST, one at a time, on {where(entries)}:")
-    text = tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f", missingval="-")
+    text = tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f", missingval="-", disable_numparse=[0])  # 007
     print(text)
     picture, numbers, markdown = paths = output_paths(args, data_cfg, "speed.png", "speed.csv", "speed.md")
     markdown.write_text(f"{len(records)} images, one at a time, on {where(entries)}.\n\n{text}\n")

@@ -179,7 +179,7 @@ def _split(args: argparse.Namespace) -> None:
 def _correct(args: argparse.Namespace) -> None:
     _check_output(args)
     content = read_suggestions(args.suggestions)
-    accepted = numbers(args.accept)
+    accepted = numbers(args.accept, {entry["id"] for entry in content["annotations"]})
     format, splits, classes = _read(args)
     records = [record for split in splits.values() for record in split]
     labels = sum(len(record["annotations"]) for record in records)

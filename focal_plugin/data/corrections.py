@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -38,48 +38,48 @@ def read_suggestions(path: str) -> dict:
     return content
 
 
-def numbers(texts: Iterable[str]) -> set[int] | None:
-    """Return the whole numbers in words such as ``7`` and ``1-20``; None for the word ``all`` alone.
+def numbers(texts: Iterable[str], known: Collection[int]) -> set[int]:
+    """Return the numbers of suggestions in words such as ``7`` and ``1-20``; all ``known`` ones for ``all`` alone.
 
     Raises:
-        ConfigError: a word is neither.
+        ConfigError: a word is neither, or has a number that is not known.
     """
     chosen: set[int] = set()
     if (texts := list(texts)) == ["all"]:
-        return None
+        return set(known)
     for text in texts:
         first, dash, last = text.partition("-")
         if not first.isdecimal() or not (last.isdecimal() if dash else True) or int(last or first) < int(first):
             raise ConfigError(f"--accept {text}: expected numbers of suggestions, such as 7 or 1-20, or all.")
-        chosen.update(range(int(first), int(last or first) + 1))
+        for number in range(int(first), int(last or first) + 1):
+            if number not in known:
+                raise ConfigError(f"--accept {number}: there is no such suggestion; they are {_span(known)}.")
+            chosen.add(number)
     return chosen
 
 
-def correct(records: Sequence[dict], classes: Sequence[str], content: dict, accepted: set[int] | None) -> Counter[str]:
+def correct(records: Sequence[dict], classes: Sequence[str], content: dict, accepted: Iterable[int]) -> Counter[str]:
     """Change the labels of ``records``, in place, as the accepted suggestions say.
 
     Args:
         records: the data set, with boxes XYXY.
         classes: its class names.
         content: see ``read_suggestions``.
-        accepted: the numbers of suggestions; None, all.
+        accepted: the numbers of suggestions, which are those of annotations in ``content``.
 
     Returns:
         How many of each kind.
 
     Raises:
-        ConfigError: there is no suggestion of a number.
         DataError: the data set lacks the image, the class or the label of a suggestion.
     """
     by_id = {entry["id"]: entry for entry in content["annotations"]}
-    if unknown := (accepted or set()) - by_id.keys():
-        raise ConfigError(f"--accept {min(unknown)}: there is no such suggestion; they are {_span(by_id)}.")
     names = {entry["id"]: entry["name"] for entry in content["categories"]}
     folder = content["info"]["images"]
     files = {entry["id"]: os.path.join(folder, entry["file_name"]) for entry in content["images"]}
     key, by_image = _by_image(records, list(files.values()))
     done: Counter[str] = Counter()
-    for number in sorted(by_id if accepted is None else accepted):
+    for number in sorted(accepted):
         entry, path = by_id[number], files[by_id[number]["image_id"]]
         where = f"suggestion {number}, {path}"
         found = by_image.get(key(path))

@@ -259,20 +259,21 @@ def logged(loggers: Sequence[RunLogger], resume: bool) -> Iterator[None]:
     Raises:
         ConfigError: one has no access. In all processes.
     """
-    problem, code = "", 1
+    problem, code, opened = "", 1, []
     try:
-        for each in loggers:
-            each.open(resume)
-    except ConfigError as error:
-        problem = str(error)
-    if problem := comm.all_gather(problem)[0]:
-        raise ConfigError(problem)
-    try:
+        try:
+            for each in loggers:
+                each.open(resume)
+                opened.append(each)
+        except ConfigError as error:
+            problem = str(error)
+        if problem := comm.all_gather(problem)[0]:
+            raise ConfigError(problem)
         yield
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
         raise
     finally:
-        for each in loggers:
+        for each in opened:
             each.finish(code)

@@ -75,9 +75,9 @@ def run(tmp_path, tiny_config):
 
 
 def test_by_the_command_line(run, capsys):
-    assert main(["calibration", "--runs", str(run), f"other={run}"]) == 0
+    assert main(["calibration", "--runs", str(run), f"007={run}"]) == 0
     out = capsys.readouterr().out
-    assert "| tiny" in out and "| other" in out
+    assert "| tiny" in out and "| 007 " in out
     numbers = json.loads((run / "analysis/calibration.json").read_text())["tiny"]
     assert numbers["before"]["detections"] == 8 and numbers["before"]["precision"] == 0.5
     assert numbers["before"]["mean_score"] == pytest.approx(0.85)

@@ -52,23 +52,23 @@ def faster_rcnn(tmp_path):
 
 
 def test_command(tiny_config, folder, faster_rcnn, tmp_path, capsys):
-    words = ["speed", "--config-file", tiny_config, "--runs", str(folder), str(faster_rcnn), tiny_config]
+    words = ["speed", "--config-file", tiny_config, "--runs", str(folder), str(faster_rcnn), f"007={tiny_config}"]
     words += ["--ap", "faster_rcnn=30.1", "--num-images", "3", "--warmup", "1", "--optimize", "--paper"]
     assert main([*words, "MODEL.DEVICE", "cpu"]) == 0
     out = capsys.readouterr().out
     stem = tmp_path / "output" / "analysis" / "speed"
     with open(f"{stem}.csv") as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
-    assert list(rows) == [name + end for name in ("ours", "faster_rcnn", "tiny") for end in ("", ", optimised")]
+    assert list(rows) == [name + end for name in ("ours", "faster_rcnn", "007") for end in ("", ", optimised")]
     assert rows["ours"]["AP"] == "34.5" and rows["ours"]["AP from"] == "metrics.json"
     assert rows["ours"]["weights"].endswith("model_0000003.pth")
     assert rows["ours, optimised"]["AP from"] == "before optimisation"
     assert (rows["faster_rcnn"]["AP"], rows["faster_rcnn"]["AP from"]) == ("30.1", "--ap")
-    assert (rows["tiny"]["AP"], rows["tiny"]["weights"]) == ("", "random")
+    assert (rows["007"]["AP"], rows["007"]["weights"]) == ("", "random")
     for row in rows.values():
         assert 0 < float(row["ms (25 %)"]) <= float(row["ms (median)"]) <= float(row["ms (75 %)"])
     assert cv2.imread(f"{stem}.png").std() > 5
-    assert "3 images" in out and stem.with_suffix(".md").read_text().count("\n|") == 8
+    assert "3 images" in out and "| 007 " in out and stem.with_suffix(".md").read_text().count("\n|") == 8
 
 
 class Sleeper(torch.nn.Module):

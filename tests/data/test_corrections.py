@@ -104,10 +104,10 @@ def test_what_was_deleted_from_the_file_is_rejected(dataset, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["7"], {7}), (["1-3", "3", "9-9"], {1, 2, 3, 9}), (["10", "1-2"], {1, 2, 10}), (["all"], None)],
+    [(["7"], {7}), (["1-3", "3", "9-9"], {1, 2, 3, 9}), (["10", "1-2"], {1, 2, 10}), (["all"], set(range(1, 11)))],
 )
 def test_numbers(words, expected):
-    assert numbers(words) == expected
+    assert numbers(words, range(1, 11)) == expected
 
 
 @pytest.mark.parametrize("word", ["", "-", "3-", "-3", "x", "3-1", "1.5", "1-2-3", "²", "ALL"])
@@ -118,10 +118,11 @@ def test_words_that_are_no_numbers(dataset, tmp_path, capsys, word):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_number_that_is_not_there(dataset, tmp_path, capsys):
-    words = ["correct", str(dataset[0]), str(tmp_path / "out"), "--suggestions", str(dataset[1]), "--accept", "2-5"]
-    assert main(words) == 2
-    assert "--accept 5: there is no such suggestion; they are 1 to 4." in capsys.readouterr().err
+@pytest.mark.parametrize(("words", "first"), [(["2-5"], 5), (["1", "0"], 0), ([f"3-{10**20}"], 5)])
+def test_a_number_that_is_not_there(dataset, tmp_path, capsys, words, first):
+    options = ["--suggestions", str(dataset[1]), "--accept", *words]
+    assert main(["correct", str(dataset[0]), str(tmp_path / "out"), *options]) == 2
+    assert f"--accept {first}: there is no such suggestion; they are 1 to 4." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
