@@ -75,14 +75,19 @@ def run(tmp_path, tiny_config):
 
 
 def test_by_the_command_line(run, capsys):
-    assert main(["calibration", "--runs", str(run), f"007={run}"]) == 0
+    assert main(["calibration", "--runs", str(run), f"other={run}"]) == 0
     out = capsys.readouterr().out
-    assert "| tiny" in out and "| 007 " in out
+    assert "| tiny" in out and "| other" in out
     numbers = json.loads((run / "analysis/calibration.json").read_text())["tiny"]
     assert numbers["before"]["detections"] == 8 and numbers["before"]["precision"] == 0.5
     assert numbers["before"]["mean_score"] == pytest.approx(0.85)
     assert numbers["before"]["ece"] == pytest.approx((0.1 + 0.8) / 2)  # by hand
     assert (run / "analysis/calibration.png").stat().st_size > 5000
+
+
+def test_a_run_whose_name_is_a_number(run, capsys):
+    assert main(["calibration", "--runs", f"007={run}"]) == 0
+    assert "| 007 " in capsys.readouterr().out
 
 
 def test_what_a_folder_lacks(run, tmp_path, capsys):

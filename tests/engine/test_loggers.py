@@ -124,9 +124,9 @@ def test_how_a_run_ends(folder, error, code):
 def test_a_run_that_does_not_start_is_ended_where_it_was_opened(folder):
     first, second, third = (type(name, (Memory,), {"name": name})(str(folder.path), {}) for name in ("a", "b", "c"))
     second._open = lambda run: 1 / 0
-    with pytest.raises(ConfigError, match=r"LOGGERS: b: division by zero"):
-        with logged([first, second, third], resume=False):
-            pytest.fail("it has started")
+    problem = pytest.raises(ConfigError, match=r"LOGGERS: b: division by zero")
+    with problem, logged([first, second, third], resume=False):
+        pytest.fail("it has started")
     assert (first.ends, second.ends, third.ends) == ([([], [], 1)], [], [])
 
 
