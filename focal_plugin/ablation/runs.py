@@ -28,6 +28,7 @@ from .rows import Row, as_yaml, compose
 CONFIG = "config-ablation.yaml"
 _CHECKOUT = Path(__file__).parents[2]  # or the folder that the package is installed in
 STATUSES = ("finished", "diverged", "no AP", "failed", "unfinished", "not started")
+OF_AVERAGE = "AP of the average"  # of the weights, MODEL.FOCAL.EMA; beside the AP of the weights themselves
 _NAN = "bbox/AP is NaN: the test set has no boxes, or the detections are gone from the folder inference."
 _TOLD_TO_END = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a process that was interrupted
 
@@ -39,7 +40,8 @@ class Outcome:
     Attributes:
         status: one of ``STATUSES``; "no AP" is that of a run that ended without an error and without an AP.
         step: the number of steps done; of a diverged run, the step at which it diverged, counted from 0 as in its log.
-        results: {metric: percent} of the final evaluation; NaN where the test set has no such boxes.
+        results: {metric: percent} of the final evaluation, with ``OF_AVERAGE`` where the weights were averaged; NaN
+            where the test set has no such boxes.
         seconds: the time of the training steps, without start, evaluation and interruptions; None if unknown.
         reason: the last lines of the log of a failed run, where a divergence starts, or why there is no AP.
     """
@@ -169,8 +171,10 @@ class Run:
             iterations, _ = series.get(f"{prefix}AP", ([], []))
             if iterations and iterations[-1] >= self.num_steps:
                 classes = [name.removeprefix(prefix) for name in series if name.startswith(f"{prefix}AP-")]
-                known = [name for name in (*METRICS, *classes) if f"{prefix}{name}" in series]
-                results = {name: series[f"{prefix}{name}"][1][-1] for name in known}
+                known = {OF_AVERAGE: f"{prefix[:-1]}_EMA/AP"} | {
+                    name: f"{prefix}{name}" for name in (*METRICS, *classes)
+                }
+                results = {name: series[key][1][-1] for name, key in known.items() if key in series}
                 if math.isnan(results["AP"]) and has_found_nothing(self.folder, name):
                     results |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
                 return results

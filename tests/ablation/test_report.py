@@ -296,6 +296,21 @@ def test_ap_by_class(table, runs, tmp_path):
     assert "| AP-disc" in heading and " 1.0 " in first
 
 
+def test_the_ap_of_averaged_weights(table, runs, tmp_path):
+    """Beside that of the weights, by which rows are compared: else rows that differ in EMA alone would look alike."""
+    write_run(runs[0], 40.0)
+    write_run(runs[1], 40.0)
+    metrics = runs[1].folder / "metrics.json"
+    metrics.write_text(
+        metrics.read_text().replace('"bbox/AP":', '"bbox_EMA/AP": 43.5, "bbox_EMA/AP50": 50, "bbox/AP":')
+    )
+    summary = write_report(table, runs, None, [], tmp_path / "table")
+    assert [row["mean"].get("AP of the average") for row in summary["rows"]] == [None, 43.5, None]
+    assert summary["rows"][1]["mean"]["AP"] == 40.0 and summary["rows"][1]["difference"] == 0
+    heading, _, first, second, *_ = (tmp_path / "table" / "report.md").read_text().split("\n\n")[1].splitlines()
+    assert "| AP of the average" in heading and " 43.5 " in second and " 43.5 " not in first
+
+
 def test_the_ap_of_many_classes_is_in_the_csv_alone(table, runs, tmp_path):
     write_run(runs[0], 40.0)
     metrics = runs[0].folder / "metrics.json"
