@@ -19,7 +19,7 @@ from ..evaluation.report import note_start
 from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES
 from ..files.write import free_paths, set_aside
-from .advice import advise
+from .advice import advise, faster
 from .changes import SEEDS
 from .checkpoint import AtomicCheckpointer
 from .console import off_screen
@@ -90,6 +90,8 @@ def start_run(cfg: CfgNode, args) -> None:
     start_logs(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     for message in advise(cfg):
         logger.warning(message)
+    for message in faster(cfg):
+        logger.info(f"{message}.")
     if needs_class_frequencies(cfg):
         logger.info(f"Frequencies of the classes (MODEL.FOCAL.CLASS_FREQUENCIES): {cfg.MODEL.FOCAL.CLASS_FREQUENCIES}.")
     if args.eval_only:  # the training set need not be there

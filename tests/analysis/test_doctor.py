@@ -811,6 +811,14 @@ def test_a_gpu_is_asked_for_the_whole_batch_of_one_gpu(find, monkeypatch):
     assert asked == [("cuda", 8)]
 
 
+def test_what_would_make_a_gpu_faster(find, monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *_: cost.Cost(images=2, seconds=2.0, loading=0.25, memory=2**31))
+    monkeypatch.setattr(load, "usable_device", lambda device, *_: device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    ((level, text),) = find("time and memory", "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True)
+    assert level == OK and text.endswith("steps are faster with MODEL.FOCAL.CHANNELS_LAST True")
+
+
 @pytest.mark.gpu
 def test_time_and_memory_on_a_gpu(find):
     ((level, text),) = find("time and memory", "MODEL.DEVICE", "cuda", "MODEL.FOCAL.COMPILE", True)

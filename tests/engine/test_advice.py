@@ -6,6 +6,7 @@ from detectron2.config import get_cfg
 from focal_plugin import add_focal_config
 from focal_plugin.config.load import load_config
 from focal_plugin.engine import advise
+from focal_plugin.engine.advice import faster
 
 
 def config(*opts):
@@ -73,6 +74,22 @@ def test_a_start_at_the_whole_rate(opts, count):
 )
 def test_a_learning_rate_that_is_meant(opts):
     assert advise(config(*opts)) == []
+
+
+@pytest.mark.parametrize(
+    ("opts", "is_told"),
+    [
+        ([], True),
+        (["MODEL.FOCAL.CHANNELS_LAST", True], False),
+        (["MODEL.DEVICE", "cpu"], False),
+        (["MODEL.DEVICE", "cuda:1"], True),
+        (["SOLVER.AMP.ENABLED", False], False),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], False),
+    ],
+)
+def test_the_memory_layout_of_a_gpu(opts, is_told):
+    cfg = config("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True, "MODEL.META_ARCHITECTURE", "FocalRetinaNet", *opts)
+    assert ["CHANNELS_LAST True" in message for message in faster(cfg)] == [True] * is_told
 
 
 @pytest.mark.parametrize(

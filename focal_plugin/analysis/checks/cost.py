@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from ...engine import StepTrainer, Trainer
+from ...engine.advice import faster
 from ...engine.average import WeightAverage
 from ...engine.step import amp_precision
 from .case import ERROR, OK, WARNING, Case, Finding, first_batch_config
@@ -69,7 +70,7 @@ def check_cost(case: Case) -> Iterator[Finding]:
     elif workers and loading / workers > computing:
         yield Finding(OK, f"{text}. Loading takes longest: more DATALOADER.NUM_WORKERS than {workers} may help")
     else:
-        yield Finding(OK, text)
+        yield Finding(OK, ". ".join([text, *faster(case.own_cfg)]))
 
 
 def measure(cfg: CfgNode, device: str, images: int) -> Cost:
