@@ -139,10 +139,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 @any_size()
 def _tile(args: argparse.Namespace) -> None:
-    try:
-        check_tiling(args.size, args.overlap, args.min_visible)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_tiling(args.size, args.overlap, args.min_visible)
     _check_output(args)
     _, splits, classes = _read(args)
     names = flat_names(record["file_name"] for records in splits.values() for record in records)

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from ..files.regular import open_regular
@@ -13,11 +12,10 @@ from .images import ELSEWHERE, check_image
 from .records import (
     Checker,
     DataError,
-    check_box,
     check_numbers,
-    class_id,
     is_number,
     join_inside,
+    make_annotation,
     need,
     resolve,
 )
@@ -186,12 +184,9 @@ def _read_box(annotation: dict, record: dict, categories: dict, class_ids: dict,
         if key in annotation and not is_sound(annotation[key]):
             raise _wrong(key, annotation[key], expected, where)
     x, y, w, h = box
-    return {
-        "bbox": check_box((x, y, x + w, y + h), (record["width"], record["height"]), where),
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "category_id": class_id(categories[category], class_ids, where),
-        "iscrowd": int(bool(annotation.get("iscrowd") or annotation.get("ignore"))),
-    }
+    size = record["width"], record["height"]
+    made = make_annotation((x, y, x + w, y + h), size, categories[category], class_ids, where)
+    return made | {"iscrowd": int(bool(annotation.get("iscrowd") or annotation.get("ignore")))}
 
 
 def _serves_evaluation(content: dict) -> bool:

@@ -5,12 +5,11 @@ import io
 import os
 from dataclasses import dataclass
 
-from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from ..files.regular import open_regular
 from .images import ELSEWHERE, check_image
-from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, join_inside, need, resolve
+from .records import NOT_NUMBERS, Checker, DataError, join_inside, make_annotation, need, resolve
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 COLUMNS = ("image_path", *SIDES, "label")
@@ -111,9 +110,4 @@ def _read_box(row: dict[str, str], size: tuple[int, int], class_ids: dict[str, i
         box = [float(text) for text in texts]
     except ValueError:
         raise DataError(NOT_NUMBERS, f"{where}: {texts}.") from None
-    return {
-        "bbox": check_box(box, size, where),
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "category_id": class_id(row["label"], class_ids, where),
-        "iscrowd": 0,
-    }
+    return make_annotation(box, size, row["label"], class_ids, where)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import ConfigError
-from ..files.regular import open_regular
 from ..files.write import check_free, replace_file
 from .csv_file import COLUMNS
-from .records import DataError, join_inside
+from .records import DataError, join_inside, read_lines
 
 CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # of the types 1 to 6
 SPLITS = ("trainval", "test")
@@ -50,18 +49,13 @@ def _read_image(root: Path, image: str, boxes: str, where: str) -> Iterator[dict
 
 
 def _lines(path: Path, length: int) -> Iterator[tuple[str, list[str]]]:
-    """Yield the words of each line that is not empty, with where it is."""
-    try:
-        with open_regular(str(path)) as file:
-            lines = file.read().decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("file that cannot be read", f"{path}: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    """Yield the words of each line that has any, with where it is."""
+    for where, line in read_lines(str(path)):
         words = line.replace(",", " ").split()
         if words and len(words) != length:
-            raise DataError("malformed line", f"{path}, line {number}: {line!r}; expected {length} words.")
+            raise DataError("malformed line", f"{where}: {line!r}; expected {length} words.")
         if words:
-            yield f"{path}, line {number}", words
+            yield where, words
 
 
 def convert(root: str, every: int = 1) -> dict[Path, int]:

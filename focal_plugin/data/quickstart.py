@@ -57,7 +57,7 @@ def make_quickstart(output: str, tile: int = 400, overlap: int = 110, min_inside
     Raises:
         FileExistsError: ``output`` exists and was not made by this function with the same arguments.
         FileNotFoundError: the package deepforest is not installed.
-        ValueError: an argument is out of range.
+        ConfigError: an argument is out of range.
     """
     check_tiling(tile, overlap, min_inside)
     folder = Path(output)

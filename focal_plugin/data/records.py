@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+
+from ..files.regular import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +148,27 @@ def check_box(box: Sequence[float], size: tuple[int, int], where: str, first: in
     return [float(value) for value in clipped]  # Detectron2 would scale whole numbers to whole numbers
 
 
+def make_annotation(
+    box: Sequence[float], size: tuple[int, int], name: str, class_ids: dict[str, int], where: str, first: int = 0
+) -> dict:
+    """Return a box as an annotation in Detectron2's format: of no crowd, clipped to its image.
+
+    Args:
+        box, size, where, first: see ``check_box``.
+        name: its class.
+        class_ids: the index of each class.
+
+    Raises:
+        DataError: the box has a ``box_defect``, or its class is unknown.
+    """
+    return {
+        "bbox": check_box(box, size, where, first),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": class_id(name, class_ids, where),
+        "iscrowd": 0,
+    }
+
+
 def has_boxes(record: dict) -> bool:
     """Return whether an image has a box that is no crowd."""
     return any(annotation.get("iscrowd", 0) == 0 for annotation in record.get("annotations", ()))
@@ -159,6 +183,25 @@ def class_id(name: str, class_ids: dict[str, int], where: str) -> int:
     if name not in class_ids:
         raise DataError("unknown class", f"{where}: {name!r}; the classes are {', '.join(class_ids)}.")
     return class_ids[name]
+
+
+def read_text(path: str) -> str:
+    """Return what is in a text file.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError("file that is not text", f"{path}: {error}") from error
+
+
+def read_lines(path: str) -> list[tuple[str, str]]:
+    """Return the lines of a text file that are not empty, stripped, each with where it is; errors as ``read_text``."""
+    lines = enumerate(map(str.strip, read_text(path).splitlines()), start=1)
+    return [(f"{path}, line {number}", line) for number, line in lines if line]
 
 
 def resolve(path: str) -> str:

@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from tqdm import tqdm
 
+from ..config import ConfigError
 from .images import readable_image
 
 
@@ -64,11 +65,11 @@ def check_tiling(tile: int, overlap: int, min_visible: float) -> None:
     """Check the numbers of ``cut_tiles``.
 
     Raises:
-        ValueError: one is out of range.
+        ConfigError: one is out of range.
     """
     if not 0 <= overlap < tile or not 0 < min_visible <= 1:
         found = f"size {tile}, overlap {overlap}, least visible share {min_visible}"
-        raise ValueError(f"Tiles of {found}; expected 0 <= overlap < size and 0 < share <= 1.")
+        raise ConfigError(f"Tiles of {found}; expected 0 <= overlap < size and 0 < share <= 1.")
 
 
 def cut_tiles(

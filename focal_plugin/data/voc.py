@@ -1,21 +1,19 @@
 """Data sets in Pascal VOC's layout: an XML file for each image, and a text file for each split."""
 
 import functools
-import io
 import os
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
-from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
 from ..files.regular import open_regular
 from .images import check_image
-from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, join_inside, need, resolve
+from .records import NOT_NUMBERS, Checker, DataError, join_inside, make_annotation, need, read_lines, resolve
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,7 @@ class VocSet:
 
     def _image_ids(self, root: str) -> list[str]:
         path = join_inside(os.path.join(root, "ImageSets", "Main"), f"{self.split}.txt", f"split of {self.name!r}")
-        try:
-            with io.TextIOWrapper(open_regular(need(path, "split")), "utf-8-sig") as file:
-                return [line.strip() for line in file if line.strip()]
-        except OSError as error:
-            raise DataError("split that does not open", str(error)) from error
-        except UnicodeDecodeError as error:
-            raise DataError("split that is not text", f"{path}: {error}") from error
+        return [line for _, line in read_lines(need(path, "split"))]
 
 
 def parse_xml(path: str) -> Element:
@@ -103,14 +95,10 @@ def read_record(
     for number, element in enumerate(annotation.findall("object"), start=1):
         with checker.record("box"):
             where = f"{xml}, object {number}"
-            annotations.append(
-                {
-                    "bbox": _read_box(element, (width, height), where),
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                    "category_id": class_id(_class_name(element), class_ids, where),
-                    "iscrowd": int(difficult == "ignore" and _is_difficult(element, where)),
-                }
+            box = make_annotation(
+                _read_box(element, where), (width, height), _class_name(element), class_ids, where, first=1
             )
+            annotations.append(box | {"iscrowd": int(difficult == "ignore" and _is_difficult(element, where))})
             if element.findtext("difficult", "").strip() == "1":
                 annotations[-1]["difficult"] = 1  # a mark that VOC's writer keeps
     return {"file_name": image, "image_id": image_id, "height": height, "width": width, "annotations": annotations}
@@ -138,13 +126,12 @@ def _declared_size(annotation: Element, xml: str) -> tuple[int, int] | None:
         raise DataError("size that is not two numbers", message) from None
 
 
-def _read_box(element: Element, size: tuple[int, int], where: str) -> list[float]:
+def _read_box(element: Element, where: str) -> list[float]:
     texts = [element.findtext(f"bndbox/{side}", "").strip() for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
-        box = [float(text) for text in texts]
+        return [float(text) for text in texts]
     except ValueError:
         raise DataError(NOT_NUMBERS, f"{where}: {texts}.") from None
-    return check_box(box, size, where, first=1)
 
 
 @functools.lru_cache(maxsize=32)

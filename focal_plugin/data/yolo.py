@@ -6,16 +6,15 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from tqdm import tqdm
 
 from ..config import ConfigError
-from ..files.regular import open_regular, read_regular
+from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES, parse_yaml
 from .images import check_image
-from .records import NOT_NUMBERS, Checker, DataError, check_box, class_id, need, resolve
+from .records import NOT_NUMBERS, Checker, DataError, make_annotation, need, read_lines, read_text, resolve
 
 SPLITS = ("train", "val", "test")
 NAMES_FILE = "classes.txt"  # what labelling tools write in place of a data.yaml
@@ -93,9 +92,9 @@ class YoloSet:
                 width, height = check_image(image, None, self.split or self.images)
                 image_id = os.path.relpath(os.path.abspath(image), home)
                 record = {"file_name": image, "image_id": image_id, "height": height, "width": width, "annotations": []}
-                for where, words in _lines(label):
+                for where, line in read_lines(label) if PathManager.exists(label) else ():
                     with checker.record("box"):
-                        record["annotations"].append(_read_line(words, record, names, class_ids, where, keypoints))
+                        record["annotations"].append(_read_line(line, record, names, class_ids, where, keypoints))
                 records.append(record)
         return records, {"thing_classes": list(classes)}
 
@@ -123,7 +122,7 @@ class YoloSet:
         for _ in range(3):  # labels/train, labels and what these are in
             path = os.path.join(folder, NAMES_FILE)
             if PathManager.exists(path):
-                return [name.strip() for name in _read_text(path).rstrip().splitlines()]
+                return [name.strip() for name in read_text(path).rstrip().splitlines()]
             folder = os.path.dirname(folder)
         return None
 
@@ -209,12 +208,11 @@ def _is_inside(path: str, folder: str) -> bool:
 def _list_images(source: str, home: str) -> Iterator[str]:
     """Yield the images in a folder and the folders in it, or those that a text file lists, all in ``home`` if given."""
     if not os.path.isdir(source):
-        for number, line in enumerate(_read_text(source).splitlines(), start=1):
-            if line.strip():
-                path = os.path.normpath(os.path.join(os.path.dirname(source), line.strip()))
-                if not _is_inside(path, home or os.path.dirname(source)):
-                    raise DataError("path outside its folder", f"{source}, line {number} names {line.strip()[:200]}.")
-                yield path
+        for where, line in read_lines(source):
+            path = os.path.normpath(os.path.join(os.path.dirname(source), line))
+            if not _is_inside(path, home or os.path.dirname(source)):
+                raise DataError("path outside its folder", f"{where} names {line[:200]}.")
+            yield path
         return
     extensions = Image.registered_extensions()
     for folder, folders, files in os.walk(source):
@@ -253,25 +251,10 @@ def _keypoints(content: dict, path: str) -> int | None:
     return math.prod(shape)
 
 
-def _read_text(path: str) -> str:
-    try:
-        with open_regular(path) as file:
-            return file.read().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError("file that is not text", f"{path}: {error}") from error
-
-
-def _lines(label: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the lines of a label file that are not empty, each with where it is, and as its words."""
-    if PathManager.exists(label):
-        for number, line in enumerate(_read_text(label).splitlines(), start=1):
-            if words := line.split():
-                yield f"{label}, line {number}", words
-
-
 def _read_line(
-    words: list[str], record: dict, names: dict[int, str], class_ids: dict[str, int], where: str, keypoints: int | None
+    line: str, record: dict, names: dict[int, str], class_ids: dict[str, int], where: str, keypoints: int | None
 ) -> dict:
+    words = line.split()
     count = len(words)
     is_polygon = keypoints is None and count >= 7 and count % 2 == 1
     if not is_polygon and count != 5 + (keypoints or 0):
@@ -295,12 +278,8 @@ def _read_line(
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
     width, height = record["width"], record["height"]
     x0, y0, x1, y1 = box
-    return {
-        "bbox": check_box((x0 * width, y0 * height, x1 * width, y1 * height), (width, height), where),
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "category_id": class_id(names[int(index)], class_ids, where),
-        "iscrowd": 0,
-    }
+    box = (x0 * width, y0 * height, x1 * width, y1 * height)
+    return make_annotation(box, (width, height), names[int(index)], class_ids, where)
 
 
 def _range(names: dict[int, str]) -> str:
