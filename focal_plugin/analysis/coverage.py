@@ -12,11 +12,11 @@ from detectron2.data.transforms import RandomCrop, ResizeShortestEdge
 from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
-from tqdm import tqdm
 
 from ..config import ConfigError
 from ..data.images import check_image
 from ..engine.rng import seeded
+from ..files.progress import progress
 from ..registry import build_matcher
 from ..structures import POSITIVE, Anchors
 
@@ -76,10 +76,7 @@ def read_images(cfg: CfgNode, records: Sequence[dict]) -> list[Image]:
     resize = build_augmentation(cfg, is_train=True)[0]
     crop = RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else None
     with seeded(0):
-        return [
-            _read_image(resize, crop, record)
-            for record in tqdm(records, desc="Boxes", unit="image", delay=2, disable=None)
-        ]
+        return [_read_image(resize, crop, record) for record in progress(records, desc="Boxes")]
 
 
 def _read_image(resize: ResizeShortestEdge, crop: RandomCrop | None, record: dict) -> Image:
@@ -141,9 +138,7 @@ class FeatureGrid:
         return [torch.empty(1, 0, *(-(-side // shape.stride) for side in padded)) for shape in self.shapes]
 
 
-def measure(
-    cfg: CfgNode, grid: FeatureGrid, generator: nn.Module, images: Sequence[Image], progress: str = "Matching"
-) -> Coverage:
+def measure(cfg: CfgNode, grid: FeatureGrid, generator: nn.Module, images: Sequence[Image]) -> Coverage:
     """Return the positives of each box of ``images`` among the anchors of ``generator``, by the config's matcher."""
     strict_cfg = cfg.clone()
     strict_cfg.MODEL.FOCAL.MATCHER.LOW_QUALITY = "none"
@@ -154,7 +149,7 @@ def measure(
         return Anchors.from_generator(generator, grid.features(size))
 
     positives, regular = [], []
-    for image in tqdm(images, desc=progress, unit="image", delay=2, leave=False, disable=None):
+    for image in progress(images, desc="Matching"):
         classes = torch.zeros(len(image.boxes), dtype=torch.int64)
         instances = Instances(image.size, gt_boxes=Boxes(image.boxes), gt_classes=classes)
         anchors = anchors_of(image.size)

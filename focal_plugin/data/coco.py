@@ -5,8 +5,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
+from ..files.progress import progress
 from ..files.regular import open_regular
 from .images import ELSEWHERE, check_image
 from .records import (
@@ -74,8 +73,7 @@ class CocoSet:
                 "not annotated counts as background."
             )
         records, seen = [], set()
-        images = tqdm(content["images"], desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None)
-        for number, image in enumerate(images):
+        for number, image in enumerate(progress(content["images"], desc=f"Reading {self.name}")):
             with checker.record("image"):
                 where = f"{path}, images[{number}]"
                 record = _read_image(image, folder, where)

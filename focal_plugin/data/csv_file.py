@@ -5,8 +5,7 @@ import io
 import os
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
+from ..files.progress import progress
 from ..files.regular import open_regular
 from .images import ELSEWHERE, check_image
 from .records import NOT_NUMBERS, Checker, DataError, join_inside, make_annotation, need, resolve
@@ -50,9 +49,7 @@ class CsvSet:
         for where, row in rows:
             images.setdefault(os.path.normpath(row["image_path"]), []).append((where, row))
         records = []
-        for name, boxes in tqdm(
-            images.items(), desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None
-        ):
+        for name, boxes in progress(images.items(), desc=f"Reading {self.name}"):
             with checker.record("image"):
                 where, row = boxes[0]
                 if not row["image_path"]:

@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from detectron2.data.detection_utils import read_image
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
+from ..files.progress import progress
 from ..files.regular import open_regular
 from .records import Checker, DataError
 
@@ -74,9 +74,7 @@ def decode_all(paths: Sequence[str], what: str) -> Iterator[int | DataError]:
 
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as pool:
         found = pool.map(attempt, paths)
-        yield from tqdm(
-            found, total=len(paths), desc=f"Decoding {what}", unit="image", delay=3, leave=False, disable=None
-        )
+        yield from progress(found, total=len(paths), desc=f"Decoding {what}")
 
 
 def decoded(records: Sequence[dict], checker: Checker) -> list[dict]:

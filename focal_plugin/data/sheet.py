@@ -9,9 +9,9 @@ from detectron2.data.detection_utils import read_image
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
-from tqdm import tqdm
 
 from ..evaluation.style import GRAY, class_color
+from ..files.progress import progress
 from .images import readable_image
 
 SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}  # COCO's, by the area in pixels that is below
@@ -69,7 +69,7 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
     legend = (1 + math.ceil(len(counts) / columns)) * _LINE
     sheet = Image.new("RGB", (columns * step + _GAP, rows * height + legend + 2 * _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
-    for number, record in enumerate(tqdm(shown, desc="Drawing", unit="image", delay=3, leave=False, disable=None)):
+    for number, record in enumerate(progress(shown, desc="Drawing")):
         x, y = _GAP + number % columns * step, _GAP + number // columns * height
         sheet.paste(_picture(record), (x, y))
         boxes = sum(not box["iscrowd"] for box in record["annotations"])

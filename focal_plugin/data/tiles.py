@@ -9,9 +9,9 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image
-from tqdm import tqdm
 
 from ..config import ConfigError
+from ..files.progress import progress
 from .images import readable_image
 
 
@@ -99,7 +99,7 @@ def cut_tiles(
     spans = [[tile_spans(record[side], tile, overlap) for side in ("height", "width")] for record in records]
     made = []
     total = sum(len(rows) * len(columns) for rows, columns in spans)
-    with tqdm(total=total, desc="Cutting", unit="tile", delay=3, leave=False, disable=None) as progress:
+    with progress(total=total, desc="Cutting", unit="tile") as bar:
         for record, name, (rows, columns) in zip(records, names, spans):
             with readable_image(record["file_name"]):
                 pixels = read_image(record["file_name"], "RGB")  # (H, W, 3), turned by its EXIF orientation
@@ -110,7 +110,7 @@ def cut_tiles(
                     annotations = _annotations_in(record, (left, top, right, bottom), min_visible)
                     size = {"height": bottom - top, "width": right - left}
                     made.append({"file_name": file_name, "image_id": file_name, **size, "annotations": annotations})
-                    progress.update()
+                    bar.update()
     return made
 
 

@@ -9,8 +9,8 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 from detectron2.utils.file_io import PathManager
 from PIL import Image
-from tqdm import tqdm
 
+from ..files.progress import progress
 from ..files.regular import open_regular
 from .images import check_image
 from .records import NOT_NUMBERS, Checker, DataError, join_inside, make_annotation, need, read_lines, resolve
@@ -47,9 +47,7 @@ class VocSet:
         class_ids = {name: index for index, name in enumerate(classes)}
         images = _images_by_stem(os.path.join(root, "JPEGImages"))
         records, seen = [], set()
-        for image_id in tqdm(
-            self._image_ids(root), desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None
-        ):
+        for image_id in progress(self._image_ids(root), desc=f"Reading {self.name}"):
             with checker.record("image"):
                 if image_id in seen:
                     raise DataError("image listed twice", f"{image_id} in split {self.split!r} of {root}.")
@@ -140,7 +138,7 @@ def find_classes(root: str, on_error: str) -> tuple[str, ...]:
     folder = need(os.path.join(root, "Annotations"), "the annotations' folder")
     files = sorted(name for name in PathManager.ls(folder) if name.endswith(".xml"))
     names, checker = set(), Checker(root, on_error)
-    for name in tqdm(files, desc=f"Finding the classes of {root}", unit="file", delay=3, leave=False, disable=None):
+    for name in progress(files, desc=f"Finding the classes of {root}", unit="file"):
         with checker.record("image"):
             names.update(map(_class_name, parse_xml(os.path.join(folder, name)).findall("object")))
     names.discard("")  # reading the object's image refuses it

@@ -11,8 +11,8 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 import yaml
-from tqdm import tqdm
 
+from ..files.progress import progress
 from .csv_file import COLUMNS
 from .records import DataError
 from .yolo import SPLITS
@@ -60,9 +60,7 @@ def write_dataset(folder: Path, format: str, splits: Splits, classes: Sequence[s
                 raise DataError("image listed twice", message)
     names = flat_names(record["file_name"] for records in splits.values() for record in records)
     written = {}
-    with tqdm(
-        total=sum(map(len, splits.values())), desc="Copying", unit="image", delay=3, leave=False, disable=None
-    ) as progress:
+    with progress(total=sum(map(len, splits.values())), desc="Copying") as bar:
         for split, records in splits.items():
             images = folder / layout.images.format(split=split)
             images.mkdir(parents=True, exist_ok=True)
@@ -75,7 +73,7 @@ def write_dataset(folder: Path, format: str, splits: Splits, classes: Sequence[s
                 if crowds := len(record["annotations"]) - len(boxes):
                     left_out["crowds"] += crowds
                 written[split].append({**record, "file_name": name, "annotations": boxes})
-                progress.update()
+                bar.update()
     layout.write(folder, written, classes)
     return left_out
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from detectron2.utils.file_io import PathManager
 from PIL import Image
-from tqdm import tqdm
 
 from ..config import ConfigError
+from ..files.progress import progress
 from ..files.regular import read_regular
 from ..files.safe_yaml import MOST_BYTES, parse_yaml
 from .images import check_image
@@ -83,8 +83,7 @@ class YoloSet:
         keypoints = _keypoints(content, path)
         records: list[dict] = []
         seen: dict[str, str] = {}
-        progress = tqdm(images, desc=f"Reading {self.name}", unit="image", delay=3, leave=False, disable=None)
-        for image, label in zip(progress, labels):
+        for image, label in zip(progress(images, desc=f"Reading {self.name}"), labels):
             with checker.record("image"):
                 if label in seen:
                     raise DataError("image listed twice", f"{image} and {seen[label]} have the same labels, {label}.")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import Tensor
 from torchvision.ops import box_iou
-from tqdm import tqdm
 
+from ..files.progress import progress
 from ..retinanet import FocalRetinaNet
 from .export_formats import Run
 from .export_graph import ImageInput
@@ -85,7 +85,7 @@ def check(
         ExportError: they differ, or no image has a detection to compare.
     """
     found_any = raw
-    for name, image in tqdm(images.items(), desc="Comparing", unit="image", delay=2, leave=False, disable=None):
+    for name, image in progress(images.items(), desc="Comparing"):
         for packed in map(image_input.pack, _views(model, image, image_input.batch)):
             views = image_input.unpack(packed).float()  # (N, C, H, W)
             expected = expected_maps(model, views) if raw else [find_candidates(model, x, tolerance) for x in views]

@@ -12,11 +12,11 @@ from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_n
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
-from tqdm import tqdm
 
 from ..data import DataError
 from ..data.images import any_size, readable_image
 from ..evaluation.evaluator import read_threshold
+from ..files.progress import progress
 from .inputs import ImageError
 from .loading import class_metadata, load_model, read_config
 from .optimize import optimize_for_inference
@@ -162,7 +162,7 @@ class Predictor:
         views = [(image, window) for image, here in zip(images, windows) for window in here]
         found = []
         starts = range(0, len(views), self.batch_size)
-        for start in tqdm(starts, desc="Tiles", unit="batch", leave=False, delay=3, disable=None):  # in a terminal
+        for start in progress(starts, desc="Tiles", unit="batch"):
             batch = [self._view(*view) for view in views[start : start + self.batch_size]]
             found += [output["instances"].to("cpu") for output in self.model(batch)]
         results = []

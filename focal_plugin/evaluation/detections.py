@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import nn
-from tqdm import tqdm
 
+from ..files.progress import progress
 from .style import class_color
 
 _DETECTED, _TRUTH = class_color(0), class_color(1)  # of a single class; of several, each has its colour on both sides
@@ -63,8 +63,8 @@ def sample_detections(
     num_images = min(num_images, len(candidates))
     chosen = [candidates[i * len(candidates) // num_images] for i in range(num_images)]
     with inference_context(model), torch.no_grad():
-        progress = tqdm(chosen, desc="Drawing detections", unit="image", delay=3, leave=False, disable=None)
-        return [_sample(model, loader.dataset[i], records[i], image_format) for i in progress]
+        shown = progress(chosen, desc="Drawing detections")
+        return [_sample(model, loader.dataset[i], records[i], image_format) for i in shown]
 
 
 def _sample(model: nn.Module, inputs: dict, record: dict, image_format: str) -> Sample:

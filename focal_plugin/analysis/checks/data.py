@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from tqdm import tqdm
 
 from ...data import DataError, FocalDatasetMapper, check_num_classes
 from ...data.images import decode_all
 from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect
 from ...data.suspects import repeated_boxes
 from ...engine.validation import check_truth
+from ...files.progress import progress
 from ...registry import build_matcher
 from ...structures import Anchors
 from ..common import read_records, spread
@@ -240,7 +240,7 @@ def check_positives(case: Case) -> Iterator[Finding]:
     matcher, mapper = build_matcher(case.cfg), FocalDatasetMapper(case.cfg, is_train=True)
     records = spread(case.used_records, _BATCH_IMAGES)
     boxes, totals = 0, np.zeros(len(case.levels), dtype=int)
-    for record in tqdm(records, desc="Images", unit="image", delay=2, leave=False, disable=None):
+    for record in progress(records, desc="Images"):
         try:
             sample = mapper(record)
         except DataError:
