@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..data.images import check_image
+from ..data.records import objects
 from ..engine.rng import seeded
 from ..files.progress import progress
 from ..registry import build_matcher
@@ -84,8 +85,7 @@ def _read_image(resize: ResizeShortestEdge, crop: RandomCrop | None, record: dic
         width, height = record["width"], record["height"]
     else:
         width, height = check_image(record["file_name"], None, "DATASETS.TRAIN")
-    annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects(record)]
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)  # (G, 4)
     boxes = boxes.clip(0, [width, height, width, height])  # as Detectron2's mapper does
     sides = boxes[:, 2:] - boxes[:, :2]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from ..data.records import objects
 from .components import chosen_components
 
 
@@ -32,9 +33,8 @@ def count_boxes(datasets: Iterable[str], num_classes: int) -> list[int]:
     counts = [0] * num_classes
     for name in datasets:
         for record in DatasetCatalog.get(name):
-            for annotation in record.get("annotations", ()):
-                if annotation.get("iscrowd", 0) == 0:
-                    category = annotation["category_id"]
-                    counts += [0] * (category + 1 - len(counts))
-                    counts[category] += 1
+            for annotation in objects(record):
+                category = annotation["category_id"]
+                counts += [0] * (category + 1 - len(counts))
+                counts[category] += 1
     return counts

@@ -169,9 +169,14 @@ def make_annotation(
     }
 
 
+def objects(record: dict) -> list[dict]:
+    """Return the annotations of an image without crowds."""
+    return [annotation for annotation in record.get("annotations", ()) if annotation.get("iscrowd", 0) == 0]
+
+
 def has_boxes(record: dict) -> bool:
     """Return whether an image has a box that is no crowd."""
-    return any(annotation.get("iscrowd", 0) == 0 for annotation in record.get("annotations", ()))
+    return bool(objects(record))
 
 
 def class_id(name: str, class_ids: dict[str, int], where: str) -> int:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from ..evaluation.style import GRAY, class_color
 from ..files.progress import progress
 from .images import readable_image
+from .records import objects
 
 SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}  # COCO's, by the area in pixels that is below
 _CELL, _GAP, _LINE = 320, 12, 18  # pixels: an image's longer side, the space between cells, a line of text
@@ -64,7 +65,7 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
     shown = [records[i * len(records) // num_images] for i in range(num_images)]
     columns = math.ceil(math.sqrt(num_images))
     rows = math.ceil(num_images / columns)
-    counts = Counter(box["category_id"] for r in shown for box in r["annotations"] if not box["iscrowd"])
+    counts = Counter(box["category_id"] for r in shown for box in objects(r))
     step, height = _CELL + _GAP, _CELL + _LINE + _GAP
     legend = (1 + math.ceil(len(counts) / columns)) * _LINE
     sheet = Image.new("RGB", (columns * step + _GAP, rows * height + legend + 2 * _GAP), "white")
@@ -72,7 +73,7 @@ def draw_sheet(records: Sequence[dict], classes: Sequence[str], num_images: int)
     for number, record in enumerate(progress(shown, desc="Drawing")):
         x, y = _GAP + number % columns * step, _GAP + number // columns * height
         sheet.paste(_picture(record), (x, y))
-        boxes = sum(not box["iscrowd"] for box in record["annotations"])
+        boxes = len(objects(record))
         text = f"{os.path.basename(record['file_name'])}: {boxes} box{'es' if boxes != 1 else ''}"
         draw.text((x, y + _CELL), _shortened(text, font), "black", font)
     draw.text((_GAP, _GAP + rows * height), f"Boxes of {num_images} images out of {len(records)}:", "black", font)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
-from .records import DataError, need
+from .records import DataError, need, objects
 
 
 def split_records(
@@ -56,7 +56,7 @@ def table_of(splits: Mapping[str, Sequence[dict]], shares: Mapping[str, float], 
     """
     total = sum(map(len, splits.values()))
     counts = {
-        split: Counter(box["category_id"] for r in records for box in r["annotations"] if not box["iscrowd"])
+        split: Counter(box["category_id"] for record in records for box in objects(record))
         for split, records in splits.items()
     }
     rows = [

@@ -9,11 +9,11 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..class_loss import ClassLoss
 from ..losses import ElementwiseLoss
 from ..structures import DenseTargets
+from .processes import unwrapped
 
 
 class BalanceHook(HookBase):
@@ -39,7 +39,7 @@ class BalanceHook(HookBase):
     def __init__(self, model: nn.Module, period: int = 20):
         if period < 1:
             raise ValueError(f"period is {period}; expected a number of steps ≥ 1.")
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model = unwrapped(model)
         self.period = period
         self.observer = LossObserver(period)
         if hasattr(self.model, "loss_observer"):

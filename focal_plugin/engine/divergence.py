@@ -14,11 +14,11 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..files.write import replace_file
 from ..retinanet import FocalRetinaNet
 from .batch_file import save_batch
+from .processes import unwrapped
 from .window import split
 
 logger = logging.getLogger(__name__)
@@ -104,19 +104,18 @@ def recorded_divergence(output_dir: str) -> Iterator[None]:
         raise
 
 
-def explain(trainer, losses: dict[str, float], gradient: float, batch: list[dict]) -> list[DivergenceReport]:
+def explain(trainer, losses: dict[str, float], batch: list[dict]) -> list[DivergenceReport]:
     """The accounts of the processes whose losses are not finite, or of all if it is a gradient. For all processes.
 
     Args:
         trainer: a ``StepTrainer`` in the step, before the weights change. Its ``output_dir`` gets the batch, if the
             step ends the run or is one of the first ``_KEPT`` that are skipped.
         losses: this process's.
-        gradient: its largest.
         batch: its images.
     """
     mine = not all(math.isfinite(loss) for loss in losses.values())
     anywhere = any(comm.all_gather(mine))
-    model = trainer.model.module if isinstance(trainer.model, DistributedDataParallel) else trainer.model
+    model = unwrapped(trainer.model)
     scale = trainer.grad_scaler.get_scale() if trainer.grad_scaler.is_enabled() else 1.0
     parts = split(batch, trainer.accumulate)
     looking = mine or not anywhere

@@ -10,8 +10,9 @@ import torch
 from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.multiprocessing import ProcessExitedException
+from torch.nn.parallel import DistributedDataParallel
 
 from .signals import EXIT_CODES, SIGNALS
 
@@ -40,6 +41,11 @@ def launch(main: Callable, num_gpus: int, *, num_machines: int = 1, args: tuple 
         detectron2_launch(main, num_gpus, args=args, **kwargs)
     else:
         _start(main, num_gpus, num_machines=num_machines, args=args, **kwargs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model in a DistributedDataParallel; another one as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gather_numbers(values: Tensor, *numbers: float) -> list[list[float]]:

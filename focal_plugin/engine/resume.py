@@ -15,11 +15,11 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import PeriodicCheckpointer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from .checkpoint import AtomicCheckpointer
 from .metrics import MetricsWriter, load_storage_state, storage_state
+from .processes import unwrapped
 from .rng import rng_state, set_rng_state
 from .signals import StopSignals
 
@@ -67,7 +67,7 @@ class CheckpointHook(HookBase):
                 "of steps ≥ 1. With more than the run has, only its last step is saved."
             )
         self.periodic = PeriodicCheckpointer(checkpointer, period, max_to_keep=max_to_keep)
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model = unwrapped(model)
         self.loader, self.metrics, self.tail = loader, metrics, list(tail)
         self.signals = StopSignals()
         self._processes: list[dict] = []  # of this step, from all processes

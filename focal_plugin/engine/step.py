@@ -19,7 +19,7 @@ from ..layers.fast_dtype import fast_dtype
 from .average import WeightAverage
 from .clipping import parameters_with_gradients
 from .divergence import Divergence, explain
-from .processes import gather_numbers
+from .processes import gather_numbers, unwrapped
 from .signals import StopSignals
 from .window import counted_together, divide_gradients, split
 
@@ -172,7 +172,7 @@ class StepTrainer(SimpleTrainer):
         """As ``forward_backward``, micro-batch after micro-batch."""
         parts, totals = split(batch, self.accumulate), {}
         parallel = isinstance(self.model, DistributedDataParallel)
-        with counted_together(self.model.module if parallel else self.model) as window:
+        with counted_together(unwrapped(self.model)) as window:
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
                 with self.model.no_sync() if parallel and not last else nullcontext():
@@ -215,7 +215,7 @@ class StepTrainer(SimpleTrainer):
         self._overflowed = not all(map(math.isfinite, gradients))
         if not finite or (self._overflowed and not self._scale_may_fall()):
             rank = comm.get_rank()
-            self._skip_or_stop({name: column[rank] for name, column in zip(losses, columns)}, gradients[rank], batch)
+            self._skip_or_stop({name: column[rank] for name, column in zip(losses, columns)}, batch)
             return False
         if is_due and comm.is_main_process():
             mean = {name: sum(column) / len(column) for name, column in zip(losses, columns)}
@@ -228,8 +228,8 @@ class StepTrainer(SimpleTrainer):
         """Return whether gradients that overflow only tell the scaler to lower its scale."""
         return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > _LEAST_SCALE
 
-    def _skip_or_stop(self, losses: dict[str, float], gradient: float, batch: list[dict]) -> None:
-        reports = explain(self, losses, gradient, batch)
+    def _skip_or_stop(self, losses: dict[str, float], batch: list[dict]) -> None:
+        reports = explain(self, losses, batch)
         error = Divergence(self.iter, max(group["lr"] for group in self.optimizer.param_groups), reports)
         if self.skips >= self.max_skips:
             raise error
@@ -272,7 +272,7 @@ class StepTrainer(SimpleTrainer):
 
 def _keep_gradients(model: nn.Module) -> None:
     """Copy the gradients, which the next replay of a compiled network would overwrite before it is added to them."""
-    if getattr(getattr(model, "module", model), "compiled", None) is not None:
+    if getattr(unwrapped(model), "compiled", None) is not None:
         for parameter in model.parameters():
             parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 

@@ -13,12 +13,12 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..data import FocalDatasetMapper, leave_out_broken_images
 from ..normalizer import NumPositives
 from .console import off_screen
+from .processes import unwrapped
 from .rng import rng_state, seeded, set_rng_state
 from .step import StepTrainer
 
@@ -42,8 +42,7 @@ class ValidationLoss:
 
     def __call__(self) -> dict[str, float]:
         """Return each loss, and ``total_loss``. For all processes, which return the same."""
-        model = self.trainer.model
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = unwrapped(self.trainer.model)
         sums: Counter[str] = Counter()
         images = 0
         with untouched(model):

@@ -13,7 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ...config.load import build_model, load_config
-from ...data import is_dense_detector
+from ...data import has_boxes, is_dense_detector
 from ...engine import AtomicCheckpointer, training_folder
 from ...retinanet import FocalRetinaNet
 from ..common import read_records, spread
@@ -111,7 +111,7 @@ class Case:
     def used_records(self) -> list[dict]:
         """The records that are trained on."""
         filters = self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        return [record for record in self.records if objects(record) or not filters]
+        return [record for record in self.records if has_boxes(record) or not filters]
 
     @cached_property
     def model(self) -> nn.Module:
@@ -152,11 +152,6 @@ def first_batch_config(cfg: CfgNode, images: int) -> CfgNode:
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SEED = max(cfg.SEED, 0)
     return cfg
-
-
-def objects(record: dict) -> list[dict]:
-    """Return the annotations of a record without crowds."""
-    return [annotation for annotation in record.get("annotations", []) if annotation.get("iscrowd", 0) == 0]
 
 
 def few(names: Iterable[object], most: int = 3) -> str:

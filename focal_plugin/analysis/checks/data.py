@@ -8,9 +8,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ...data import DataError, FocalDatasetMapper, check_num_classes
+from ...data import DataError, FocalDatasetMapper, check_num_classes, has_boxes
 from ...data.images import decode_all
-from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect
+from ...data.records import NO_SIZE, NOT_NUMBERS, OUTSIDE, box_defect, objects
 from ...data.suspects import repeated_boxes
 from ...engine.validation import check_truth
 from ...files.progress import progress
@@ -18,7 +18,7 @@ from ...registry import build_matcher
 from ...structures import Anchors
 from ..common import read_records, spread
 from ..coverage import count_positives
-from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, objects, percent
+from .case import ERROR, OK, SKIPPED, WARNING, Case, Finding, few, percent
 
 _BATCH_IMAGES = 16
 _MANY_EMPTY, _MANY_WITHOUT, _MANY_LOW_QUALITY = 0.1, 0.01, 0.25  # shares above which there is a warning
@@ -156,7 +156,7 @@ def check_boxes(case: Case) -> Iterator[Finding]:
 
 def check_empty_images(case: Case) -> Iterator[Finding]:
     """Check how many images have no object, and whether they are trained on."""
-    empty, total = sum(not objects(record) for record in case.records), len(case.records)
+    empty, total = sum(not has_boxes(record) for record in case.records), len(case.records)
     if not empty:
         yield Finding(OK, f"none of {total:,}")
     elif not case.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:

@@ -27,6 +27,7 @@ from torch.nn.functional import one_hot
 from ...config import ConfigError
 from ...data import FocalDatasetMapper
 from ...data.images import check_image
+from ...data.records import objects
 from ...evaluation.numbers import IOU, match
 from ...losses.functional import sigmoid_focal_loss
 from ...retinanet import FocalRetinaNet
@@ -217,7 +218,7 @@ def _in_image(found: dict, record: dict, scale: list[float]) -> Suggestion:
     box = [min(max(v * s, 0.0), end) for v, s, end in zip(found.pop("predicted_box").tolist(), scale, ends)]
     label = {}
     if (number := found.pop("label", None)) is not None:
-        annotation = [a for a in record["annotations"] if not a.get("iscrowd", 0)][number]
+        annotation = objects(record)[number]
         corners = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         place = {"label": annotation["place"], "label_class": annotation["category_id"]}
         label = {**place, "label_box": tuple(map(float, corners))}
