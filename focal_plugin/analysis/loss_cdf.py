@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import ConfigError
-from ..data import FocalDatasetMapper
+from ..data.mapper import mapper_with_truth
 from ..evaluation import style
 from ..retinanet import FocalRetinaNet
 from ..structures import IGNORED, DenseTargets
@@ -133,9 +132,7 @@ def main(args: argparse.Namespace) -> int:
 @torch.no_grad()
 def collect(model: FocalRetinaNet, cfg: CfgNode, records: Sequence[dict]) -> dict[str, WrongnessHistogram]:
     """Return the histograms of the "positive" and the "negative" examples of ``records``, resized as for testing."""
-    mapper = FocalDatasetMapper(  # is_train: with the annotations
-        is_train=True, augmentations=build_augmentation(cfg, is_train=False), image_format=cfg.INPUT.FORMAT
-    )
+    mapper = mapper_with_truth(cfg)
     histograms = {"positive": WrongnessHistogram(), "negative": WrongnessHistogram()}
     with inference_context(model):
         for record in tqdm(records, desc="Losses", unit="image", disable=None):

@@ -61,6 +61,13 @@ class FocalDatasetMapper(DatasetMapper):
             dataset_dict["ignore_boxes"] = boxes
 
 
+def mapper_with_truth(cfg: CfgNode) -> FocalDatasetMapper:
+    """Return a mapper for images as in evaluation, with their ground truth."""
+    mapper = FocalDatasetMapper(cfg, is_train=False)
+    mapper.is_train = True  # keeps the annotations
+    return mapper
+
+
 def build_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Return the augmentations of ``INPUT.AUGMENTATIONS``, in order.
 

@@ -168,8 +168,9 @@ class TrainLoader:
         collate_fn: Callable = default_collate,
         **kwargs,
     ):
-        self.dataset, self.sampler, self.batch_size, self.seed, self.groups = dataset, sampler, batch_size, seed, groups
-        self.may_skip, self.collate_fn, self.kwargs = may_skip, collate_fn, kwargs
+        self.dataset, self.sampler, self.batch_size, self.seed = dataset, sampler, batch_size, seed
+        self.groups, self.may_skip = groups or [None] * len(dataset), may_skip or [False] * len(dataset)
+        self.collate_fn, self.kwargs = collate_fn, kwargs
         self.position = 0
         self.failed = False
         self.unread: Counter[int] = Counter()
@@ -227,7 +228,7 @@ class TrainLoader:
         rank, processes = comm.get_rank(), comm.get_world_size()
         waiting: dict = {}
         for number, index in enumerate(self.sampler):
-            batch = waiting.setdefault(self.groups[index] if self.groups else None, [])
+            batch = waiting.setdefault(self.groups[index], [])
             batch.append((number * processes + rank, index))
             if len(batch) == self.batch_size:
                 yield batch[:]
@@ -253,7 +254,7 @@ class TrainLoader:
 class _Reader(Dataset):
     """Images by (position, index), mapped with random numbers that depend only on the seed and the position."""
 
-    def __init__(self, dataset: Dataset, seed: int, sampler: Iterable[int], groups: Sequence | None, may_skip):
+    def __init__(self, dataset: Dataset, seed: int, sampler: Iterable[int], groups: Sequence, may_skip: Sequence[bool]):
         self.dataset, self.seed, self.sampler, self.groups, self.may_skip = dataset, seed, sampler, groups, may_skip
 
     def __getitem__(self, where: tuple[int, int]) -> tuple[dict, int, dict[int, str]]:
@@ -265,7 +266,7 @@ class _Reader(Dataset):
                 with seeded(self.seed, position):
                     return self.dataset[candidate], candidate, unread
             except DataError as error:
-                if self.may_skip is None or not self.may_skip[candidate]:
+                if not self.may_skip[candidate]:
                     raise
                 unread[candidate] = str(error)
         raise DataError(
@@ -276,7 +277,7 @@ class _Reader(Dataset):
 
     def _substitutes(self, position: int, index: int) -> Iterator[int]:
         """Yield other images of the group of ``index``: one at random, and those that follow it."""
-        others = [other for other in self._pool if self._group(other) == self._group(index) and other != index]
+        others = [other for other in self._pool if self.groups[other] == self.groups[index] and other != index]
         if others:
             start = np.random.default_rng([self.seed, position]).integers(len(others))
             yield from [*others[start:], *others[:start]][:_MOST_IN_A_ROW]
@@ -285,9 +286,6 @@ class _Reader(Dataset):
     def _pool(self) -> list[int]:
         """The indices at the beginning of the order, sorted: in any number of processes the same, for a small set."""
         return sorted(set(itertools.islice(self.sampler, _POOL)))
-
-    def _group(self, index: int) -> object:
-        return self.groups[index] if self.groups else None
 
 
 def collate_unread(

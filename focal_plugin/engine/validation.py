@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..config import ConfigError
-from ..data import FocalDatasetMapper, leave_out_broken_images
+from ..data import leave_out_broken_images
+from ..data.mapper import mapper_with_truth
 from ..normalizer import NumPositives
 from .console import off_screen
 from .processes import unwrapped
@@ -70,9 +71,7 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[list[dict]]:
     with off_screen("detectron2"):
         records = get_detection_dataset_dicts(list(cfg.DATASETS.VALIDATION), filter_empty=False)
     check_truth(cfg, records)
-    mapper = FocalDatasetMapper(cfg, is_train=False)
-    mapper.is_train = True  # keeps the ground truth
-    return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    return build_detection_test_loader(records, mapper=mapper_with_truth(cfg), num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
 def check_truth(cfg: CfgNode, records: Iterable[dict]) -> None:

@@ -3,9 +3,9 @@
 import json
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from . import style
 
 _LOSSES = {
     "total_loss": "total",
@@ -53,10 +53,7 @@ def save_curves(path: str, metrics_json: str) -> None:
     series = read_metrics(metrics_json)
     # "bbox/AP", or "<data set>/bbox/AP" if there are several test sets
     metrics = [name for name in series if name.rpartition("/")[2] in _METRICS]
-    num_panels = 3 if metrics else 2
-    figure = Figure(figsize=(4.4 * num_panels, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, num_panels)
+    figure, panels = style.panels(3 if metrics else 2, width=4.4, height=3.4)
 
     losses = {name: label for name, label in _LOSSES.items() if name in series}
     for name, label in losses.items():
@@ -73,12 +70,10 @@ def save_curves(path: str, metrics_json: str) -> None:
         panels[2].set(title="AP on the test set (%)", ylim=(0, None))
     for panel in panels:
         panel.set(xlabel="iteration", xlim=(0, None))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[1]:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # where no curve is
             panel.legend(frameon=False, fontsize=8, ncols=2, **below)
-    figure.savefig(path, dpi=110)
+    style.save(figure, path)
 
 
 def use_log_scale(axes: Axes) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairwise_iou
 from detectron2.structures.boxes import matched_pairwise_iou
@@ -25,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ...config import ConfigError
-from ...data import FocalDatasetMapper
 from ...data.images import check_image
+from ...data.mapper import mapper_with_truth
 from ...data.records import objects
 from ...evaluation.numbers import IOU, match
 from ...losses.functional import sigmoid_focal_loss
@@ -46,9 +45,7 @@ class Judge:
     def __init__(self, model: FocalRetinaNet, cfg: CfgNode):
         self.model = model
         self.rates = {"alpha": cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
-        self.mapper = FocalDatasetMapper(  # is_train: with the annotations
-            is_train=True, augmentations=build_augmentation(cfg, is_train=False), image_format=cfg.INPUT.FORMAT
-        )
+        self.mapper = mapper_with_truth(cfg)
 
     @torch.no_grad()
     def __call__(self, record: dict) -> Verdict:
