@@ -26,7 +26,7 @@ from ..config import ConfigError
 from ..config.load import load_config
 from ..evaluation import style
 from ..evaluation.numbers import calibration, pair
-from .common import add_flags, output_paths, print_written
+from .common import add_flags, named_run, output_paths, print_written
 
 _SMALLEST = 1e-6  # distance of a score from 0 and 1
 _RANGE = (1e-3, 1e3)  # of temperatures
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Find the temperature of each run, print and write the numbers, and draw the reliability diagrams."""
-    runs = [_split_name(word) for word in args.runs]
+    runs = [named_run(word) for word in args.runs]
     found = {name: measure(*read_detections(Path(folder), args.opts)) for name, folder in runs}
     if len(found) < len(runs):
         raise ConfigError(f"--runs {' '.join(args.runs)}: two have the same name; write NAME=FOLDER.")
@@ -52,13 +52,6 @@ def main(args: argparse.Namespace) -> int:
     draw(picture, found)
     print_written(paths)
     return 0
-
-
-def _split_name(word: str) -> tuple[str, str]:
-    name, equals, path = word.partition("=")
-    if not equals or Path(word).exists():
-        name, path = Path(word).resolve().name, word
-    return name, path
 
 
 def read_detections(folder: Path, opts: Sequence[str] = ()) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -60,6 +60,14 @@ def output_folder(args: argparse.Namespace, cfg: CfgNode) -> Path:
     return folder
 
 
+def named_run(word: str) -> tuple[str, str]:
+    """Return the name and the path in ``[NAME=]PATH``; by default a folder's name, or a file's without its suffix."""
+    name, equals, path = word.partition("=")
+    if not equals or Path(word).exists():
+        name, path = "", word
+    return name or (Path(path).resolve().name if Path(path).is_dir() else Path(path).stem), path
+
+
 def print_written(paths: Sequence[Path]) -> None:
     """Print the names of the files that were written."""
     print(f"Written: {', '.join(map(str, paths))}")

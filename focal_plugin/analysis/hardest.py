@@ -65,18 +65,7 @@ def main(args: argparse.Namespace) -> int:
     key = (args.split or ("train" if args.folds is not None else "test")).upper()
     records = read_records(cfg, key)
     check_num_classes(cfg)
-    judged = spread(records, args.num_images)
-    if args.folds is not None:
-        build_focal_model(cfg, "hardest")  # its errors before any training
-        parts = cut(records, args.folds, args.by)
-        runs = train_folds(cfg, parts, output_folder(args, cfg) / f"hardest_{args.folds}_folds")
-        chosen = set(map(id, judged))
-        judges = zip(runs, [[record for record in part if id(record) in chosen] for part in parts])
-    elif cfg.MODEL.WEIGHTS:
-        judges = [(cfg, judged)]
-    else:
-        raise ConfigError("No weights: give a trained checkpoint with --weights or MODEL.WEIGHTS, or --folds K.")
-    ranking = rank(judges, args.top)
+    ranking = rank(who_judges(args, cfg, records), args.top)
 
     names = class_names(cfg.DATASETS[key][0]) or [f"class {k}" for k in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     best = ranking.best()
@@ -112,6 +101,24 @@ def main(args: argparse.Namespace) -> int:
     if shown:
         print(f"Apply those that are right: focal data correct IN OUT --suggestions {coco} --accept NUMBERS ...")
     return 0
+
+
+def who_judges(args: argparse.Namespace, cfg: CfgNode, records: list[dict]) -> Iterable[tuple[CfgNode, list[dict]]]:
+    """Return the config of each model that judges, and the records that it judges; with --folds, when it is trained.
+
+    Raises:
+        ConfigError: there is no model that judges.
+    """
+    judged = spread(records, args.num_images)
+    if args.folds is not None:
+        build_focal_model(cfg, "hardest")  # its errors before any training
+        parts = cut(records, args.folds, args.by)
+        runs = train_folds(cfg, parts, output_folder(args, cfg) / f"hardest_{args.folds}_folds")
+        chosen = set(map(id, judged))
+        return zip(runs, [[record for record in part if id(record) in chosen] for part in parts])
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("No weights: give a trained checkpoint with --weights or MODEL.WEIGHTS, or --folds K.")
+    return [(cfg, judged)]
 
 
 def rank(judges: Iterable[tuple[CfgNode, Sequence[dict]]], top: int) -> Ranking:

@@ -134,10 +134,7 @@ def first_step(cfg: CfgNode) -> FirstStep:
     background = None
     if isinstance(model.cls_loss, ElementwiseLoss) and expected:
         background = 1 - loss_of_positives(model.cls_loss, _constant(bias, logits), targets).item() / expected
-    offsets = [(level - _spread_bias(bias, level)).double() for level in logits]
-    count = sum(level.numel() for level in offsets)
-    mean = sum(level.sum() for level in offsets).item() / count
-    square = sum(level.square().sum() for level in offsets).item() / count
+    mean, deviation = _offsets(bias, logits)
     per_positive = 1 / max(targets.num_positives, 1)
     labels = torch.cat([level.flatten() for level in targets.labels])
     textbook = _textbook(model.cls_loss, bias, targets)
@@ -156,7 +153,7 @@ def first_step(cfg: CfgNode) -> FirstStep:
         background_share=background,
         at_papers_prior=_at_bias(model.cls_loss, papers, logits, targets) * per_positive,
         logit_mean=mean,
-        logit_std=math.sqrt(max(square - mean**2, 0)) if math.isfinite(square) else math.nan,
+        logit_std=deviation,
         bias_off=_bias_off(model, bias),
         loss_cls=losses["loss_cls"],
         loss_box_reg=losses["loss_box_reg"],
@@ -178,6 +175,15 @@ def _spread_bias(bias: Tensor, level: Tensor) -> Tensor:
 def _constant(bias: Tensor, logits: list[Tensor]) -> list[Tensor]:
     """Return logits of the same shapes that all equal the ``bias``."""
     return [_spread_bias(bias, level).contiguous() for level in logits]
+
+
+def _offsets(bias: Tensor, logits: list[Tensor]) -> tuple[float, float]:
+    """Return the mean and the standard deviation of the logits minus their bias."""
+    offsets = [(level - _spread_bias(bias, level)).double() for level in logits]
+    count = sum(level.numel() for level in offsets)
+    mean = sum(level.sum() for level in offsets).item() / count
+    square = sum(level.square().sum() for level in offsets).item() / count
+    return mean, math.sqrt(max(square - mean**2, 0)) if math.isfinite(square) else math.nan
 
 
 @torch.no_grad()

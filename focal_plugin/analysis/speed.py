@@ -37,7 +37,7 @@ from ..engine import AtomicCheckpointer, Trainer
 from ..evaluation import style
 from ..evaluation.curves import read_metrics
 from ..evaluation.report import has_found_nothing
-from .common import add_flags, load_weights, output_paths, print_written, read_records, spread, write_csv
+from .common import add_flags, load_weights, named_run, output_paths, print_written, read_records, spread, write_csv
 
 _OPTIMIZED = ", optimised"
 _PAPER = {  # table 1e: test-dev AP and ms on an M40 GPU at 400, 500, 600, 700 and 800 pixels
@@ -127,11 +127,8 @@ def build_entry(run: str, opts: Sequence[str], aps: dict[str, str], weights: dic
     Raises:
         ConfigError: there is no such folder or config, the folder lacks a file, or the AP is not a number.
     """
-    name, equals, path = run.partition("=")
-    if not equals or os.path.exists(run):
-        name, path = "", run
+    name, path = named_run(run)
     folder = Path(path) if os.path.isdir(path) else None
-    name = name or (folder.resolve().name if folder else Path(path).stem)
     if folder and not (folder / "config.yaml").is_file():
         raise ConfigError(f"--runs {path}: there is no config.yaml in that folder.")
     try:

@@ -165,13 +165,7 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
     model, saved = _start(cfg, args, cfg.train.output_dir), plain_config(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    if cfg.dataloader.train.get("_target_") in _DETECTRON2_LOADERS:
-        cfg.dataloader.train._target_ = build_train_loader
-        images, processes = cfg.dataloader.train.get("total_batch_size", 0), comm.get_world_size()
-        check_batch(images, processes, cfg.train.get("accumulate", 1))
-        if "pin_memory" not in cfg.dataloader.train:
-            cfg.dataloader.train.pin_memory = pins_batches(cfg.train.device, cfg.train.get("compile", False))
-    loader = instantiate(cfg.dataloader.train)
+    loader = _build_loader(cfg)
     balance = [BalanceHook(model)] if isinstance(model, DenseDetector) else []
     average = WeightAverage(model, decay) if decay else None
     model = data_parallel(model, **cfg.train.get("ddp", {}))
@@ -233,6 +227,17 @@ def _build_trainer(cfg, args, results: dict) -> tuple[StepTrainer, int, list[Run
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
     save.check_start(start, cfg.train.max_iter, args.resume)
     return trainer, start, [writer for writer in writers if isinstance(writer, RunLogger)]
+
+
+def _build_loader(cfg):
+    """Build the training loader; where it is Detectron2's, ours, which resumes."""
+    train = cfg.dataloader.train
+    if train.get("_target_") in _DETECTRON2_LOADERS:
+        train._target_ = build_train_loader
+        check_batch(train.get("total_batch_size", 0), comm.get_world_size(), cfg.train.get("accumulate", 1))
+        if "pin_memory" not in train:
+            train.pin_memory = pins_batches(cfg.train.device, cfg.train.get("compile", False))
+    return instantiate(train)
 
 
 def _check_files(cfg, eval_only: bool) -> None:

@@ -1,6 +1,7 @@
 """The optimiser of a config: SGD or AdamW, with weight decay by kind of parameter and learning rates by part."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -73,6 +74,23 @@ def lr_factors(entries: list[dict[str, float]], model: nn.Module) -> dict[str, f
             )
         factors |= dict.fromkeys(fitting, factor)
     return factors
+
+
+@contextmanager
+def parameters_with_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the optimizer has only those parameters that have a gradient; it would pass over the others.
+
+    Clipping by value does not: in PyTorch 2.14 ``clip_grad_value_`` of a parameter without a gradient is an error, and
+    Detectron2 clips each parameter by itself. A level of a pyramid that no head sees has such parameters.
+    """
+    before = [group["params"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.grad is not None]
+        yield
+    finally:
+        for group, parameters in zip(optimizer.param_groups, before):
+            group["params"] = parameters
 
 
 def _unknown_norms(cfg: CfgNode, model: nn.Module) -> Iterator[nn.Parameter]:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import ConfigError
 from ..layers.fast_dtype import fast_dtype
 from .average import WeightAverage
-from .clipping import parameters_with_gradients
 from .divergence import Divergence, explain
+from .optimizer import parameters_with_gradients
 from .processes import gather_numbers, unwrapped
 from .signals import StopSignals
 from .window import counted_together, divide_gradients, split

@@ -170,7 +170,7 @@ class _Positives:
         classes = [labels.flatten()[chosen] for labels, chosen in zip(targets.labels, targets.positives)]
         self.classes = torch.cat(classes)  # (P,)
         self.losses = (self.with_class * one_hot(self.classes, x.shape[1])).sum(dim=1)
-        self.scores, self.boxes, self.given = x.sigmoid(), boxes, given
+        self.scores, self.boxes = x.sigmoid(), boxes
         self.iou = matched_pairwise_iou(Boxes(boxes), Boxes(targets.gt_boxes)).nan_to_num(nan=0)  # (P,)
         is_of = (targets.gt_boxes[:, None] == given.gt_boxes.tensor).all(dim=2)  # (P, G)
         is_of &= self.classes[:, None] == given.gt_classes
