@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from ..files.progress import progress
 from ..files.regular import open_regular
 from .images import ELSEWHERE, check_image
-from .records import (
-    Checker,
-    DataError,
-    check_numbers,
-    is_number,
-    join_inside,
-    make_annotation,
-    need,
-    resolve,
-)
+from .records import Checker, DataError, check_numbers, is_number, join_inside, make_annotation, need, resolve
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,7 @@ def split_records(
     Raises:
         DataError: there are fewer groups than splits.
     """
-    sizes: dict[str, int] = {}
-    for group in groups:
-        sizes[group] = sizes.get(group, 0) + 1
+    sizes = Counter(groups)
     if len(sizes) < len(shares):
         raise DataError("too few groups", f"{len(sizes)} for the splits {', '.join(shares)}: {', '.join(sizes)}.")
     order = sorted(sizes)

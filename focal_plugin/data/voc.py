@@ -74,13 +74,7 @@ def parse_xml(path: str) -> Element:
             return parse(file).getroot()
     except FileNotFoundError:
         raise DataError("missing annotation", f"{path} does not exist.") from None
-    except (
-        ParseError,
-        DefusedXmlException,
-        OSError,
-        ValueError,
-        LookupError,
-    ) as error:  # the last two: unknown encodings
+    except (ParseError, DefusedXmlException, OSError, ValueError, LookupError) as error:  # the last two: encodings
         raise DataError("annotation that is not XML", f"{path}: {error}") from error
 
 

@@ -99,7 +99,7 @@ class YoloSet:
 
     def _names(self, content: dict, where: str) -> dict[int, str]:
         """The names that the labels' numbers stand for, in the order of the numbers."""
-        found = content.get("names") if self.data else None
+        found = content.get("names")
         if found is None:
             found = self.classes or (None if self.data else self._read_names())
         names = dict(enumerate(found)) if isinstance(found, list) else found

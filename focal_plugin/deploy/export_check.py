@@ -205,9 +205,8 @@ def compare_detections(
         raise ExportError(f"{len(scores)} detections; the model's limit is {model.max_detections_per_image}")
     kept = torch.tensor(_match(candidates, found, model.test_score_thresh, tolerance), dtype=torch.int64)
     _check_overlaps(candidates, kept, model.test_nms_thresh + tolerance.overlaps)
-    empty = (candidates.clipped[:, 2:] <= candidates.clipped[:, :2]).any(
-        dim=1
-    )  # NMS may keep them, to be dropped later
+    # NMS may keep boxes without an area, to be dropped later.
+    empty = (candidates.clipped[:, 2:] <= candidates.clipped[:, :2]).any(dim=1)
     least = model.test_score_thresh
     if len(scores) + int(empty.sum()) >= model.max_detections_per_image:
         least = max(least, scores[-1] if len(scores) else 1.0)

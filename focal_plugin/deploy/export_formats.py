@@ -124,9 +124,8 @@ def _class_wise_nms_in_onnx(boxes, scores, classes, num_classes: int, threshold:
     )  # (P, 3): image, class, box
     kept = op.Gather(kept, op.Constant(value_ints=[0, 2]), axis=1)
     scores = op.ScatterND(op.Expand(nothing, op.Shape(scores)), kept, op.GatherND(scores, kept))  # (N, C)
-    return op.TopK(
-        scores, op.Min(op.Constant(value_ints=[count]), op.Shape(scores, start=1))
-    )  # of equal ones, the first
+    most = op.Min(op.Constant(value_ints=[count]), op.Shape(scores, start=1))
+    return op.TopK(scores, most)  # of equal ones, the first
 
 
 def _example(module: ExportedHeads) -> Tensor:

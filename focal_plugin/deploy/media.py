@@ -68,9 +68,8 @@ class _Visualizer(Visualizer):
     scores: Sequence[float] = ()
 
     def overlay_instances(self, *, labels=None, **shapes):
-        names = [
-            f"{label.rpartition(' ')[0]} " if self.labels == "all" else "" for label in labels or ()
-        ]  # was "cat 82%"
+        # A label is "cat 82%".
+        names = [f"{label.rpartition(' ')[0]} " if self.labels == "all" else "" for label in labels or ()]
         texts = None if self.labels == "none" else [f"{name}{s:.2f}" for name, s in zip(names, self.scores)]
         return super().overlay_instances(labels=texts, **shapes)
 

@@ -69,9 +69,8 @@ class BalanceHook(HookBase):
         of_positives, total = (sum(each[2][i] for each in everyone) for i in (0, 1))
         numbers = {f"positives/{name}": count / images for name, count in zip(names, counts)}
         if total and math.isfinite(of_positives):  # Detectron2 would print the share if it had "loss" in its name
-            numbers["background_share"] = (
-                min(max(1 - of_positives / total, 0.0), 1.0) if of_positives >= 0 else math.nan
-            )
+            share = 1 - of_positives / total
+            numbers["background_share"] = min(max(share, 0.0), 1.0) if of_positives >= 0 else math.nan
         return numbers
 
 

@@ -11,7 +11,6 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
@@ -100,7 +99,6 @@ def save_detections(
     rows = math.ceil(len(samples) / per_row)
     height, width = samples[0].size
     figure = Figure(figsize=(6.4 * per_row, (3.2 * height / width + 0.3) * rows + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 2 * per_row, squeeze=False).reshape(-1, 2)
     for axis in axes.flat:
         axis.set_axis_off()

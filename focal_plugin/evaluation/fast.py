@@ -23,15 +23,14 @@ class FastBoxEval(COCOevalMaxDets):
 
     def evaluate(self) -> None:
         """Compare all detections and objects."""
-        self.params.imgIds, self.params.catIds = (
-            list(np.unique(ids)) for ids in (self.params.imgIds, self.params.catIds)
-        )
-        self.params.maxDets = sorted(self.params.maxDets)
+        params = self.params
+        params.imgIds, params.catIds = (list(np.unique(ids)) for ids in (params.imgIds, params.catIds))
+        params.maxDets = sorted(params.maxDets)
         # The C++ takes ids for float64: texts and large numbers are none.
-        images, categories = ({key: i for i, key in enumerate(x)} for x in (self.params.imgIds, self.params.catIds))
+        images, categories = ({key: i for i, key in enumerate(ids)} for ids in (params.imgIds, params.catIds))
         numbered = [_numbered(coco, images, categories) for coco in (self.cocoGt, self.cocoDt)]
         self._fast = COCOeval_faster(*numbered, "bbox")
-        self._fast.params.maxDets = self.params.maxDets
+        self._fast.params.maxDets = params.maxDets
         self._fast.evaluate()
 
     def accumulate(self, p=None) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -35,7 +34,6 @@ def _shade(colors: list[str], index: int) -> str:
 def panels(columns: int, *, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     """Return a white figure with a row of axes, of ``width`` × ``height`` inches each."""
     figure = Figure(figsize=(width * columns, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.grid(alpha=0.3)

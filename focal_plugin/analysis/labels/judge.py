@@ -75,10 +75,7 @@ class Judge:
 
         height, width = given.image_size
         scale = [record["width"] / width, record["height"] / height] * 2
-        seen = [
-            *_missing(found[free], losses, targets.grid.flat, self.rates),
-            *mistakes,
-        ]
+        seen = [*_missing(found[free], losses, targets.grid.flat, self.rates), *mistakes]
         suggestions = [_in_image(suggestion, record, scale) for suggestion in seen]
         return Verdict(
             [s for s in suggestions if s.accepted[0][0] < s.accepted[0][2] and s.accepted[0][1] < s.accepted[0][3]],
