@@ -58,7 +58,7 @@ def read_detections(folder: Path, opts: Sequence[str] = ()) -> tuple[list[np.nda
     """Return the scores of each image's detections in a run's first test set, and whether they are right.
 
     Raises:
-        ConfigError: the folder lacks the config, the detections or the annotations.
+        ConfigError: the folder lacks the config, the detections or the annotations, or these are not JSON.
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"--runs {folder}: there is no config.yaml in that folder.")
@@ -73,7 +73,10 @@ def read_detections(folder: Path, opts: Sequence[str] = ()) -> tuple[list[np.nda
         if not path.is_file():
             raise ConfigError(f"--runs {folder}: {path} is not there; `focal eval` on the run's config writes it.")
     with contextlib.redirect_stdout(io.StringIO()):
-        coco, listed = COCO(str(truth)), json.loads(results.read_text())
+        try:
+            coco, listed = COCO(str(truth)), json.loads(results.read_text())
+        except ValueError as error:
+            raise ConfigError(f"--runs {folder}: no JSON in {truth} or {results.name}: {error}") from error
         pairs = pair(COCOeval(coco, coco.loadRes(listed) if listed else COCO(), "bbox"))
     return [p.scores for p in pairs], [p.right for p in pairs]
 

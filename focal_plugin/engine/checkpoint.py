@@ -171,7 +171,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def recorded_config(self) -> dict[str, Any]:
         """Return the config in the latest checkpoint that can be read, as ``config``; {} if none has it."""
-        for path in self._candidates() if self.save_dir and "://" not in self.save_dir else ():
+        for path in self._candidates() if self.save_dir else ():
             with suppress(Exception):  # a broken one; the next is tried
                 return read_whole(path)["config"]
         return {}

@@ -7,7 +7,7 @@ from detectron2.utils import comm
 
 from ..config import ConfigError
 from .checkpoint import AtomicCheckpointer
-from .lock import holder
+from .lock import check_local, holder
 
 _DEFAULT = "./output"  # Detectron2's OUTPUT_DIR, and train.output_dir of its LazyConfigs
 
@@ -19,8 +19,9 @@ def training_folder(output_dir: str, resume: bool) -> str:
     on; a resumed run goes on in the last of these.
 
     Raises:
-        ConfigError: as ``refuse_used``, for a folder that the user has named.
+        ConfigError: as ``refuse_used``, for a folder that the user has named; or it is a URL.
     """
+    check_local(output_dir)
     folder, is_default = output_dir, os.path.normpath(output_dir) == os.path.normpath(_DEFAULT)
     if comm.is_main_process() and is_default:
         taken = itertools.takewhile(lambda path: _traces(path) or holder(path), _numbered(output_dir))
@@ -52,8 +53,6 @@ def _numbered(folder: str):
 
 def _traces(folder: str) -> str:
     """Return the name of a file that a training has left in ``folder``; "" if there is none."""
-    if "://" in folder:
-        return ""
     checkpointer = AtomicCheckpointer(None, folder)
     if checkpointer.has_checkpoint():
         return os.path.basename(checkpointer.get_checkpoint_file()) or "model_*.pth"

@@ -38,14 +38,15 @@ def sole_training(folder: str) -> Iterator[None]:
     the processes that load the data do not inherit it, so that none of them keeps it when the training is killed.
 
     Args:
-        folder: ``OUTPUT_DIR``. Nothing is locked if it is a URL, or, after a warning, if its file system has no locks.
+        folder: ``OUTPUT_DIR``. After a warning, nothing is locked if its file system has no locks.
 
     Raises:
-        ConfigError: another process trains there.
+        ConfigError: another process trains there, or it is a URL.
         OSError: the folder cannot be written to.
     """
+    check_local(folder)
     path = os.path.realpath(folder)
-    if "://" in folder or path in _held:
+    if path in _held:
         yield
         return
     file, problem = _acquire(folder) if comm.is_main_process() else (None, "")
@@ -60,6 +61,19 @@ def sole_training(folder: str) -> Iterator[None]:
         del _held[path]
         if file is not None:
             os.close(file)
+
+
+def check_local(folder: str) -> None:
+    """Check that the folder of a run is none behind a URL, where files cannot grow or be renamed.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if "://" in folder:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} is a URL; expected a folder (in a LazyConfig train.output_dir). Copy it when the run "
+            "has ended."
+        )
 
 
 def holder(folder: str) -> str:

@@ -23,7 +23,7 @@ from .advice import advise, faster
 from .changes import SEEDS
 from .checkpoint import AtomicCheckpointer
 from .console import off_screen
-from .lock import LOCK
+from .lock import LOCK, check_local
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,11 @@ def evaluation_folder(output_dir: str) -> str:
     """Return where an evaluation writes: ``output_dir``, or if that is a training's, a new folder ``eval`` in it.
 
     So it leaves what the training has written, or is writing at this moment. For all processes of a run.
+
+    Raises:
+        ConfigError: it is a URL.
     """
+    check_local(output_dir)
     folder = output_dir
     if comm.is_main_process() and any(os.path.lexists(os.path.join(output_dir, name)) for name in _OF_A_TRAINING):
         (folder,) = free_paths(output_dir, "eval")

@@ -98,6 +98,12 @@ def test_what_a_folder_lacks(run, tmp_path, capsys):
     (run / "inference/coco_instances_results.json").write_text("[]")
     assert main(["calibration", "--runs", str(run)]) == 2
     assert "Of 0 detections" in capsys.readouterr().err
+    for name in ("coco_instances_results.json", "mine_coco_format.json"):  # of a run that was killed as it wrote
+        whole = (run / "inference" / name).read_text()
+        (run / "inference" / name).write_text('[{"image_id": 0, "cat')
+        assert main(["calibration", "--runs", str(run)]) == 2
+        assert f"--runs {run}: no JSON in " in (err := capsys.readouterr().err) and name in err
+        (run / "inference" / name).write_text(whole)
     (run / "inference/coco_instances_results.json").unlink()
     assert main(["calibration", "--runs", str(run)]) == 2
     assert "coco_instances_results.json is not there" in capsys.readouterr().err

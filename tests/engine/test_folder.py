@@ -32,6 +32,20 @@ def test_a_used_folder_is_refused_and_stays_as_it_is(train_net, tiny_config, tmp
     train_net("--resume", *words, "SOLVER.MAX_ITER", 2)
 
 
+@pytest.mark.parametrize("words", [(), ("--eval-only",), ("--resume",)])
+def test_a_url_is_no_folder_of_a_run(train_net, lazy_config, tmp_path, monkeypatch, words):
+    """A run's files grow and are renamed, which no store behind a URL does."""
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    for command in (
+        lambda: train_net(*words, "OUTPUT_DIR", "s3://mine/run"),
+        lambda: train_net(*words, "train.output_dir=s3://mine/run", config=lazy_config),
+    ):
+        with pytest.raises(ConfigError, match="OUTPUT_DIR s3://mine/run is a URL; expected a folder"):
+            command()
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_a_lazy_configs_folder_too(train_net, lazy_config, tmp_path):
     words = ["dataloader.evaluator=null", "train.max_iter=1", f"train.output_dir={tmp_path / 'mine'}"]
     train_net(*words, config=lazy_config)
