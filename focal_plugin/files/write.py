@@ -8,6 +8,7 @@ import errno
 import glob
 import itertools
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -124,13 +125,17 @@ def kept_on_error(path: str) -> Iterator[None]:
 
 @contextmanager
 def set_aside(path: str) -> Iterator[None]:
-    """Rename the file ``path`` while another program writes it anew; if that fails, the file is as it was."""
+    """Copy the file ``path`` while another program reads it and writes it anew; if that fails, it is as it was."""
     aside = f"{path}@{process_name()}{UNFINISHED}"
     try:
-        os.replace(path, aside)
+        shutil.copyfile(path, aside)
     except FileNotFoundError:
         yield
         return
+    except OSError:
+        with suppress(OSError):
+            os.remove(aside)
+        raise
     try:
         yield
     except BaseException:

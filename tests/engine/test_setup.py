@@ -125,6 +125,18 @@ def test_the_screen_is_short_and_the_log_is_not(start, capfd, tmp_path):
     assert (tmp_path / "output" / "config.yaml").is_file()
 
 
+def test_a_run_by_the_config_in_its_own_folder(start, tmp_path):
+    start("SOLVER.MAX_ITER", 7)
+    path = str(tmp_path / "output" / "config.yaml")
+    cfg = load_config(path, ["SOLVER.MAX_ITER", 8])
+    start_run(cfg, Namespace(config_file=path, eval_only=False))
+    assert load_config(path).SOLVER.MAX_ITER == 8
+    assert not list((tmp_path / "output").glob("*.part"))
+    with pytest.raises(FileNotFoundError):  # after config.yaml was set aside
+        start_run(cfg, Namespace(config_file=str(tmp_path / "gone.yaml"), eval_only=False))
+    assert load_config(path).SOLVER.MAX_ITER == 8
+
+
 def test_the_number_of_classes_is_checked(start, tmp_path):
     with pytest.raises(ValueError, match=r"MODEL\.RETINANET\.NUM_CLASSES is 5.*2 classes"):
         start("MODEL.RETINANET.NUM_CLASSES", 5)
