@@ -51,10 +51,10 @@ ANCHOR_MATCHER_REGISTRY = Registry("ANCHOR_MATCHER")
 ANCHOR_MATCHER_REGISTRY.__doc__ = """
 Rules that assign ground truth to anchors, built with ``(cfg)`` and called with ``(anchors, instances)``.
 
-``anchors``: an ``Anchors``; ``instances``: the ``Instances`` of one image, with ``gt_boxes``. The result is
-``(matched, labels)``, both (R,) over all levels in the order of ``anchors.boxes``: the int64 index of the matched box,
-and an int8 label, ``focal_plugin.IGNORED``, ``NEGATIVE`` or ``POSITIVE``. ``matched`` is meaningful where the label is
-POSITIVE.
+``anchors``: an ``Anchors``, whose ``flat`` are the boxes of all levels, an (R, 4) tensor of XYXY pixels; ``instances``:
+the ``Instances`` of one image, with ``gt_boxes``, of which there may be none. The result is ``(matched, labels)``, both
+(R,) in the order of ``anchors.flat`` and on its device: the int64 index of the matched box, and an int8 label,
+``focal_plugin.IGNORED``, ``NEGATIVE`` or ``POSITIVE``. ``matched`` is meaningful where the label is POSITIVE.
 A matcher need not handle crowds: ``FocalRetinaNet`` ignores the negatives in them afterwards (``ignore_regions``).
 For GPUs a matcher may also have a method ``match_batch(anchors, gt_instances, regions, min_ioa)``. It matches all
 images and ignores the negatives in ``regions``, without synchronising, and returns ``matched`` and ``labels``, both
@@ -121,7 +121,7 @@ def import_user_modules(cfg: CfgNode) -> None:
     """Import every module named in ``MODEL.FOCAL.IMPORTS``, so that the components they define are registered.
 
     Raises:
-        ConfigError: ``cfg`` does not have the plugin's keys, or one of these is no name.
+        ConfigError: ``cfg`` lacks the plugin's keys, one of these is no name, or a component's name is taken.
         ImportError: a module is not found; the message names the key and the module.
     """
     if "FOCAL" not in cfg.MODEL:
@@ -138,6 +138,10 @@ def import_user_modules(cfg: CfgNode) -> None:
                 f"MODEL.FOCAL.IMPORTS names {module!r}, which is not found. Expected a dotted name that "
                 "`python -c 'import NAME'` accepts from this folder; put its folder on PYTHONPATH."
             ) from error
+        except AssertionError as error:
+            if "already registered" not in str(error):  # in the words of a registry
+                raise
+            raise ConfigError(f"MODEL.FOCAL.IMPORTS, {module!r}: {error} Give the one in it another name.") from error
 
 
 def build_dense_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> Any:

@@ -88,6 +88,38 @@ def test_a_users_module_brings_its_loss(cfg, tmp_path, monkeypatch):
     assert loss([logits], targets).item() == pytest.approx(4 * 0.25)  # two anchors of two classes; one is ignored
 
 
+@pytest.mark.parametrize(
+    ("base", "method", "value"), [("ElementwiseLoss", "elementwise", 2.5), ("MiniBatchLoss", "choose", 3 * 0.693147)]
+)
+def test_a_loss_defines_one_method_alone(cfg, base, method, value):
+    def elementwise(self, logits, targets):
+        return targets + 0.5 + 0 * logits  # one positive and two background anchors
+
+    def choose(self, labels, logits, targets):
+        return labels >= 0
+
+    function = {"elementwise": elementwise, "choose": choose}[method]
+    component = type("OneMethod", (getattr(focal_plugin, base),), {method: function})
+    focal_plugin.CLS_LOSS_REGISTRY.register(component)
+    cfg.MODEL.FOCAL.CLS_LOSS.NAME = "OneMethod"
+    try:
+        loss = build_cls_loss(cfg)
+    finally:
+        focal_plugin.CLS_LOSS_REGISTRY._obj_map.pop("OneMethod")
+    targets = focal_plugin.DenseTargets([torch.tensor([[[[0, 1, 1]]]])], 1, [], torch.zeros(1, 4), torch.zeros(1, 4))
+    assert loss([torch.zeros(1, 1, 1, 1, 3, requires_grad=True)], targets).item() == pytest.approx(value)
+
+
+def test_two_components_of_one_name(cfg, tmp_path, monkeypatch):
+    (tmp_path / "my_second_bce.py").write_text(
+        "from focal_plugin import CLS_LOSS_REGISTRY\n@CLS_LOSS_REGISTRY.register()\nclass BCELoss: pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg.MODEL.FOCAL.IMPORTS = ["my_second_bce"]
+    with pytest.raises(ConfigError, match=r"IMPORTS.*'my_second_bce'.*'BCELoss' was already registered.*another name"):
+        import_user_modules(cfg)
+
+
 def test_a_missing_user_module_is_named(cfg):
     cfg.MODEL.FOCAL.IMPORTS = ["no_such_module_of_mine.losses"]
     with pytest.raises(ImportError, match=r"MODEL\.FOCAL\.IMPORTS names 'no_such_module_of_mine\.losses'"):

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,7 @@ class ElementwiseLoss(nn.Module, ABC):
     its class is its quality, the IoU of its predicted box with its ground truth.
 
     Args:
+        cfg: not used; a subclass without a constructor is built with it.
         hyperparameters: become attributes and are shown by ``repr``. A tensor becomes a buffer: it moves with the
             module, but is not in checkpoints, because it is not learnt.
     """
@@ -31,7 +33,7 @@ class ElementwiseLoss(nn.Module, ABC):
     needs_quality = False
     _hyperparameters: tuple[str, ...] = ()
 
-    def __init__(self, **hyperparameters: float | Tensor):
+    def __init__(self, cfg: CfgNode | None = None, **hyperparameters: float | Tensor):
         super().__init__()
         self._hyperparameters = tuple(hyperparameters)
         for name, value in hyperparameters.items():

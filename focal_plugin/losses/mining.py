@@ -24,6 +24,9 @@ class MiniBatchLoss(nn.Module, ABC):
     loss is 7 times smaller. To get theirs, set ``MODEL.FOCAL.CLS_LOSS.WEIGHT`` accordingly.
     """
 
+    def __init__(self, cfg: CfgNode | None = None):
+        super().__init__()
+
     @abstractmethod
     def choose(self, labels: Tensor, logits: list[Tensor], targets: DenseTargets) -> Tensor:
         """Choose the anchors of the mini-batch, without gradient.
