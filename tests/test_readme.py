@@ -207,7 +207,8 @@ def test_the_analyses_and_their_flags_are_known():
             assert flag in help_of("analysis", words[0]), f"{flag} of {words[0]}"
 
 
-OWN = {"my.yaml", "my_retinanet.yaml", "retinanet_tv.yaml", "output/quickstart/config.yaml"}  # of the reader
+OWN = {"my.yaml", "my_parts.yaml", "my_retinanet.yaml", "retinanet_tv.yaml"}  # of the reader
+OWN |= {"output/quickstart/config.yaml", "output/x/config.yaml"}
 
 
 @pytest.mark.parametrize("page", PAGES)
