@@ -105,15 +105,16 @@ def _build(registry: Registry, name: str, cfg: CfgNode, *more: Any) -> Any:
     """Return the component of that name, built with ``(cfg, *more)`` and its own keys."""
     component = get_component(registry, name)
     own = {key.lower(): value for key, value in args_of(registry, cfg).items() if value is not None}
+    key, arguments = CONFIG_KEYS[registry._name], ", ".join(["cfg", *["input_shape"] * len(more), *own])
     try:
         return component(cfg, *more, **own)
-    except TypeError as error:
-        if getattr(error.__traceback__, "tb_next", None) is not None:  # raised inside the constructor
+    except Exception as error:
+        if not isinstance(error, TypeError) or getattr(error.__traceback__, "tb_next", None) is not None:
+            error.add_note(f"In the constructor of {key} {name}, called with ({arguments}).")
             raise
-        arguments = ", ".join(["cfg", *["input_shape"] * len(more), *own])
         raise TypeError(
-            f"{CONFIG_KEYS[registry._name]} {name} is built with ({arguments}), which it does not take: {error}. Give "
-            f"it __init__(self, {arguments}), or Detectron2's @configurable and from_config(cls, {arguments})."
+            f"{key} {name} is built with ({arguments}), which it does not take: {error}. Give it __init__(self, "
+            f"{arguments}), and further arguments defaults; or @configurable and from_config(cls, {arguments})."
         ) from error
 
 

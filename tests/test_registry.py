@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -141,3 +142,44 @@ def test_an_import_that_is_no_name(name):
     cfg.MODEL.FOCAL.IMPORTS = [name]
     with pytest.raises(ConfigError, match=r"MODEL\.FOCAL\.IMPORTS has .*; expected a dotted name"):
         import_user_modules(cfg)
+
+
+def needs_an_argument(self, cfg, *, smoothing): ...
+
+
+def takes_no_config(self, alpha):
+    float(alpha)
+
+
+def refuses(self, cfg):
+    raise ConfigError("MODEL.MINE is 3; expected 4.")
+
+
+@pytest.mark.parametrize(
+    ("constructor", "kind", "says"),
+    [
+        (
+            needs_an_argument,
+            TypeError,
+            r"Mine is built with \(cfg\), .*'smoothing'.* and further arguments defaults; or",
+        ),
+        (
+            takes_no_config,
+            TypeError,
+            r"^float\(\) argument must be .*In the constructor of \S+CLS_LOSS\.NAME Mine, .*\(cfg\)",
+        ),
+        (
+            refuses,
+            ConfigError,
+            r"^MODEL.MINE is 3; expected 4\..*In the constructor of MODEL\.FOCAL\.CLS_LOSS\.NAME Mine",
+        ),
+    ],
+)
+def test_a_constructor_that_fails(cfg, monkeypatch, constructor, kind, says):
+    component = type("Mine", (torch.nn.Module,), {"__init__": constructor})
+    monkeypatch.setitem(focal_plugin.CLS_LOSS_REGISTRY._obj_map, "Mine", component)
+    cfg.MODEL.FOCAL.CLS_LOSS.NAME = "Mine"
+    with pytest.raises(kind) as raised:
+        build_cls_loss(cfg)
+    text = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert re.search(says, text), text
