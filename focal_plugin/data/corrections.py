@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 
 from ..config import ConfigError
 from ..files.regular import open_regular
-from .records import DataError
+from .records import DataError, is_number
 
 _SAME = 0.01  # pixels by which the corners of a label may differ, since formats round
 
@@ -27,7 +27,8 @@ def read_suggestions(path: str) -> dict:
         known = {key: {entry["id"] for entry in content[key]} for key in ("images", "categories")}
         for entry in content["annotations"]:
             places = entry["image_id"] in known["images"], entry["category_id"] in known["categories"]
-            if not all(places) or len(entry["bbox"]) != 4 or not {"suggestion", "replaces"} <= entry.keys():
+            is_box = len(entry["bbox"]) == 4 and all(map(is_number, entry["bbox"]))
+            if not (all(places) and is_box and {"suggestion", "replaces"} <= entry.keys()):
                 raise ValueError(f"annotation {entry['id']} is no suggestion")
         os.path.join(content["info"]["images"], "")
     except OSError as error:

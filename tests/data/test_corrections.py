@@ -125,6 +125,10 @@ def test_a_number_that_is_not_there(dataset, tmp_path, capsys, words, first):
     assert f"--accept {first}: there is no such suggestion; they are 1 to 4." in capsys.readouterr().err
 
 
+SUGGESTION = """{"info": {"images": ""}, "images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [{"id": 1,
+"suggestion": "missing", "replaces": null, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, SIDE]}]}"""
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
@@ -138,8 +142,9 @@ def test_a_number_that_is_not_there(dataset, tmp_path, capsys, words, first):
             ' "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]}',
             "file that has no suggestions",
         ),
+        *((SUGGESTION.replace("SIDE", side), "file that has no suggestions") for side in ('"4"', "NaN", f"{10**400}")),
     ],
-    ids=["gone", "empty", "list", "deep", "no info", "plain COCO"],
+    ids=["gone", "empty", "list", "deep", "no info", "plain COCO", "text in a box", "NaN in a box", "10^400 in a box"],
 )
 def test_files_that_are_something_else(dataset, tmp_path, capsys, content, kind):
     path = tmp_path / "other.json"

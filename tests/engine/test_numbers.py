@@ -164,6 +164,7 @@ def test_a_batch_in_a_file(tmp_path):
         (None, "there is no such file; expected a diverged_"),
         (b"not a zip file", "damaged"),
         ({"model": {}}, "holds no batch but model"),
+        ({"batch": [{"a": {"Boxes": [10**400]}}], "model": {}}, "holds no batch as it was saved (OverflowError("),
     ],
 )
 def test_a_file_that_is_no_batch(tmp_path, monkeypatch, capsys, content, problem):
