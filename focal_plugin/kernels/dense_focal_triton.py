@@ -173,23 +173,11 @@ def _describe(
 
 
 @triton.jit
-def _pick(level, LEVELS: tl.constexpr, p0, p1, p2, p3, p4, p5, p6, p7):
+def _pick(level, LEVELS: tl.constexpr, pointers):
     """The pointer of a level, of which there are LEVELS."""
-    p = p0
-    if LEVELS > 1:
-        p = p1 if level == 1 else p
-    if LEVELS > 2:
-        p = p2 if level == 2 else p
-    if LEVELS > 3:
-        p = p3 if level == 3 else p
-    if LEVELS > 4:
-        p = p4 if level == 4 else p
-    if LEVELS > 5:
-        p = p5 if level == 5 else p
-    if LEVELS > 6:
-        p = p6 if level == 6 else p
-    if LEVELS > 7:
-        p = p7 if level == 7 else p
+    p = pointers[0]
+    for i in tl.static_range(1, LEVELS):
+        p = pointers[i] if level == i else p
     return p
 
 
@@ -360,11 +348,11 @@ def _kernel(
     tile = program - tl.load(row).to(tl.int32)
     size_0, size_1 = tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
     size_2, size_3 = tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
-    labels_ptr = _pick(level, LEVELS, t0, t1, t2, t3, t4, t5, t6, t7)
-    logits_ptr = _pick(level, LEVELS, x0, x1, x2, x3, x4, x5, x6, x7)
+    labels_ptr = _pick(level, LEVELS, (t0, t1, t2, t3, t4, t5, t6, t7))
+    logits_ptr = _pick(level, LEVELS, (x0, x1, x2, x3, x4, x5, x6, x7))
     gradients_ptr = logits_ptr  # not written
     if WRITES:
-        gradients_ptr = _pick(level, LEVELS, g0, g1, g2, g3, g4, g5, g6, g7)
+        gradients_ptr = _pick(level, LEVELS, (g0, g1, g2, g3, g4, g5, g6, g7))
     # The faster of two programs, which knows that all is aligned; both are there only if both are needed.
     if ALIGNED == "all" or (ALIGNED == "some" and tl.load(row + 19) != 0):
         total = _tiles(
