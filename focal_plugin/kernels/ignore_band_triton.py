@@ -159,10 +159,7 @@ def _iou(ax0, ay0, ax1, ay1, area, ptr):
 
 
 # Triton would compile a kernel for each kind of number: 1, a multiple of 16, any other. These change with each batch.
-_sizes_vary = triton.jit(do_not_specialize=["R", "G", "M"])
-
-
-@_sizes_vary
+@triton.jit(do_not_specialize=["R", "G"])
 def _best_pairs(anchors_ptr, boxes_ptr, counts_ptr, best_ptr, matched_ptr, best_of_box_ptr, R, G, BLOCK: tl.constexpr):
     n = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -183,7 +180,7 @@ def _best_pairs(anchors_ptr, boxes_ptr, counts_ptr, best_ptr, matched_ptr, best_
     tl.store(matched_ptr + at, matched, mask=mask)
 
 
-@_sizes_vary
+@triton.jit(do_not_specialize=["R", "G", "M"])
 def _labels(
     anchors_ptr,
     boxes_ptr,
